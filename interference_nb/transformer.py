@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ModelConfig', 'ByLanguage', 'dropout', 'Attention', 'FeedForward', 'Block', 'Vector', 'MaskedLM']
 
-# %% ../nbs/01_transformer.ipynb #99930170
-import math
+# %% ../nbs/01_transformer.ipynb #fd2962c9
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from .data import InputError
 
-# %% ../nbs/01_transformer.ipynb #23f99f58
+# %% ../nbs/01_transformer.ipynb #8359bcc8
 @dataclass(frozen=True)
 class ModelConfig:
     "Say how large the encoder is [paper sec. 3.2]."
@@ -41,21 +40,20 @@ class ModelConfig:
         return self.head_dim or self.dim // self.n_heads
 
     @classmethod
-    def toy(cls, vocab_size: int, **changes):
+    def toy(cls, vocab_size: int):
         "Make the size used for the toy languages."
-        return cls(vocab_size, **{**dict(dim=32, n_layers=2, n_heads=2, ffn_dim=128, max_len=64,
-                                         dropout=0., attention_dropout=0.), **changes})
+        return cls(vocab_size, dim=32, n_layers=2, n_heads=2, ffn_dim=128, max_len=64,
+                   dropout=0., attention_dropout=0.)
 
     @classmethod
-    def mini(cls, vocab_size: int, **changes):
+    def mini(cls, vocab_size: int):
         "Make a size that two CPU cores train on real text in minutes."
-        return cls(vocab_size, **{**dict(dim=128, n_layers=4, n_heads=4, ffn_dim=512, max_len=128),
-                                  **changes})
+        return cls(vocab_size, dim=128, n_layers=4, n_heads=4, ffn_dim=512, max_len=128)
 
     @classmethod
-    def paper(cls, vocab_size: int = 32000, **changes):
+    def paper(cls, vocab_size: int = 32000):
         "Make the paper's size: 8 layers, 12 heads, 512 wide, 2048 inner [paper sec. 3.2]."
-        return cls(vocab_size, **changes)
+        return cls(vocab_size)
 
 # %% ../nbs/01_transformer.ipynb #ecda8c38
 class ByLanguage(nn.ModuleDict):
