@@ -1,0 +1,83 @@
+"""Run notebooks in a live kernel and save their outputs.
+
+    python tools/execute.py [NOTEBOOK ...]     default: every notebook under nbs/
+
+Cells that nbdev_test skips (`#| eval: false`, and the flags in `tst_flags`) are not run and keep
+the outputs they have; `NBDEV_FLAGS="slow gpu"` runs the cells with these flags too. A notebook that
+fails is left as it was.
+"""
+import os
+os.environ.setdefault('OMP_NUM_THREADS', '1')       # small models: more threads stand in the way
+
+import re, sys, time
+from pathlib import Path
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.process import extract_directives
+
+ANSI = re.compile(r'\x1b\[[0-9;]*m')
+WIDGET = 'application/vnd.jupyter.widget-view+json'
+
+def skip_flags():
+    "Return the flags of cells to leave out: `tst_flags`, less those named in the environment."
+    return set(get_config().tst_flags.split()) - set(os.environ.get('NBDEV_FLAGS', '').split())
+
+def skipped(cell, flags):
+    "Say whether nbdev_test would skip this code cell."
+    found = extract_directives(nbformat.from_dict(dict(cell)), remove=False)
+    return bool(flags & found.keys()) or found.get('eval:', [''])[0].lower() == 'false'
+
+class Client(NotebookClient):
+    "A notebook client that leaves out the cells it is told to."
+    leave_out = frozenset()
+    async def async_execute_cell(self, cell, cell_index, **kwargs):
+        if cell.id in self.leave_out: return cell
+        return await super().async_execute_cell(cell, cell_index, **kwargs)
+
+def merge_streams(outputs):
+    "Join neighbouring pieces of one stream: a kernel cuts printed text wherever its clock falls."
+    merged = []
+    for o in outputs:
+        last = merged[-1] if merged else {}
+        if o.output_type == 'stream' and last.get('name') == o.name: last.text += o.text
+        else: merged.append(o)
+    return merged
+
+def faults(nb):
+    "Name what a saved notebook must not hold: this machine's paths, and widgets (dead on a page)."
+    here = [str(Path.cwd()), str(Path.home()) + os.sep]
+    for i, cell in enumerate(nb.cells):
+        for o in cell.get('outputs', []):
+            if any(path in str(o) for path in here): yield f'cell {i}: an absolute path in its output'
+            if WIDGET in o.get('data', {}): yield f'cell {i}: a widget; mark the cell `#| eval: false`'
+
+def run(path, flags, timeout=1200):
+    "Run the notebook at `path`, save it, and return what is wrong with its outputs."
+    nb = nbformat.read(path, as_version=4)
+    code = [c for c in nb.cells if c.cell_type == 'code']
+    keep = {c.id: c.get('outputs', []) for c in code if skipped(c, flags)}
+    client = Client(nb, timeout=timeout, kernel_name='python3', store_widget_state=False,
+                    resources={'metadata': {'path': str(path.parent)}})
+    client.leave_out = frozenset(keep)
+    client.execute()
+    for c in code: c.outputs = keep[c.id] if c.id in keep else merge_streams(c.outputs)
+    nb.metadata.pop('widgets', None)
+    nbformat.write(nb, path)
+    return sorted(set(faults(nb)))
+
+def main():
+    paths = [Path(p) for p in sys.argv[1:]] or sorted(nbglob(as_path=True))
+    flags, failed = skip_flags(), False
+    for path in paths:
+        start = time.time()
+        try: found = run(path, flags)
+        except CellExecutionError as e: found = ['failed, not saved', ANSI.sub('', str(e))]
+        size = path.stat().st_size / 1000
+        print(f'{path.name}: {time.time() - start:.1f} s, {size:.0f} kB', *found, sep='\n  ')
+        failed |= bool(found)
+    sys.exit(failed)
+
+if __name__ == '__main__': main()
