@@ -107,7 +107,7 @@ class FeedForward(nn.Module):
     def forward(self, x, lang=None):                        # x [B,T,D]
         return self.out(F.gelu(self.inner(x)))
 
-# %% ../nbs/01_transformer.ipynb #60d286d9
+# %% ../nbs/01_transformer.ipynb #fa2f1763
 class Block(nn.Module):
     "Add attention, normalise, add feed-forward, normalise; adapters may sit on either."
     def __init__(self, cfg: ModelConfig):
@@ -117,10 +117,11 @@ class Block(nn.Module):
         self.attention_adapter = self.ffn_adapter = None
         self.p = cfg.dropout
 
-    def forward(self, x, pad=None, lang=None):              # x [B,T,D], pad [B,T]
+    def forward(self, x, pad=None, lang=None, rows=None):   # x [B,T,D], pad [B,T], rows [M]
         h = self.attention(x, pad, lang=lang)
         if self.attention_adapter is not None: h = self.attention_adapter(h, lang=lang)
         x = self.norm1(x + dropout(h, self.p, self.training))
+        if rows is not None: x = x.flatten(0, 1).index_select(0, rows)      # [M,D]
         h = self.ffn(x, lang=lang)
         if self.ffn_adapter is not None: h = self.ffn_adapter(h, lang=lang)
         return self.norm2(x + dropout(h, self.p, self.training))
@@ -134,7 +135,7 @@ class Vector(nn.Module):
 
     def forward(self): return self.weight
 
-# %% ../nbs/01_transformer.ipynb #caeea4e8
+# %% ../nbs/01_transformer.ipynb #3d93784f
 class MaskedLM(nn.Module):
     "Encode tokens and score the masked ones [paper sec. 3.2]."
     def __init__(self, cfg: ModelConfig, langs: tuple[str, ...] = ()):
@@ -154,14 +155,15 @@ class MaskedLM(nn.Module):
         tokens: Tensor,             # [B,T] token ids
         lang: str | None = None,    # whose modules to use; needed where something is specific
         pad: Tensor | None = None,  # [B,T] True at padding; None: no padding
-    ) -> Tensor:                    # [B,T,D] hidden states
+        rows: Tensor | None = None, # [M] flat positions in B*T to return; None: all
+    ) -> Tensor:                    # [B,T,D] hidden states, or [M,D]
         "Encode a batch of sequences; raises `InputError` for what does not fit the model."
         self.check(tokens, lang)
         x = self.embedding(tokens) + self.positions.weight[:tokens.shape[1]]
         if self.languages is not None: x = x + self.languages(lang=lang)
         x = dropout(self.norm(x), self.cfg.dropout, self.training)
-        for block in self.blocks: x = block(x, pad, lang)
-        return x
+        for block in self.blocks[:-1]: x = block(x, pad, lang)
+        return self.blocks[-1](x, pad, lang, rows)
 
     def check(self, tokens, lang):
         "Refuse what the model was not built for, naming it."
@@ -182,6 +184,5 @@ class MaskedLM(nn.Module):
 
     def loss(self, batch) -> Tensor:                # batch: `Batch`; mean cross entropy in nats
         "Score the masked positions only and average their cross entropy."
-        hidden = self(batch.tokens, batch.lang, batch.pad).flatten(0, 1)
-        masked = hidden.index_select(0, batch.positions)
+        masked = self(batch.tokens, batch.lang, batch.pad, batch.positions)
         return F.cross_entropy(self.scores(masked), batch.targets)
