@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .data import InputError
 
-# %% ../nbs/01_transformer.ipynb #8359bcc8
+# %% ../nbs/01_transformer.ipynb #a318faa1
 @dataclass(frozen=True)
 class ModelConfig:
     "Say how large the encoder is [paper sec. 3.2]."
@@ -40,20 +40,21 @@ class ModelConfig:
         return self.head_dim or self.dim // self.n_heads
 
     @classmethod
-    def toy(cls, vocab_size: int):
+    def toy(cls, vocab_size: int, **kw):
         "Make the size used for the toy languages."
-        return cls(vocab_size, dim=32, n_layers=2, n_heads=2, ffn_dim=128, max_len=64,
-                   dropout=0., attention_dropout=0.)
+        return cls(vocab_size, **{**dict(dim=32, n_layers=2, n_heads=2, ffn_dim=128, max_len=64,
+                                         dropout=0., attention_dropout=0.), **kw})
 
     @classmethod
-    def mini(cls, vocab_size: int):
+    def mini(cls, vocab_size: int, **kw):
         "Make a size that two CPU cores train on real text in minutes."
-        return cls(vocab_size, dim=128, n_layers=4, n_heads=4, ffn_dim=512, max_len=128)
+        return cls(vocab_size, **{**dict(dim=128, n_layers=4, n_heads=4, ffn_dim=512,
+                                         max_len=128), **kw})
 
     @classmethod
-    def paper(cls, vocab_size: int = 32000):
+    def paper(cls, vocab_size: int = 32000, **kw):
         "Make the paper's size: 8 layers, 12 heads, 512 wide, 2048 inner [paper sec. 3.2]."
-        return cls(vocab_size)
+        return cls(vocab_size, **kw)
 
 # %% ../nbs/01_transformer.ipynb #ecda8c38
 class ByLanguage(nn.ModuleDict):
