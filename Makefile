@@ -1,0 +1,70 @@
+# Two commands on a fresh machine with Python 3.11+: `make demo` and `make test`. `make help` lists all.
+# The first one to run installs everything into .venv.
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export PATH := $(abspath $(BIN)):$(PATH)
+
+# The models are small: more threads only stand in one another's way.
+export OMP_NUM_THREADS ?= 1
+
+# Where torch comes from: a folder of wheels, where pip is set to search one; else uv picks the build
+# that suits the machine (without a GPU the small one).
+WHEELS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+ifneq ($(WHEELS),)
+export UV_FIND_LINKS ?= $(WHEELS)
+else
+export UV_TORCH_BACKEND ?= auto
+endif
+
+# make demo DATA=folder LANGS=en,sw ARGS='--seeds 5'
+DATA  ?=
+LANGS ?=
+ARGS  ?=
+
+say = @printf '\n\033[1m%s\033[0m\n' "$(strip $(1))"
+
+.PHONY: help demo test slow docs lab prepare clean
+help:      ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+$(READY): settings.ini setup.py pyproject.toml
+	$(call say, Installing into $(VENV), once: about a minute and a 1.5 GB folder)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is not Python 3.11 or newer. Install one and name it: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make environments. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv
+	@$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
+	@touch $@
+
+demo: $(READY)      ## the main job: 5 minutes on 2 cores; 20 with DATA=folder LANGS=en,sw
+	$(call say, Pretraining and finetuning small models: about $(if $(DATA),20,5) minutes on 2 cores)
+	interference demo $(if $(DATA),--data $(DATA)) $(if $(LANGS),--langs $(LANGS)) $(ARGS)
+
+test: $(READY)      ## every notebook's tests, and those in tests/: 8 minutes
+	$(call say, Running the notebooks and the tests: about 8 minutes on 2 cores)
+	pytest $(ARGS)
+
+slow: $(READY)      ## also the cells marked `#| slow`: an hour
+	$(call say, Running the slow cells too: up to an hour)
+	NBDEV_FLAGS=slow pytest nbs $(ARGS)
+
+docs: $(READY)      ## the site, into _docs: 1 minute
+	$(call say, Building the site into _docs: about a minute)
+	python tools/build_docs.py $(ARGS)
+
+lab: $(READY)       ## JupyterLab on the notebooks, until Ctrl-C
+	$(call say, Starting JupyterLab on nbs/: a few seconds; Ctrl-C twice ends it)
+	nbdev_trust && jupyter lab nbs
+
+prepare: $(READY)   ## before a commit: export, clean, README, lint, test: 8 minutes
+	$(call say, Exporting, cleaning, making the README, checking and testing: about 8 minutes)
+	nbdev_export && nbdev_clean && python tools/make_readme.py && ruff check && pytest $(ARGS)
+
+clean:     ## remove what the commands above made: at once
+	$(call say, Removing the environment and everything built)
+	rm -rf $(VENV) _proc _docs *.egg-info .pytest_cache .ruff_cache
