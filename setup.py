@@ -10,7 +10,8 @@ lib, lines = cfg['lib_name'], cfg['console_scripts'].strip().splitlines()
 
 setup(
     name=lib, version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
+    author=cfg['author'], author_email=cfg['author_email'],
+    url=cfg['git_url'], license='Apache-2.0',
     long_description=Path('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     packages=find_packages(include=[lib, f'{lib}.*']),

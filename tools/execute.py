@@ -14,21 +14,16 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import extract_directives
+from cells import skip_flags, why_skipped
 
 ANSI = re.compile(r'\x1b\[[0-9;]*m')
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 
-def skip_flags():
-    "Return the flags of cells to leave out: `tst_flags`, less those named in the environment."
-    return set(get_config().tst_flags.split()) - set(os.environ.get('NBDEV_FLAGS', '').split())
-
 def skipped(cell, flags):
     "Say whether nbdev_test would skip this code cell."
-    found = extract_directives(nbformat.from_dict(dict(cell)), remove=False)
-    return bool(flags & found.keys()) or found.get('eval:', [''])[0].lower() == 'false'
+    return why_skipped(extract_directives(nbformat.from_dict(dict(cell)), remove=False), flags)
 
 class Client(NotebookClient):
     "A notebook client that leaves out the cells it is told to."
@@ -51,8 +46,8 @@ def faults(nb):
     here = [str(Path.cwd()), str(Path.home()) + os.sep]
     for i, cell in enumerate(nb.cells):
         for o in cell.get('outputs', []):
-            if any(path in str(o) for path in here): yield f'cell {i}: an absolute path in its output'
-            if WIDGET in o.get('data', {}): yield f'cell {i}: a widget; mark the cell `#| eval: false`'
+            if any(path in str(o) for path in here): yield f'cell {i}: an absolute path in it'
+            if WIDGET in o.get('data', {}): yield f'cell {i}: a widget; mark it `#| eval: false`'
 
 def run(path, flags, timeout=1200):
     "Run the notebook at `path`, save it, and return what is wrong with its outputs."
@@ -60,6 +55,7 @@ def run(path, flags, timeout=1200):
     code = [c for c in nb.cells if c.cell_type == 'code']
     keep = {c.id: c.get('outputs', []) for c in code if skipped(c, flags)}
     client = Client(nb, timeout=timeout, kernel_name='python3', store_widget_state=False,
+                    record_timing=False, extra_arguments=['--log-level=ERROR'],
                     resources={'metadata': {'path': str(path.parent)}})
     client.leave_out = frozenset(keep)
     client.execute()

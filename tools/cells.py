@@ -1,0 +1,40 @@
+"""What the tools and the tests know about a notebook's cells."""
+import ast, os, re
+from nbdev.config import get_config
+
+HEADING = re.compile(r'^(#{1,6})\s+(.*)$')
+FENCE = re.compile(r'^(:{3,}|`{3,}|~{3,})\s*(.*)$')
+
+def skip_flags():
+    "Return the flags of cells to leave out: `tst_flags`, less those named in the environment."
+    return set(get_config().tst_flags.split()) - set(os.environ.get('NBDEV_FLAGS', '').split())
+
+def why_skipped(directives, flags):
+    "Return the directive for which nbdev_test skips a cell, or ''."
+    if directives.get('eval:', [''])[0].lower() == 'false': return '#| eval: false'
+    return ''.join(f'#| {flag}' for flag in sorted(flags & directives.keys())[:1])
+
+def headings(text):
+    "Yield (level, title) of the headings in a markdown cell, not of those inside boxes and code."
+    depth, code = 0, ''
+    for line in text.splitlines():
+        fence = FENCE.match(line)
+        if code: code = '' if line.strip() == code else code
+        elif fence and fence[1][0] != ':': code = fence[1]
+        elif fence: depth += 1 if fence[2] else -1
+        elif depth == 0 and (m := HEADING.match(line)):
+            title = re.sub(r'\s*\{[^{}]*\}\s*$', '', m[2])
+            yield len(m[1]), re.sub(r'[`*]|\[([^]]*)\]\([^)]*\)', r'\1', title).strip()
+
+def tests_something(source, directives):
+    "Say whether a cell holds a test: an assert or a call of `test_...`, `raises`, `testing...`."
+    if directives.keys() & {'export', 'exports', 'exporti'}: return False
+    from IPython.core.inputtransformer2 import TransformerManager
+    try: tree = ast.parse(TransformerManager().transform_cell(source))
+    except SyntaxError: return False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert): return True
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if re.match(r'test_\w+$|(.*\.)?raises$|(torch|np|numpy)\.testing\.', name): return True
+    return False
