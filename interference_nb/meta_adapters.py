@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'moved', 'random_state', 'replayed', 'mean_gradient', 'exact', 'finite_difference', 'first_order',
-           'Hypergradient', 'hypergradient']
+           'Hypergradient', 'hypergradient', 'MetaConfig', 'Updates', 'MetaStep']
 
-# %% ../nbs/05_meta_adapters.ipynb #2ed7c50c
+# %% ../nbs/05_meta_adapters.ipynb #4c72a1f8
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import InputError
+from .pretrain import (Feed, JointStep, Precision, TrainConfig, make_adam,
+                                      mean_over_processes)
 
 # %% ../nbs/05_meta_adapters.ipynb #d7f31250
 @contextmanager
@@ -67,7 +69,7 @@ def _full_precision(tensors):
     "Switch autocast off: a difference of two losses drowns in the rounding of 16-bit numbers."
     return torch.autocast(tensors[0].device.type, enabled=False)
 
-# %% ../nbs/05_meta_adapters.ipynb #5c350272
+# %% ../nbs/05_meta_adapters.ipynb #cbfb65db
 def mean_gradient(
     losses: Sequence[Callable[[], Tensor]],  # closures, each returning a scalar loss
     inputs: Sequence[Tensor],                # leaves to differentiate by
@@ -79,9 +81,10 @@ def mean_gradient(
         with _full_precision(inputs):           # of the backward pass; the forward keeps the caller's autocast
             grads = torch.autograd.grad(value, inputs, materialize_grads=True)
         total = total + value.detach()
-        mean = grads if mean is None else torch._foreach_add(mean, grads)   # never in place: may be aliased
+        del value                               # and with it what is left of the graph
+        mean = grads if mean is None else torch._foreach_add(mean, grads)
     n = len(losses)
-    return total / n, list(mean if n == 1 else torch._foreach_mul(mean, 1 / n))
+    return total / n, list(torch._foreach_mul(mean, 1 / n))     # a copy: autograd may alias its results
 
 # %% ../nbs/05_meta_adapters.ipynb #6865dffe
 def exact(
@@ -213,3 +216,130 @@ def _finite(**losses):
         if not math.isfinite(value):
             raise InputError(f"The {name} loss is {value}. Lower beta or the learning rate, or look at the data.")
     return values
+
+# %% ../nbs/05_meta_adapters.ipynb #db3f8bb5
+@dataclass(frozen=True)
+class MetaConfig:
+    "Say how language-specific parameters learn [paper sec. 4; App. B]."
+    beta: float | None = 0.1    # rate of the inner step; None: the optimiser's at that step (the paper)
+    estimator: str = 'finite_difference'    # or 'exact', 'first_order'
+    eps: float = 1e-2           # length of the finite difference
+    validation: str = 'train'   # L_val on fresh batches of training text, or of a 'held-out' split
+    others_only: bool = False   # leave language i's own validation loss out
+    order: str = 'meta first'   # or 'shared first'; then the meta step takes another batch
+    also_direct: bool = False   # phi_i also follows its plain training gradient, in theta's optimiser
+    log_every: int = 10         # steps between two measurements of the second-order term's share
+
+    def __post_init__(self):
+        for name, known in (('estimator', tuple(ESTIMATORS)), ('validation', ('train', 'held-out')),
+                            ('order', ('meta first', 'shared first'))):
+            if getattr(self, name) not in known:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}. Use one of {', '.join(known)}.")
+        for name in ('beta', 'eps', 'log_every'):
+            if (x := getattr(self, name)) is not None and not 0 < x < math.inf:
+                raise InputError(f"{name} is {x}. It must be positive and finite.")
+
+    @classmethod
+    def paper(cls, **kw):
+        "Make the literal setting: alpha = beta, finite difference [paper App. B]."
+        return cls(**{**dict(beta=None), **kw})
+
+    @classmethod
+    def released(cls, **kw):
+        "Make the choices of the authors' released code, which are not Algorithm 1."
+        return cls(**{**dict(beta=None, estimator='exact', validation='held-out', order='shared first',
+                             also_direct=True), **kw})
+
+# %% ../nbs/05_meta_adapters.ipynb #7c7cd9b5
+class Updates(JointStep):
+    "Turn batches into closures and gradients into updates: what `MetaStep` stands on."
+    def losses(self, batches) -> list[Callable]:
+        "Make a closure per batch; in float16 the losses are scaled."
+        return [lambda b=b: self.amp.scaler.scale(self.model.loss(b)) for b in batches]
+
+    def step(self, name, params, grads, lr):
+        "Hand gradients to the named optimiser; `update` averages, clips and steps."
+        for p, g in zip(params, grads, strict=True): p.grad = g
+        self.update(name, lr)
+
+    def overflow(self, phi, lr) -> dict:
+        "Let the loss scaler see a step that float16 could not hold: it skips it and lowers the scale."
+        self.step('specific', phi, [torch.full_like(p, math.inf) for p in phi], lr)
+        return {}
+
+    def other_batches(self, k, feed, lang) -> list:
+        "Draw a step's worth of training batches that the shared update has not seen."
+        stream, n = feed.streams[lang].fork('second'), self.cfg.accumulate
+        return [stream.batch((k * n + a) * feed.world + feed.rank).to(feed.device) for a in range(n)]
+
+    def check(self, feed):
+        "Refuse a feed that does not fit the settings."
+        if missing := [l for l in feed.langs if not self.phi.get(l)]:
+            raise InputError(f"the model has no parameters for {', '.join(missing)}. Add the language to it.")
+        held_out = any(feed.validation[l].corpus is not feed.streams[l].corpus for l in feed.langs)
+        if held_out != (self.meta.validation == 'held-out'):
+            raise InputError(f"validation is {self.meta.validation!r}, but the feed's validation batches come from "
+                             f"{'a held-out split' if held_out else 'the training text'}. Give Feed held_out= streams, or change it.")
+        if self.meta.others_only and len(feed.langs) < 2:
+            raise InputError("others_only leaves no validation loss with one language. Train on two or switch it off.")
+
+# %% ../nbs/05_meta_adapters.ipynb #b4ea365e
+class MetaStep(Updates):
+    "Update phi_i by the hypergradient and theta by the plain gradient [paper Algorithm 1]."
+    def __init__(
+        self,
+        model,                  # has `theta`, `phi` and `loss(batch)`, as `MultilingualLM`
+        cfg: TrainConfig,       # rates, clipping, precision
+        meta: MetaConfig | None = None,  # None: the defaults
+    ):
+        self.model, self.cfg, self.meta, self.passes = model, cfg, meta or MetaConfig(), 0
+        self.theta = list(model.theta.values())
+        self.phi = {l: list(own.values()) for l, own in model.phi.items()}
+        specific = [p for own in self.phi.values() for p in own]
+        if not specific:
+            raise InputError("the model has no language-specific parameters. Use the variant adpt, ffn or attn.")
+        self.optimizers = {
+            'specific': make_adam(specific, cfg),
+            'shared': make_adam(self.theta + specific * self.meta.also_direct, cfg)}
+        self.amp = Precision(cfg.precision, self.theta[0].device)
+
+    def __call__(self, k: int, feed: Feed, lr: float) -> dict:
+        "Take step k: line 6, then line 7 of Algorithm 1, or the other way round."
+        self.check(feed)
+        lang, batches = feed.lang(k), feed.train(k)
+        if self.meta.order == 'meta first':
+            out = self.update_specific(k, feed, lang, batches, lr)
+            return dict(loss=self.update_shared(lang, batches, lr)) | out
+        loss = self.update_shared(lang, batches, lr)
+        return dict(loss=loss) | self.update_specific(k, feed, lang, self.other_batches(k, feed, lang), lr)
+
+    def update_specific(self, k, feed, lang, batches, lr) -> dict:
+        "Move phi_i along the hypergradient [paper Eq. 3]."
+        meta, phi, scale = self.meta, self.phi[lang], self.amp.scaler.get_scale()
+        ask = [l for l in feed.langs if not (meta.others_only and l == lang)]
+        try:
+            with self.amp.autocast():       # losses scaled by s and beta by 1/s: the hypergradient by s
+                h = hypergradient(
+                    self.theta, phi, self.losses(batches), self.losses([feed.fresh(k, l) for l in ask]),
+                    (lr if meta.beta is None else meta.beta) / scale, ESTIMATORS[meta.estimator],
+                    meta.eps, average=mean_over_processes)
+        except InputError:
+            if not self.amp.scaler.is_enabled(): raise
+            return self.overflow(phi, lr)
+        self.passes += h.passes
+        share = {} if k % meta.log_every or meta.others_only else dict(ratio=h.ratio)
+        self.step('specific', phi, h.total, lr)
+        return dict(val_loss=h.val_loss / scale) | share
+
+    def update_shared(self, lang, batches, lr) -> Tensor:
+        "Move theta along the training gradient at the present phi_i [paper Eq. 5]."
+        params = self.theta + self.phi[lang] * self.meta.also_direct
+        scale = self.amp.scaler.get_scale()
+        with self.amp.autocast(): loss, grads = mean_gradient(self.losses(batches), params)
+        self.passes += len(batches)
+        self.step('shared', params, grads, lr)
+        return loss / scale
+
+    def describe(self) -> dict:
+        "Name the step and its settings, for records and checkpoints."
+        return dict(name='meta') | asdict(self.meta)
