@@ -137,7 +137,7 @@ class Vector(nn.Module):
 
     def forward(self): return self.weight
 
-# %% ../nbs/01_transformer.ipynb #203a3a64
+# %% ../nbs/01_transformer.ipynb #a0044134
 class MaskedLM(nn.Module):
     "Encode tokens and score the masked ones [paper sec. 3.2]."
     def __init__(self, cfg: ModelConfig, langs: tuple[str, ...] = ()):
@@ -167,8 +167,9 @@ class MaskedLM(nn.Module):
         x = self.embedding(tokens) + places
         if self.languages is not None: x = x + self.languages(lang=lang)
         x = dropout(self.norm(x), self.cfg.dropout, self.training)
-        for block in self.blocks[:-1]: x = block(x, mask, lang)
-        return self.blocks[-1](x, mask, lang, rows)
+        *lower, top = self.blocks
+        for block in lower: x = block(x, mask, lang)
+        return top(x, mask, lang, rows)
 
     def apart(self, tokens, mask):      # -> mask [B,1,T,T], position embeddings [B,T,D]
         "Hide the documents of a row from one another and count positions from each one's `<s>`."
