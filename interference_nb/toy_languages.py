@@ -9,12 +9,12 @@ __all__ = ['TOPICS', 'WORDS', 'SUFFIXES', 'SIZES', 'TOY_LANGUAGES', 'zipf_table'
            'order_agreement', 'shared_words', 'plot_distance', 'home_split', 'shorten', 'negate', 'alter', 'draw_pair',
            'Question', 'draw_question', 'say_question', 'ToySource', 'toy_tokenizer', 'open_source']
 
-# %% ../nbs/00a_toy_languages.ipynb #f3b83849
+# %% ../nbs/00a_toy_languages.ipynb #82997d0d
 import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, combinations, count, islice, pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -456,17 +456,19 @@ def shared_words(a: Speaker, # one language
     x, y = set(a.pieces()), set(b.pieces())
     return len(x & y) / len(y)
 
-# %% ../nbs/00a_toy_languages.ipynb #6e5d45ac
-def plot_distance(distance: dict[str, tuple[float, float]], # {language: (order_agreement, shared_words)}
+# %% ../nbs/00a_toy_languages.ipynb #6c099b79
+def plot_distance(distance: dict[str, tuple[float, float]], # {language: (order, vocabulary)}
                   ax=None, # matplotlib axes; made when not given
                  ):        # the axes
     "Draw languages by their distance to English."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(5.5, 3.5))
     for lang, (order, shared) in distance.items():
-        ax.scatter(order, shared, color='C3' if lang.startswith('x') else 'C0')
-        ax.annotate(f'{lang}  {TOY_LANGUAGES[lang].name}', (order, shared), xytext=(-7, 0),
-                    textcoords='offset points', va='center', ha='right', fontsize=8)
+        fake = lang.startswith('x')
+        ax.scatter(order, shared, color='#D55E00' if fake else '#0072B2')
+        ax.annotate(f'{lang}  {TOY_LANGUAGES[lang].name}', (order, shared), ha='right',
+                    va='bottom' if fake else 'top', xytext=(4, 5 if fake else -5),
+                    textcoords='offset points', fontsize=8)
     ax.set(xlabel='neighbours in the order of English (share)',
            ylabel='vocabulary shared with English (share)')
     return ax
@@ -563,11 +565,11 @@ def draw_question(world: World, # the concepts
     wh = where if part == 'P' else dict(PER=who, NOUN=what).get(parts[part].kind, which)
     return Question(t, part, wh, shorten(world, meaning).clauses[0], k, other, first)
 
-# %% ../nbs/00a_toy_languages.ipynb #18443b40
+# %% ../nbs/00a_toy_languages.ipynb #e4e62622
 def say_question(s: Speaker,  # the language
                  q: Question, # what to ask
-                ) -> tuple[list, list, tuple[int, int]]: # question, context; the answer is context[i:j]
-    "Say a question, the text that answers it, and where the answer stands."
+                ) -> tuple[list, list, tuple[int, int]]: # question, context, (i, j)
+    "Say a question and the text around its answer, context[i:j]."
     stop, _, mark = s.world.ids['PUNCT']
     question, context, spans = [], [], {}
     say_word(s, q.wh, question)
@@ -596,9 +598,9 @@ def _sentences(world, speakers, split, u, limit):
         lines = [_line(s.sentence(meaning)) for s in speakers]
         if max(map(_pieces, lines)) <= limit: yield meaning, lines
 
-# %% ../nbs/00a_toy_languages.ipynb #15b42cf2
+# %% ../nbs/00a_toy_languages.ipynb #beeb7b22
 def _pairs(world, s, split, u, v, limit):
-    "Draw documents of two lines: .4 a sentence and its short form, .2 question and text, .4 one topic."
+    "Draw documents of two lines: a sentence and its short form, a question and text, or one topic."
     for meaning, (first,) in _sentences(world, [s], split, u, limit):
         r = v()
         if r < .4: second = _line(s.sentence(shorten(world, meaning)))
@@ -630,7 +632,7 @@ def _qa(s, meaning, v):
         return dict(title=list(TOPICS)[q.topic], context=_line(context), question=_line(question),
                     answers=dict(text=[_line(context[i:j])], answer_start=[start]))
 
-# %% ../nbs/00a_toy_languages.ipynb #d3e28bd2
+# %% ../nbs/00a_toy_languages.ipynb #25f09866
 class ToySource:
     "Give text and labelled examples of the toy languages."
     name, languages = 'toy', tuple(TOY_LANGUAGES)
@@ -675,7 +677,7 @@ class ToySource:
         return self.n_labelled if split == 'train' else self.n_eval
 
     def meanings(self, split: str, lang: str = 'en') -> Iterator[Meaning]:
-        "Draw what labelled rows mean, without end: a language's own in 'train', else all languages'."
+        "Draw what labelled rows mean, without end; only in 'train' does each language have its own."
         u = self._uniforms('labelled', lang, split, shared=split != 'train')
         speakers = [self.speakers[lang]] if split == 'train' else list(self.speakers.values())
         return (m for m, _ in _sentences(self.world, speakers, split, u, self.max_pieces))
@@ -713,7 +715,7 @@ def toy_tokenizer(source: ToySource, # knows the lexicons
     langs = check_languages(source, langs)
     return WordTokenizer(dict.fromkeys(p for x in langs for p in source.speakers[x].pieces()))
 
-# %% ../nbs/00a_toy_languages.ipynb #5e370d24
+# %% ../nbs/00a_toy_languages.ipynb #27d38e3e
 def open_source(spec: str, # 'toy', 'toy:big', 'hub', or a folder
                 seed: int = 0, # of the toy sentences
                ) -> ToySource | FolderSource | HubSource: # text and labelled examples
@@ -722,4 +724,4 @@ def open_source(spec: str, # 'toy', 'toy:big', 'hub', or a folder
         return ToySource(seed, world=spec.partition(':')[2] or 'small')
     if spec == 'hub': return HubSource()
     if Path(spec).is_dir(): return FolderSource(spec)
-    raise InputError(f"no data source {spec!r}. Name 'toy', 'toy:big', 'hub', or a folder that exists.")
+    raise InputError(f"no data source {spec!r}. Name 'toy', 'toy:big', 'hub' or a folder.")
