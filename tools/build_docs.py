@@ -105,7 +105,7 @@ def crossrefs(path, site, up):
     "Number what is labelled, resolve the references to it, make links to this site relative."
     nb = json.loads(path.read_text(encoding='utf-8'))
     labels = Labels(join(cell['source']) for cell in nb['cells'])
-    unlink = partial(re.sub, r'\[(`[^`]+`)\]\([^)]*\)', r'\1')     # nbdev links names in comments, too
+    unlink = partial(re.sub, r'\[(`[^`]+`)\]\([^)]*\)', r'\1')    # nbdev links names in code
     for cell in nb['cells']:
         change = labels.markdown if cell['cell_type'] == 'markdown' else labels.code
         cell['source'] = change(join(cell['source'])).replace(f'{site}/', up)

@@ -1,0 +1,81 @@
+"What is made from the notebooks is in step with them, and the package starts light."
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = shutil.ignore_patterns('.venv', '.git', '_proc', '_docs', 'runs', '__pycache__',
+                                  '*.egg-info', '.*_cache')
+
+@pytest.fixture(scope='module')
+def notebooks():
+    hidden = lambda p: any(part[0] in '_.' for part in p.relative_to(ROOT).parts)
+    return sorted(p for p in ROOT.glob('nbs/**/*.ipynb') if not hidden(p))
+
+@pytest.fixture
+def copy(tmp_path):
+    "A copy of the project, so that a failing check leaves nothing changed behind."
+    return Path(shutil.copytree(ROOT, tmp_path / 'copy', ignore=LEFT_OUT, symlinks=True))
+
+def differing(copy, pattern):
+    "Name the files matching `pattern` that are not the same here and in the copy."
+    names = {p.relative_to(top) for top in (ROOT, copy) for p in top.glob(pattern)}
+    read = lambda path: path.read_bytes() if path.exists() else None
+    return sorted(str(n) for n in names if read(ROOT / n) != read(copy / n))
+
+def test_package_is_what_the_notebooks_export(copy):
+    subprocess.run(['nbdev_export'], cwd=copy, check=True)
+    assert not (out := differing(copy, 'interference_nb/*.py')), f'run nbdev_export: {out}'
+
+def test_notebooks_are_clean(copy):
+    subprocess.run(['nbdev_clean'], cwd=copy, check=True)
+    assert not (out := differing(copy, 'nbs/**/*.ipynb')), f'run nbdev_clean: {out}'
+
+def test_readme_is_what_the_landing_page_says():
+    r = subprocess.run([sys.executable, 'tools/make_readme.py', '--check'], cwd=ROOT, text=True,
+                       capture_output=True)
+    assert r.returncode == 0, r.stdout + r.stderr
+
+def test_sidebar_lists_every_notebook(notebooks):
+    config = (ROOT / '_quarto.yml').read_text(encoding='utf-8')
+    listed = re.findall(r'(?m)^\s+- ([\w/-]+\.ipynb)$', config)
+    assert sorted(listed) == sorted(p.relative_to(ROOT / 'nbs').as_posix() for p in notebooks)
+
+def test_saved_outputs_are_fit_to_publish(notebooks):
+    "Every notebook holds its outputs, without errors, dead widgets or this machine's paths."
+    faults = []
+    for p in notebooks:
+        nb, size = json.loads(p.read_text(encoding='utf-8')), p.stat().st_size
+        outputs = [o for c in nb['cells'] for o in c.get('outputs', [])]
+        if not outputs and p.stem != 'index': faults.append(f'{p.name}: no outputs saved')
+        if size > 500_000: faults.append(f'{p.name}: {size / 1000:.0f} kB')
+        if 'widgets' in nb['metadata']: faults.append(f'{p.name}: saved widget state')
+        for o in outputs:
+            text = json.dumps(o)
+            if o['output_type'] == 'error': faults.append(f"{p.name}: saved error {o['ename']}")
+            if 'widget-view' in text: faults.append(f'{p.name}: a widget')
+            # a whole path of this machine, or anybody's home
+            if str(ROOT) + '/' in text or re.search(r'(?<![\w.])/(home|Users)/\w', text):
+                faults.append(f'{p.name}: a local path')
+    assert not faults, '\n'.join(dict.fromkeys(faults))
+
+def test_bare_import_needs_torch_and_numpy_only():
+    "The package and its components start light; what else they need waits until it is needed."
+    lib = ROOT / 'interference_nb'
+    modules = [p.stem for p in lib.glob('[!_]*.py') if p.stem not in ('figures', 'cli')]
+    code = f'''
+import importlib, importlib.metadata, sys, time, torch, numpy
+start, known = time.process_time(), set(sys.modules)
+for name in {sorted(modules)}: importlib.import_module('interference_nb.' + name)
+took = time.process_time() - start
+tops = {{name.partition('.')[0] for name in set(sys.modules) - known}}
+installed = importlib.metadata.packages_distributions()
+ours = {{'interference_nb', 'torch', 'numpy'}}
+print(took, *sorted(tops & installed.keys() - ours))
+'''
+    r = subprocess.run([sys.executable, '-c', code], cwd='/', text=True, capture_output=True,
+                       env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert r.returncode == 0, r.stderr
+    seconds, *extra = r.stdout.split()
+    assert not extra, f'importing the components also imports {extra}'
+    assert float(seconds) < 2, f'importing the components takes {seconds} s after torch'

@@ -1,0 +1,147 @@
+"""Open every page of the built site in headless Chromium, with nothing outside within reach.
+
+The site is built first if it is missing or older than what it is made of. CHROME names a browser.
+"""
+import os, re, shutil, subprocess, sys, threading
+from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NBS, SITE = ROOT / 'nbs', ROOT / '_docs'
+NAMES = os.environ.get('CHROME'), 'chromium', 'chromium-browser', 'google-chrome', 'chrome'
+CHROME = next((path for name in NAMES if name and (path := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(not CHROME, reason='no Chromium found; name one in CHROME')
+
+def notebooks():
+    "Return the notebooks that become pages."
+    hidden = lambda p: any(part[0] in '_.' for part in p.relative_to(NBS).parts)
+    return sorted(p for p in NBS.rglob('*.ipynb') if not hidden(p))
+
+def page_of(notebook):
+    "Return the page that a notebook becomes: its path less the number."
+    name = re.sub(r'^\d+[a-zA-Z0-9]*_', '', notebook.stem)
+    return notebook.relative_to(NBS).with_name(f'{name}.html').as_posix()
+
+PAGES = [page_of(p) for p in notebooks()]
+
+@pytest.fixture(scope='session')
+def site():
+    "Build the site if need be, and serve it."
+    sources = [*notebooks(), ROOT / '_quarto.yml', NBS / 'styles.css', ROOT / 'tools/build_docs.py']
+    newest, index = max(p.stat().st_mtime for p in sources), SITE / 'index.html'
+    if not index.exists() or index.stat().st_mtime < newest:
+        r = subprocess.run([sys.executable, 'tools/build_docs.py'], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert r.returncode == 0, r.stdout[-5000:]
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=SITE))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}/'
+    server.shutdown()
+
+@pytest.fixture(scope='session')
+def browser():
+    playwright = pytest.importorskip('playwright.sync_api')
+    with playwright.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROME, args=['--no-sandbox'])
+        yield b
+        b.close()
+
+@pytest.fixture
+def page(browser, site):
+    "A tab that writes down in `page.faults` what goes wrong, and can reach nothing outside."
+    tab = browser.new_page(viewport=dict(width=1280, height=900))
+    tab.faults = []
+    def guard(route):
+        url = route.request.url
+        if url.startswith((site, 'data:', 'blob:', SITE.as_uri())): return route.continue_()
+        tab.faults.append(f'outside request: {url}')
+        return route.abort()
+    tab.route('**/*', guard)
+    tab.on('pageerror', lambda e: tab.faults.append(f'script error: {e}'))
+    tab.on('console', lambda m: m.type == 'error' and tab.faults.append(f'console: {m.text}'))
+    tab.on('response', lambda r: r.status >= 400 and tab.faults.append(f'{r.status}: {r.url}'))
+    yield tab
+    tab.close()
+
+@cache
+def anchors(path):
+    "Return the places in a page that a link can lead to."
+    return set(re.findall(r'\b(?:id|name)="([^"]+)"', path.read_text(encoding='utf-8')))
+
+def broken_links(hrefs, site):
+    "Yield the links within the site that lead nowhere."
+    for url in sorted(set(hrefs)):
+        if not url.startswith(site): continue
+        target, anchor = urldefrag(url)
+        path = SITE / unquote(urlsplit(target).path).lstrip('/')
+        if path.is_dir(): path /= 'index.html'
+        if not path.is_file(): yield f'broken link: {url}'
+        elif anchor and path.suffix == '.html' and unquote(anchor) not in anchors(path):
+            yield f'broken anchor: {url}'
+
+# Text as a reader sees it, without code and without what KaTeX drew.
+TEXT = """() => {
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), seen = [];
+  while (walk.nextNode())
+    if (!walk.currentNode.parentElement.closest('pre, code, script, style, svg, .katex'))
+      seen.push(walk.currentNode.data);
+  return seen.join('\\n');
+}"""
+UNRENDERED = {
+    'raw TeX': r'\$\$|\\[a-zA-Z]{2,}|\\[()\[\]]|\$[^$\n]*[\\_^][^$\n]*\$',
+    'unresolved reference': r'(?<![\w@])@(?:fig|tbl|eq|sec)-[\w-]+',
+    'raw markup': r':{3,}|\{#[\w-]+\}|\{\.[\w-]+',
+}
+
+@pytest.mark.parametrize('name', PAGES)
+def test_page(name, page, site):
+    page.goto(site + name, wait_until='networkidle')
+    text = page.evaluate(TEXT)
+    for fault, pattern in UNRENDERED.items():
+        page.faults += [f'{fault}: {m[0]!r}' for m in re.finditer(pattern, text)]
+    page.faults += [f'bad TeX: {t}' for t in page.locator('.katex-error').all_inner_texts()]
+    hrefs = page.evaluate('() => [...document.links].map(a => a.href)')
+    page.faults += broken_links(hrefs, site)
+    images = 'imgs => imgs.filter(i => i.complete && !i.naturalWidth).map(i => i.src.slice(0, 80))'
+    page.faults += [f'broken image: {src}' for src in page.eval_on_selector_all('img', images)]
+    page.set_viewport_size(dict(width=390, height=800))
+    width = page.evaluate('document.documentElement.scrollWidth')
+    if width > 390: page.faults.append(f'{width} px wide on a telephone of 390')
+    assert not page.faults, '\n'.join(dict.fromkeys(page.faults))
+
+@pytest.mark.parametrize('name', PAGES)
+def test_sliding_figures_slide(name, page, site):
+    page.goto(site + name, wait_until='networkidle')
+    sliders = page.locator('input[type=range]')
+    if not sliders.count(): pytest.skip('no sliding figure on this page')
+    for slider in sliders.all():
+        before, after = slider.evaluate("""async input => {
+          const box = input.closest('.cell-output') || input.parentElement;
+          const shown = () => [...box.querySelectorAll('svg, img')]
+            .filter(e => e.getClientRects().length).map(e => e.outerHTML).join();
+          const before = shown();
+          input.value = input.value == input.max ? input.min : input.max;
+          for (const kind of ['input', 'change'])
+            input.dispatchEvent(new Event(kind, {bubbles: true}));
+          await new Promise(r => setTimeout(r, 300));
+          return [before, shown()];
+        }""")
+        assert before and after and before != after, 'the slider moved, the figure did not'
+    assert not page.faults, '\n'.join(page.faults)
+
+@pytest.mark.parametrize('where', ['served', 'from disk'])
+def test_search_finds(where, page, site):
+    page.goto((site if where == 'served' else SITE.as_uri() + '/') + 'index.html')
+    box = page.locator('#quarto-header input[type=search], #quarto-header input').first
+    box.fill('adapter')
+    results = page.locator('a.search-result')
+    results.first.wait_for(timeout=10_000)
+    href = results.first.evaluate('a => a.href')
+    path = SITE / unquote(urlsplit(href).path).replace(SITE.as_posix(), '').lstrip('/')
+    assert path.is_file(), href
+    assert not page.faults, '\n'.join(page.faults)
