@@ -60,7 +60,7 @@ def split_sentences(text: str,  # one document
     "Split a document at line ends and after sentence-final punctuation."
     return [s for s in _SENTENCE_END.split(text.strip()) if s]
 
-# %% ../nbs/00_data.ipynb #c11a6498
+# %% ../nbs/00_data.ipynb #0f9b7e8f
 def sampling_probabilities(sizes: dict[str, int],  # size L_i of each language's training text, > 0
                            T: float = 1.,          # temperature: 1 proportional, large uniform
                            ) -> dict[str, float]:  # P_i, summing to 1
@@ -68,7 +68,7 @@ def sampling_probabilities(sizes: dict[str, int],  # size L_i of each language's
     if not sizes: raise InputError("no language to sample from. Name at least one.")
     if empty := [lang for lang, n in sizes.items() if not n > 0]:
         raise InputError(f"language {', '.join(empty)} has no text. Leave it out, or add text.")
-    if not T > 0: raise InputError(f"temperature {T} is not positive. Use 1 or more.")
+    if not T > 0: raise InputError(f"temperature {T} is not above 0. Use 1 or more.")
     L = np.array(list(sizes.values()), dtype=float)
     p = (L / L.sum()) ** (1 / T)
     return dict(zip(sizes, (p / p.sum()).tolist(), strict=True))
@@ -94,7 +94,7 @@ def cap_sentences(documents: Iterable[str],   # a language's documents
         heap[0] = key, i, len(kept), '\n'.join(kept)
     return (document for *_, document in sorted(heap, key=lambda row: -row[1]))
 
-# %% ../nbs/00_data.ipynb #2893531e
+# %% ../nbs/00_data.ipynb #701f4ab1
 def cpu_count() -> int:
     "Count the processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -102,7 +102,7 @@ def cpu_count() -> int:
 def _explain_bpe(reason: str, vocab_size: int) -> str:
     "Put SentencePiece's reasons for stopping in a user's words."
     if m := re.search(r'too high.*<= (\d+)', reason):
-        return f"vocab_size {vocab_size} is too large for this text. Use {m[1]} or more text."
+        return f"vocab_size {vocab_size} is too large for this text. Use at most {m[1]}."
     if m := re.search(r'smaller than required_chars\. \d+ vs (\d+)', reason):
         return (f"vocab_size {vocab_size} is less than this text's {m[1]} characters. "
                 "Use more, or a smaller character_coverage.")
@@ -146,9 +146,9 @@ def _write(path: str | Path, content: bytes) -> None:
     try: temporary.write_bytes(content); os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_data.ipynb #8f4370b5
+# %% ../nbs/00_data.ipynb #bb583bd9
 class Tokenizer:
-    "Turn text into subword ids and back, one vocabulary for all languages [paper Section 3.2]."
+    "Turn text into subword ids and back, in all languages of a model [paper Section 3.2]."
     def __init__(self,
                  model: bytes):  # a SentencePiece model whose first ids are SPECIALS
         import sentencepiece
@@ -185,14 +185,14 @@ class Tokenizer:
 
     def __reduce__(self): return type(self), (self.model,)
 
-# %% ../nbs/00_data.ipynb #7b5c5e04
+# %% ../nbs/00_data.ipynb #9fc3db5d
 class WordTokenizer:
     "Turn words of a closed vocabulary into ids, split at '·' into a stem and its suffixes."
     def __init__(self,
-                 pieces: Iterable[str]):  # stems 'kato' and suffixes '·ni', in the order of their ids
+                 pieces: Iterable[str]):  # stems 'kato' and suffixes '·ni', in the order of ids
         self.pieces = tuple(pieces)
         self._id = {p: i for i, p in enumerate(self.pieces, start=len(SPECIALS))}
-        if len(self._id) < len(self.pieces): raise InputError("a piece is there twice. Use it once.")
+        if len(self._id) < len(self.pieces): raise InputError("a piece comes twice. Name it once.")
         self.vocab_size = len(SPECIALS) + len(self.pieces)
         self.fingerprint = hashlib.sha256(repr(('words', self.pieces)).encode()).hexdigest()
 
@@ -228,7 +228,7 @@ def load_tokenizer(path: str | Path,               # a file written by `save`
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no whole tokenizer file. Write it again with save.") from None
 
-# %% ../nbs/00_data.ipynb #caa58a78
+# %% ../nbs/00_data.ipynb #6c0ca995
 def check_languages(source: Source, langs: Iterable[str]) -> tuple[str, ...]:
     "Return the languages as a tuple if the source has them all."
     langs = (langs,) if isinstance(langs, str) else tuple(langs)
@@ -237,7 +237,7 @@ def check_languages(source: Source, langs: Iterable[str]) -> tuple[str, ...]:
     for lang in langs:
         if lang not in source.languages:
             raise InputError(f"unknown language {lang!r}. The {source.name} source has: {have}.")
-        if langs.count(lang) > 1: raise InputError(f"language {lang!r} is there twice. Name it once.")
+        if langs.count(lang) > 1: raise InputError(f"language {lang!r} comes twice. Name it once.")
     return langs
 
 def _cap(max_sentences: dict | int | None, lang: str) -> int | None:
@@ -275,10 +275,10 @@ def train_tokenizer(source: Source,        # where the text comes from
             for lang in langs for k in range(round(P[lang] * n)))
     return Tokenizer.train(draw, vocab_size, **options)
 
-# %% ../nbs/00_data.ipynb #4d396056
+# %% ../nbs/00_data.ipynb #d7deb723
 def _check_task(task: str) -> str:
     "Return the task if it is known."
-    if task not in TASKS: raise InputError(f"unknown task {task!r}. Choose from: {', '.join(TASKS)}.")
+    if task not in TASKS: raise InputError(f"unknown task {task!r}. There are: {', '.join(TASKS)}.")
     return task
 
 def _folder_revision(path: Path) -> dict[str, str]:
@@ -375,33 +375,34 @@ def hub_row(task: str,           # 'ner', 'pos', 'qa' or 'nli'
         row = {column: [row[column][i] for i in keep] for column in row}
     return row
 
-# %% ../nbs/00_data.ipynb #ab4e9913
+# %% ../nbs/00_data.ipynb #7cfe1859
 def resolve_revision(repo: str, revision: str | None, online: bool = True) -> tuple[str, bool]:
-    "Find the commit of a revision, from the hub or else the local cache; say if the hub answered."
+    "Find a revision's commit, from the hub or else the local cache; say if the hub answered."
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
     try:
         if online: return HfApi().dataset_info(repo, revision=revision, timeout=10).sha, True
-    except HfHubHTTPError as e:
-        raise InputError(f"the hub does not give {repo} ({str(e).splitlines()[0]}). "
-                         "Try later, or use --data FOLDER.") from None
+    except HfHubHTTPError: return 'unknown', True       # refused; opening it tells why
     except Exception: pass                              # no network, or HF_HUB_OFFLINE
-    cache = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}"
-    ref = cache / 'refs' / (revision or 'main')
-    return (ref.read_text().strip() if ref.exists() else 'unknown'), False
+    cache = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / 'snapshots'
+    commits = sorted(cache.glob('*'), key=lambda path: path.stat().st_mtime)
+    return (commits[-1].name if commits else 'unknown'), False
 
-def open_hub(repo: str, config: str | None, data_dir: str | None, revision: str | None,
+def open_hub(repo: str, config: str | None, data_dir: str | None, commit: str | None,
              streaming: bool, online: bool) -> dict:
     "Open a data set of the hub, or its local copy, as {split: rows}."
     import datasets
+    from huggingface_hub import snapshot_download
+    if data_dir:                                            # a folder of parquet files, no config
+        local = snapshot_download(repo, repo_type='dataset', revision=commit,
+                                  allow_patterns=f'{data_dir}/*', local_files_only=not online)
+        return datasets.load_dataset('parquet', data_dir=f'{local}/{data_dir}')
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or not online   # straight to the local copy, no retries
-    try:
-        return datasets.load_dataset(repo, config, data_dir=data_dir, revision=revision,
-                                     streaming=streaming)
+    try: return datasets.load_dataset(repo, config, revision=commit, streaming=streaming)
     finally: datasets.config.HF_HUB_OFFLINE = before
 
-# %% ../nbs/00_data.ipynb #03e4744a
+# %% ../nbs/00_data.ipynb #6d6688d6
 class HubSource:
     "Read the paper's data sets from the Hugging Face hub [paper Section 3.2]."
     name, languages = 'hub', tuple(LANGUAGES)
@@ -412,7 +413,7 @@ class HubSource:
                  resolver: Callable = resolve_revision):  # finds its commit
         self.streaming, self.held_out, self._online = streaming, held_out, True
         self._opener, self._resolver, self._commits = opener, resolver, {}
-        self._open = functools.cache(self._load)
+        self._open = functools.cache(self._load)            # each data set is opened once
 
     def text(self, lang: str, split: str = 'train') -> Iterator[str]:
         "Give Wikipedia articles; a batch of rows is in memory at a time."
@@ -448,7 +449,7 @@ class HubSource:
 
     def _load(self, kind, config, data_dir=None):
         repo, commit = HUB[kind], self._commit(kind)
-        if not self._online: commit = HUB_REVISIONS.get(kind)
+        if commit == 'unknown': commit = HUB_REVISIONS.get(kind)
         what = f"{repo} ({config or data_dir})"
         try: return self._opener(repo, config, data_dir, commit, self.streaming, self._online)
         except Exception as e:
@@ -577,7 +578,7 @@ def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
         if _matches(entry, key) and path.exists() and path.stat().st_size == 2 * entry['tokens']:
             return path, entry
 
-# %% ../nbs/00_data.ipynb #38ce55e5
+# %% ../nbs/00_data.ipynb #40ce342a
 def prepare_corpus(source: Source,        # where the text comes from
                    langs: Iterable[str],  # the languages to tokenise
                    tokenizer: Tokenizer | WordTokenizer,  # its vocabulary fits 16 bits
@@ -594,8 +595,8 @@ def prepare_corpus(source: Source,        # where the text comes from
         raise InputError(f"{tokenizer.vocab_size} subwords do not fit 16 bits. Use at most 65536.")
     for lang, split in ((lang, split) for lang in langs for split in splits):
         cap = _cap(max_sentences, lang) if split == 'train' else None
-        key = dict(lang=lang, split=split, source=source.name, revision=_text_revision(source, lang),
-                   tokenizer=tokenizer.fingerprint, max_sentences=cap, seed=cap and seed)
+        key = dict(lang=lang, split=split, source=source.name, tokenizer=tokenizer.fingerprint,
+                   revision=_text_revision(source, lang), max_sentences=cap, seed=cap and seed)
         found = _find(folder, key) or _prepare(source, key, tokenizer, folder, workers)
         if found is None: continue
         ids, entry = np.memmap(found[0], dtype=np.uint16, mode='r'), found[1]
@@ -738,10 +739,10 @@ def task_sizes(source: Source,  # where the rows come from
         except InputError: return None
     return {task: tuple(size(task, lang, split) for split in SPLITS) for task in TASKS}
 
-# %% ../nbs/00_data.ipynb #7fe765b8
+# %% ../nbs/00_data.ipynb #d1395d5a
 def corpus_statistics(source: Source,        # where the text comes from
                       langs: Iterable[str],  # one row each
-                      tokenizer: Tokenizer | WordTokenizer | None = None,  # given: tokens are counted
+                      tokenizer: Tokenizer | WordTokenizer | None = None,  # to count tokens too
                       temperature: float = 1.,  # T of P_i
                       max_sentences: dict | int | None = None,  # caps, as for prepare_corpus
                       ) -> list[dict]:       # one dict a language

@@ -1,0 +1,127 @@
+"""`HubSource` against a stand-in for the hub on this machine: pinned commits, no remote code; then
+the same with the stand-in gone, from the local copy."""
+import hashlib, http.server, json, os, subprocess, sys, threading, urllib.parse
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+MAIN, PARQUET = 'a' * 40, 'b' * 40
+REVISIONS = {'main': MAIN, MAIN: MAIN, 'refs/convert/parquet': PARQUET, PARQUET: PARQUET}
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    "The few answers that `datasets` and `huggingface_hub` need: repository, tree, paths, file."
+    root, protocol_version = None, 'HTTP/1.1'
+    def log_message(self, *args): pass
+
+    def answer(self, code, body=b'', **headers):
+        self.send_response(code)
+        self.send_header('Content-Length', str(len(body)))
+        for k, v in headers.items(): self.send_header(k.replace('_', '-'), v)
+        self.end_headers()
+        if self.command != 'HEAD': self.wfile.write(body)
+
+    def entry(self, base, path):
+        size, kind = (0, 'directory') if path.is_dir() else (path.stat().st_size, 'file')
+        name = path.relative_to(base).as_posix()
+        return dict(type=kind, oid=hashlib.sha1(name.encode()).hexdigest(), size=size, path=name)
+
+    def respond(self):
+        sent = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        url = urllib.parse.urlparse(self.path)
+        parts = [urllib.parse.unquote(p) for p in url.path.strip('/').split('/')]
+        if parts[0] == 'api': parts = parts[1:]
+        repo, what, rest = '/'.join(parts[1:3]), (parts[3:] or ['revision'])[0], parts[4:]
+        commit = REVISIONS.get(rest[0] if rest else 'main')
+        base, path = self.root / repo / str(commit), '/'.join(rest[1:])
+        if what == 'resolve':
+            if not (base / path).is_file():
+                return self.answer(404, X_Error_Code='EntryNotFound', X_Repo_Commit=commit)
+            content = (base / path).read_bytes()
+            tag = f'"{hashlib.sha1(content).hexdigest()}"'
+            if 'Range' in self.headers and self.command == 'GET':
+                first, last = self.headers['Range'].removeprefix('bytes=').split('-')
+                part = content[int(first):int(last or len(content)) + 1]
+                span = f'bytes {first}-{int(first) + len(part) - 1}/{len(content)}'
+                return self.answer(206, part, ETag=tag, X_Repo_Commit=commit, Content_Range=span)
+            return self.answer(200, content, ETag=tag, X_Repo_Commit=commit)
+        if what == 'revision' and base.is_dir():
+            about = dict(id=repo, sha=commit, siblings=[])
+            return self.answer(200, json.dumps(about).encode())
+        if what == 'tree' and (base / path).is_dir():
+            deep = 'recursive=true' in url.query.lower()
+            found = sorted((base / path).rglob('*') if deep else (base / path).iterdir())
+            return self.answer(200, json.dumps([self.entry(base, f) for f in found]).encode())
+        if what == 'paths-info':
+            try: paths = json.loads(sent)['paths']
+            except ValueError: paths = urllib.parse.parse_qs(sent.decode())['paths']
+            found = [self.entry(base, base / p) for p in paths if (base / p).exists()]
+            return self.answer(200, json.dumps(found).encode())
+        self.answer(404, b'{}', X_Error_Code='EntryNotFound')
+    do_GET = do_HEAD = do_POST = respond
+
+def save(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+@pytest.fixture
+def hub(tmp_path):
+    "A hub with two data sets: Wikipedia, and treebanks whose main branch holds a loading script."
+    Hub.root = tmp_path / 'repos'
+    wikipedia = Hub.root / 'wikimedia/wikipedia' / MAIN
+    save(wikipedia / '20231101.sw/train-00000-of-00001.parquet',
+         [dict(id=str(i), url='', title='', text=f'Mtoto {i}.') for i in range(3000)])
+    card = ('---\nconfigs:\n- config_name: 20231101.sw\n  data_files:\n'
+            '  - split: train\n    path: 20231101.sw/train-*\n---\n')
+    (wikipedia / 'README.md').write_text(card)
+    treebanks = Hub.root / 'universal-dependencies/universal_dependencies'
+    (treebanks / MAIN).mkdir(parents=True)
+    (treebanks / MAIN / 'universal_dependencies.py').write_text('raise SystemExit("remote code")')
+    for name in ('hi_hdtb/train', 'hi_hdtb/test', 'hi_pud/test'):
+        save(treebanks / PARQUET / name / '0000.parquet',
+             [dict(tokens=['a', 'b'], upos=[0, 13], misc=[''])])
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown(); server.server_close()
+
+CLIENT = '''
+import sys
+from interference_nb.data import HubSource, InputError, SPLITS
+def tell(f):
+    try: print(f())
+    except InputError as e: print('InputError:', e)
+for streaming in (False, True)[:int(sys.argv[1])]:
+    hub = HubSource(streaming)
+    tell(lambda: [hub.revision()['pos'], hub.revision()['text']])
+    tell(lambda: [len(list(hub.text('sw', split))) for split in SPLITS])
+    tell(lambda: [len(hub.examples('pos', 'hi', split)) for split in ('train', 'test')])
+    tell(lambda: hub.examples('pos', 'hi', 'train'))
+    tell(lambda: hub.examples('pos', 'hi', 'validation'))
+    tell(lambda: hub.examples('nli', 'hi', 'test'))
+'''
+
+def ask(server, home, ways=1):
+    "What a fresh process gets from the hub, line by line."
+    address = f'http://127.0.0.1:{server.server_port}'
+    environment = os.environ | {'HF_HOME': str(home), 'HF_ENDPOINT': address}
+    environment.pop('HF_HUB_OFFLINE', None)
+    done = subprocess.run([sys.executable, '-c', CLIENT, str(ways)], env=environment,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+def test_hub_pins_commits_streams_and_falls_back_on_the_local_copy(hub, tmp_path):
+    "Online, streaming, then with no hub; what was never fetched gives one sentence that helps."
+    online = ask(hub, tmp_path / 'home', ways=2)
+    assert online[:6] == online[6:]                 # with a local copy, and streaming
+    assert online[0] == str([f'universal-dependencies/universal_dependencies@{PARQUET}',
+                             f'wikimedia/wikipedia@{MAIN} 20231101 held-out 0.01'])
+    assert sum(json.loads(online[1])) == 3000 and min(json.loads(online[1])) > 0
+    assert online[2:4] == ['[1, 2]', "[{'tokens': ['a'], 'upos': [0]}]"]
+    assert online[4].startswith("InputError: the hub has no pos validation rows of 'hi'. ")
+    assert online[5].startswith('InputError: facebook/xnli (hi) could not be read from the hub: ')
+    hub.shutdown(); hub.server_close()
+    offline = ask(hub, tmp_path / 'home')
+    assert offline[:5] == online[:5]
+    assert offline[5] == ('InputError: no network and no local copy of facebook/xnli (hi). Go online '
+                          'once, or use --data FOLDER (parquet files) or --data toy.')
