@@ -456,7 +456,7 @@ def shared_words(a: Speaker, # one language
     x, y = set(a.pieces()), set(b.pieces())
     return len(x & y) / len(y)
 
-# %% ../nbs/00a_toy_languages.ipynb #6c099b79
+# %% ../nbs/00a_toy_languages.ipynb #dadea258
 def plot_distance(distance: dict[str, tuple[float, float]], # {language: (order, vocabulary)}
                   ax=None, # matplotlib axes; made when not given
                  ):        # the axes
@@ -466,9 +466,9 @@ def plot_distance(distance: dict[str, tuple[float, float]], # {language: (order,
     for lang, (order, shared) in distance.items():
         fake = lang.startswith('x')
         ax.scatter(order, shared, color='#D55E00' if fake else '#0072B2')
-        ax.annotate(f'{lang}  {TOY_LANGUAGES[lang].name}', (order, shared), ha='right',
-                    va='bottom' if fake else 'top', xytext=(4, 5 if fake else -5),
-                    textcoords='offset points', fontsize=8)
+        ax.annotate(f'{lang}  {TOY_LANGUAGES[lang].name}', (order, shared), fontsize=8,
+                    xytext=(4, 10) if fake else (7, 0), textcoords='offset points',
+                    ha='right' if fake else 'left', va='center')
     ax.set(xlabel='neighbours in the order of English (share)',
            ylabel='vocabulary shared with English (share)')
     return ax
@@ -632,7 +632,7 @@ def _qa(s, meaning, v):
         return dict(title=list(TOPICS)[q.topic], context=_line(context), question=_line(question),
                     answers=dict(text=[_line(context[i:j])], answer_start=[start]))
 
-# %% ../nbs/00a_toy_languages.ipynb #25f09866
+# %% ../nbs/00a_toy_languages.ipynb #92b7075e
 class ToySource:
     "Give text and labelled examples of the toy languages."
     name, languages = 'toy', tuple(TOY_LANGUAGES)
@@ -677,7 +677,7 @@ class ToySource:
         return self.n_labelled if split == 'train' else self.n_eval
 
     def meanings(self, split: str, lang: str = 'en') -> Iterator[Meaning]:
-        "Draw what labelled rows mean, without end; only in 'train' does each language have its own."
+        "Draw what labelled rows mean, without end; a language's own only in 'train'."
         u = self._uniforms('labelled', lang, split, shared=split != 'train')
         speakers = [self.speakers[lang]] if split == 'train' else list(self.speakers.values())
         return (m for m, _ in _sentences(self.world, speakers, split, u, self.max_pieces))
