@@ -21,6 +21,7 @@ KINDS = {'fig': 'Figure', 'tbl': 'Table', 'eq': 'Equation'}
 LABEL = r'(?:fig|tbl|eq)-[\w-]*\w'
 CODE = r'<code>\1</code>'
 TOC = r'(<a href="#([\w-]+)"[^>]*class="nav-link"[^>]*>)[^<]*\\[^<]*</a>'     # with TeX in it
+METHOD = r'(<a href=")([\w./-]*)#(\w+\.[\w.]+)"'
 KATEX = r'https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist'
 
 join = lambda s: ''.join(s) if isinstance(s, list) else s
@@ -124,6 +125,12 @@ def toc_title(page, link):
     heading = re.search(rf'(?s)<h\d[^>]*id="{link[2]}"[^>]*>(.*?)</h\d>', page)
     return link[1] + re.sub(r'<a .*?</a>', '', heading[1]) + '</a>' if heading else link[0]
 
+def existing_anchor(pages, page, m):
+    "Point nbdev's link to a method at its class, where the method has no block of its own."
+    target = pages.get((page.parent / m[2]).resolve() if m[2] else page.resolve(), '')
+    there = not target or f'id="{m[3]}"' in target or f'id="{m[3].split(".")[0]}"' not in target
+    return m[0] if there else f'{m[1]}{m[2]}#{m[3].split(".")[0]}"'
+
 def localise(out):
     "Let every page work with no network and from disk: mathematics, fonts, captions, search."
     for p in (out / 'site_libs').rglob('*.css'):
@@ -137,10 +144,12 @@ def localise(out):
               "document.write('<script src=\"{0}search.js\"><\\/script>')</script>")
     # captions are set as plain text: give them their mathematics and code
     caption = lambda m: re.sub(r'\$([^$]+)\$', r'\\(\1\\)', re.sub(r'`([^`]+)`', CODE, m[0]))
-    for p in out.rglob('*.html'):
-        up, page = depth(p, out), p.read_text(encoding='utf-8')
+    pages = {p.resolve(): p.read_text(encoding='utf-8') for p in out.rglob('*.html')}
+    for p, page in pages.items():
+        up = depth(p, out.resolve())
         page = re.sub(KATEX, f'{up}assets/katex', page)
         page = re.sub(r'(?s)<(figcaption|caption)[^>]*>.*?</\1>', caption, page)
+        page = re.sub(METHOD, partial(existing_anchor, pages, p), page)
         page = re.sub(TOC, partial(toc_title, page), page)
         p.write_text(page.replace('</head>', script.format(up) + '</head>', 1), encoding='utf-8')
 
