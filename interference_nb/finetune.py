@@ -214,7 +214,7 @@ def _stack(lists: list[list[int]], fill: int) -> np.ndarray:
     for row, l in zip(out, lists, strict=True): row[:len(l)] = l
     return out
 
-# %% ../nbs/06_finetune.ipynb #3ca7937b
+# %% ../nbs/06_finetune.ipynb #bfd5e57f
 def read_data(
     task: str | TaskSpec,
     source,                     # a Source
@@ -231,7 +231,8 @@ def read_data(
     if limit is not None and limit < len(rows):
         drawn = np.random.default_rng([seed, 61]).permutation(len(rows))[:limit]
         rows = [rows[i] for i in np.sort(drawn)]
-    data = TaskData(spec, rows, tokenizer, max_len)
+    try: data = TaskData(spec, rows, tokenizer, max_len)
+    except InputError as e: raise InputError(f'{source.name}, {lang!r}, {split} set: {e}') from None
     if not data.pieces:
         raise InputError(f'the {split} set of {spec.name} in {lang!r} is empty ({source.name}, '
                          f'limit {limit}). Give it rows, or choose another language or task.')
