@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPECIALS', 'BOS', 'EOS', 'PAD', 'UNK', 'MASK', 'SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS',
            'TASKS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'InputError',
-           'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'cpu_count', 'train_bpe',
-           'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages', 'train_tokenizer', 'FolderSource',
-           'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'HubSource', 'Corpus', 'parallel_map',
+           'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'cpu_count', 'parallel_map',
+           'train_bpe', 'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages', 'train_tokenizer',
+           'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'HubSource', 'Corpus',
            'prepare_corpus', 'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'task_sizes', 'corpus_statistics',
            'statistics_table']
 
@@ -94,11 +94,67 @@ def cap_sentences(documents: Iterable[str],   # a language's documents
         heap[0] = key, i, len(kept), '\n'.join(kept)
     return (document for *_, document in sorted(heap, key=lambda row: -row[1]))
 
-# %% ../nbs/00_data.ipynb #701f4ab1
+# %% ../nbs/00_data.ipynb #296108c4
 def cpu_count() -> int:
     "Count the processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
+def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
+    "Group documents into chunks of about `size` characters."
+    chunk, n = [], 0
+    for document in documents:
+        chunk.append(document); n += len(document)
+        if n >= size:
+            yield chunk
+            chunk, n = [], 0
+    if chunk: yield chunk
+
+def _serve(function: Callable, pipe, others: list) -> None:
+    "Answer items from a pipe until None comes, or the other end is gone."
+    for other in others: other.close()
+    try:
+        while (item := pipe.recv()) is not None:
+            try: answer = True, function(item)
+            except Exception as e: answer = False, e
+            pipe.send(answer)
+    except (EOFError, OSError, KeyboardInterrupt): pass
+
+# %% ../nbs/00_data.ipynb #4e29a3e7
+def parallel_map(function: Callable,  # what to do with an item
+                 items: Iterable,     # read as it goes, at most workers + 1 of them ahead
+                 workers: int,        # processes; 1: none but this one
+                 ) -> Iterator:       # results, in the order of the items
+    "Apply a function to a stream in several processes, in order and in bounded memory."
+    items = iter(items)
+    head = [item for _, item in zip(range(2), items)]
+    if workers < 2 or len(head) < 2:
+        yield from map(function, head)
+        yield from map(function, items); return
+    queue, pipes, processes = (item for part in (head, items) for item in part), [], []
+    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
+    context = multiprocessing.get_context(method)
+    try:
+        for _, item in zip(range(workers), queue):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, daemon=True,
+                                      args=(function, theirs, [*pipes, ours]))
+            process.start(); theirs.close(); ours.send(item)
+            pipes.append(ours); processes.append(process)
+        while pipes:
+            item = next(queue, None)                     # read on while they work
+            pipe = pipes.pop(0)
+            good, answer = pipe.recv()
+            pipe.send(item)                              # None sends it home
+            if item is not None: pipes.append(pipe)
+            if not good: raise answer
+            yield answer
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise RuntimeError("a worker process died. Use fewer if memory is short.") from None
+    finally:
+        for process in processes: process.terminate()
+        for process in processes: process.join()
+
+# %% ../nbs/00_data.ipynb #91204f2a
 def _explain_bpe(reason: str, vocab_size: int) -> str:
     "Put SentencePiece's reasons for stopping in a user's words."
     if m := re.search(r'too high.*<= (\d+)', reason):
@@ -228,7 +284,7 @@ def load_tokenizer(path: str | Path,               # a file written by `save`
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no whole tokenizer file. Write it again with save.") from None
 
-# %% ../nbs/00_data.ipynb #6c0ca995
+# %% ../nbs/00_data.ipynb #5e1e2d79
 def check_languages(source: Source, langs: Iterable[str]) -> tuple[str, ...]:
     "Return the languages as a tuple if the source has them all."
     langs = (langs,) if isinstance(langs, str) else tuple(langs)
@@ -244,17 +300,26 @@ def _cap(max_sentences: dict | int | None, lang: str) -> int | None:
     "Look up a language's sentence cap."
     return max_sentences.get(lang) if isinstance(max_sentences, dict) else max_sentences
 
-def _sample(documents: Iterable[str], n: int, seed: int) -> tuple[list[str], int]:
+def _draw(seed: int, item: tuple) -> tuple[int, list]:
+    "Count a chunk's sentences, and give those whose pseudo-random keys are below the limit."
+    number, limit, documents = item
+    sentences = [sentence for document in documents for sentence in split_sentences(document)]
+    keyed = ((zlib.crc32(f'{seed}:{number}:{i}'.encode()), i, s) for i, s in enumerate(sentences))
+    return len(sentences), [(-key, -number, -i, s) for key, i, s in keyed if key < limit]
+
+def _sample(documents: Iterable[str], n: int, seed: int, workers: int) -> tuple[list[str], int]:
     "Draw n sentences, in random order, in one pass that holds only those; count all."
     heap, total = [], 0
-    for document in documents:
-        for sentence in split_sentences(document):
-            key = zlib.crc32(f'{seed}:{total}'.encode()); total += 1
-            if len(heap) < n: heapq.heappush(heap, (-key, total, sentence))
-            elif key < -heap[0][0]: heapq.heapreplace(heap, (-key, total, sentence))
+    items = ((i, -heap[0][0] if len(heap) == n else 2**32, chunk)
+             for i, chunk in enumerate(_chunks(documents)))
+    for count, drawn in parallel_map(functools.partial(_draw, seed), items, workers):
+        total += count
+        for row in drawn:
+            if len(heap) < n: heapq.heappush(heap, row)
+            elif row > heap[0]: heapq.heapreplace(heap, row)
     return [sentence for *_, sentence in sorted(heap, reverse=True)], total
 
-# %% ../nbs/00_data.ipynb #2ef9eddc
+# %% ../nbs/00_data.ipynb #b907844e
 def train_tokenizer(source: Source,        # where the text comes from
                     langs: Iterable[str],  # the languages that share the vocabulary
                     vocab_size: int,       # 32,000 in the paper
@@ -262,18 +327,20 @@ def train_tokenizer(source: Source,        # where the text comes from
                     max_sentences: dict | int | None = None,  # caps, as for prepare_corpus
                     sample_sentences: int = 1_000_000,  # the sample, all languages together
                     seed: int = 0,         # another seed, another sample
-                    **options,             # for train_bpe: character_coverage, threads
+                    workers: int | None = None,  # processes; None: one a core, at most 16
+                    character_coverage: float = .9995,  # as for train_bpe
                     ) -> Tokenizer:        # ready to use and to save
     "Train one BPE vocabulary on a sample with the language distribution [paper Section 3.2]."
     langs, samples, sizes = check_languages(source, langs), {}, {}
+    workers = workers or min(cpu_count(), 16)
     for lang in langs:
         documents = cap_sentences(source.text(lang, 'train'), _cap(max_sentences, lang), seed)
-        samples[lang], sizes[lang] = _sample(documents, sample_sentences, seed)
+        samples[lang], sizes[lang] = _sample(documents, sample_sentences, seed, workers)
     P = sampling_probabilities(sizes, temperature)
     n = min(sample_sentences, sum(sizes.values()))
     draw = (samples[lang][k % len(samples[lang])]    # a small language's sentences come round again
             for lang in langs for k in range(round(P[lang] * n)))
-    return Tokenizer.train(draw, vocab_size, **options)
+    return Tokenizer.train(draw, vocab_size, character_coverage=character_coverage, threads=workers)
 
 # %% ../nbs/00_data.ipynb #d7deb723
 def _check_task(task: str) -> str:
@@ -475,63 +542,7 @@ class Corpus:
         "Count the ids, borders included."
         return len(self.ids)
 
-# %% ../nbs/00_data.ipynb #3dd7e16b
-def _serve(function: Callable, pipe, others: list) -> None:
-    "Answer items from a pipe until None comes, or the other end is gone."
-    for other in others: other.close()
-    try:
-        while (item := pipe.recv()) is not None:
-            try: answer = True, function(item)
-            except Exception as e: answer = False, e
-            pipe.send(answer)
-    except (EOFError, OSError, KeyboardInterrupt): pass
-
-# %% ../nbs/00_data.ipynb #4e29a3e7
-def parallel_map(function: Callable,  # what to do with an item
-                 items: Iterable,     # read as it goes, at most workers + 1 of them ahead
-                 workers: int,        # processes; 1: none but this one
-                 ) -> Iterator:       # results, in the order of the items
-    "Apply a function to a stream in several processes, in order and in bounded memory."
-    items = iter(items)
-    head = [item for _, item in zip(range(2), items)]
-    if workers < 2 or len(head) < 2:
-        yield from map(function, head)
-        yield from map(function, items); return
-    queue, pipes, processes = (item for part in (head, items) for item in part), [], []
-    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
-    try:
-        for _, item in zip(range(workers), queue):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, daemon=True,
-                                      args=(function, theirs, [*pipes, ours]))
-            process.start(); theirs.close(); ours.send(item)
-            pipes.append(ours); processes.append(process)
-        while pipes:
-            item = next(queue, None)                     # read on while they work
-            pipe = pipes.pop(0)
-            good, answer = pipe.recv()
-            pipe.send(item)                              # None sends it home
-            if item is not None: pipes.append(pipe)
-            if not good: raise answer
-            yield answer
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise RuntimeError("a worker process died. Use fewer if memory is short.") from None
-    finally:
-        for process in processes: process.terminate()
-        for process in processes: process.join()
-
-# %% ../nbs/00_data.ipynb #2e379f3e
-def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
-    "Group documents into chunks of about `size` characters."
-    chunk, n = [], 0
-    for document in documents:
-        chunk.append(document); n += len(document)
-        if n >= size:
-            yield chunk
-            chunk, n = [], 0
-    if chunk: yield chunk
-
+# %% ../nbs/00_data.ipynb #6970168a
 def _encode_documents(tokenizer, documents: list[str]) -> tuple:
     "Tokenise documents: ids as bytes, then tokens, documents, sentences and unknown subwords."
     out, sentences = [], 0
@@ -739,26 +750,29 @@ def task_sizes(source: Source,  # where the rows come from
         except InputError: return None
     return {task: tuple(size(task, lang, split) for split in SPLITS) for task in TASKS}
 
-# %% ../nbs/00_data.ipynb #d1395d5a
+# %% ../nbs/00_data.ipynb #242310e0
+def _count(tokenizer: Tokenizer | WordTokenizer | None, documents: list[str]) -> tuple[int, ...]:
+    "Count documents, sentences, words and bytes, and tokens if there is a tokenizer."
+    counts = (len(documents), sum(len(split_sentences(d)) for d in documents),
+              sum(len(d.split()) for d in documents), sum(len(d.encode()) for d in documents))
+    return counts + ((sum(len(tokenizer.encode(d)) for d in documents),) if tokenizer else ())
+
+# %% ../nbs/00_data.ipynb #8b84c915
 def corpus_statistics(source: Source,        # where the text comes from
                       langs: Iterable[str],  # one row each
                       tokenizer: Tokenizer | WordTokenizer | None = None,  # to count tokens too
                       temperature: float = 1.,  # T of P_i
                       max_sentences: dict | int | None = None,  # caps, as for prepare_corpus
+                      workers: int | None = None,  # processes; None: one a core, at most 16
                       ) -> list[dict]:       # one dict a language
     "Count the training text of each language, and the rows of its tasks [paper Table 1]."
-    rows = []
+    rows, workers = [], workers or min(cpu_count(), 16)
+    names = ('documents', 'sentences', 'words', 'bytes') + ('tokens',) * bool(tokenizer)
     for lang in check_languages(source, langs):
-        row = dict(lang=lang, language=LANGUAGES.get(lang, lang))
-        row |= dict.fromkeys(['documents', 'sentences', 'words', 'bytes'], 0)
-        if tokenizer: row['tokens'] = 0
-        for document in cap_sentences(source.text(lang, 'train'), _cap(max_sentences, lang)):
-            row['documents'] += 1
-            row['sentences'] += len(split_sentences(document))
-            row['words'] += len(document.split())
-            row['bytes'] += len(document.encode())
-            if tokenizer: row['tokens'] += len(tokenizer.encode(document))
-        rows.append(row)
+        documents = cap_sentences(source.text(lang, 'train'), _cap(max_sentences, lang))
+        counts = parallel_map(functools.partial(_count, tokenizer), _chunks(documents), workers)
+        total = {what: sum(n) for what, *n in zip(names, *counts)}
+        rows.append(dict(lang=lang, language=LANGUAGES.get(lang, lang), **total))
     P = sampling_probabilities({row['lang']: row['sentences'] for row in rows}, temperature)
     return [row | {'P': P[row['lang']]} | task_sizes(source, row['lang']) for row in rows]
 

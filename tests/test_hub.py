@@ -123,5 +123,5 @@ def test_hub_pins_commits_streams_and_falls_back_on_the_local_copy(hub, tmp_path
     hub.shutdown(); hub.server_close()
     offline = ask(hub, tmp_path / 'home')
     assert offline[:5] == online[:5]
-    assert offline[5] == ('InputError: no network and no local copy of facebook/xnli (hi). Go online '
-                          'once, or use --data FOLDER (parquet files) or --data toy.')
+    assert offline[5] == ('InputError: no network and no local copy of facebook/xnli (hi). '
+                          'Go online once, or use --data FOLDER (parquet files) or --data toy.')
