@@ -20,7 +20,7 @@ from .data import InputError
 from .pretrain import (Feed, JointStep, Precision, TrainConfig, make_adam,
                                       mean_over_processes)
 
-# %% ../nbs/05_meta_adapters.ipynb #d7f31250
+# %% ../nbs/05_meta_adapters.ipynb #45f792fe
 @contextmanager
 def moved(
     theta: Sequence[Tensor],      # leaf tensors, changed in place inside the block
@@ -32,7 +32,7 @@ def moved(
     try:
         with torch.no_grad():
             torch._foreach_add_(theta, direction, alpha=step)
-        torch.clear_autocast_cache()            # it may hold half-precision copies of the old weights
+        torch.clear_autocast_cache()        # it may hold 16-bit copies of the old weights
         yield
     finally:
         with torch.no_grad():
@@ -69,63 +69,64 @@ def _full_precision(tensors):
     "Switch autocast off: a difference of two losses drowns in the rounding of 16-bit numbers."
     return torch.autocast(tensors[0].device.type, enabled=False)
 
-# %% ../nbs/05_meta_adapters.ipynb #cbfb65db
+# %% ../nbs/05_meta_adapters.ipynb #e3804867
 def mean_gradient(
     losses: Sequence[Callable[[], Tensor]],  # closures, each returning a scalar loss
     inputs: Sequence[Tensor],                # leaves to differentiate by
-) -> tuple[Tensor, list[Tensor]]:            # mean loss (detached scalar), mean gradient (like `inputs`)
+) -> tuple[Tensor, list[Tensor]]:            # mean loss (detached), mean gradient (like inputs)
     "Average losses and their gradients, holding one graph at a time."
     total, mean = 0., None
     for loss in losses:
         value = loss()
-        with _full_precision(inputs):           # of the backward pass; the forward keeps the caller's autocast
+        with _full_precision(inputs):       # the backward pass; the forward is the caller's
             grads = torch.autograd.grad(value, inputs, materialize_grads=True)
         total = total + value.detach()
-        del value                               # and with it what is left of the graph
+        del value                           # and with it what is left of the graph
         mean = grads if mean is None else torch._foreach_add(mean, grads)
-    n = len(losses)
-    return total / n, list(torch._foreach_mul(mean, 1 / n))     # a copy: autograd may alias its results
+    mean = torch._foreach_mul(mean, 1 / len(losses))    # a copy: autograd may alias its results
+    return total / len(losses), list(mean)
 
-# %% ../nbs/05_meta_adapters.ipynb #6865dffe
+# %% ../nbs/05_meta_adapters.ipynb #09c62cd7
 def exact(
     train_losses: Sequence[Callable[[], Tensor]],  # closures; their mean is L_train
     theta: Sequence[Tensor],                       # shared leaves
     phi: Sequence[Tensor],                         # one language's leaves
-    v: Sequence[Tensor],                           # like theta: gradient of the validation loss at theta'
-    eps: float | None = None,                      # not used; there so that estimators can be swapped
+    v: Sequence[Tensor],                           # like theta: validation gradient at theta'
+    eps: float | None = None,                      # not used; makes estimators swappable
 ) -> list[Tensor]:                                 # like phi: d2 L_train / dphi dtheta . v
     "Differentiate the inner product of gradient and v once more [paper Eq. 4]."
     total = [torch.zeros_like(p) for p in phi]
     for loss in train_losses:
-        with sdpa_kernel(SDPBackend.MATH), _full_precision(theta):   # fused attention has no 2nd derivative
+        # math attention: the fused kernels have no second derivative
+        with sdpa_kernel(SDPBackend.MATH), _full_precision(theta):
             g = torch.autograd.grad(loss(), theta, create_graph=True, materialize_grads=True)
-            parts = [(x * y).sum() for x, y in zip(g, v, strict=True) if x.requires_grad]   # the rest is constant
-            if parts:
+            parts = [(x * y).sum() for x, y in zip(g, v, strict=True) if x.requires_grad]
+            if parts:                               # else the gradient is constant
                 more = torch.autograd.grad(sum(parts), phi, materialize_grads=True)
                 total = torch._foreach_add(total, more, alpha=1 / len(train_losses))
     return list(total)
 
-# %% ../nbs/05_meta_adapters.ipynb #174aefdb
+# %% ../nbs/05_meta_adapters.ipynb #ae7d477a
 def finite_difference(
     train_losses: Sequence[Callable[[], Tensor]],  # closures; their mean is L_train
     theta: Sequence[Tensor],                       # shared leaves; bit-identical afterwards
     phi: Sequence[Tensor],                         # one language's leaves
-    v: Sequence[Tensor],                           # like theta: gradient of the validation loss at theta'
-    eps: float = 1e-2,                             # length of the move away from theta, in theta's units
-) -> list[Tensor]:                                 # like phi: d2 L_train / dphi dtheta . v, up to O(eps^2)
-    "Difference the phi-gradients on either side of theta under the same noise [paper Eq. 8; App. B]."
+    v: Sequence[Tensor],                           # like theta: validation gradient at theta'
+    eps: float = 1e-2,                             # distance from theta, in theta's units
+) -> list[Tensor]:                                 # like phi: the product, up to O(eps^2)
+    "Difference phi-gradients on either side of theta, noise replayed [paper Eq. 8; App. B]."
     norm = float(torch.stack(torch._foreach_norm(v)).norm())
     if not math.isfinite(norm):
-        raise InputError(f"The validation gradient has norm {norm}. Lower beta or look at the data.")
+        raise InputError(f"The validation gradient has norm {norm}. Lower beta.")
     if norm == 0:
         return [torch.zeros_like(p) for p in phi]
     h, noise, ends = eps / norm, random_state(), []
     for side in (h, -h):
         with moved(theta, v, side), replayed(noise), _full_precision(theta):
-            ends.append(mean_gradient(train_losses, phi)[1])       # no gradient by theta is computed
+            ends.append(mean_gradient(train_losses, phi)[1])    # nothing by theta is computed
     return list(torch._foreach_mul(torch._foreach_sub(*ends), 1 / (2 * h)))
 
-# %% ../nbs/05_meta_adapters.ipynb #0fb3dd3b
+# %% ../nbs/05_meta_adapters.ipynb #7fdbfa32
 def first_order(
     train_losses: Sequence[Callable[[], Tensor]],  # not used
     theta: Sequence[Tensor],                       # not used
@@ -137,10 +138,10 @@ def first_order(
     return [torch.zeros_like(p) for p in phi]
 
 
-exact.passes, finite_difference.passes, first_order.passes = 2, 2, 0   # forward + backward, per closure
+exact.passes, finite_difference.passes, first_order.passes = 2, 2, 0   # forward and backward
 ESTIMATORS = {f.__name__: f for f in (exact, finite_difference, first_order)}
 
-# %% ../nbs/05_meta_adapters.ipynb #76d0e054
+# %% ../nbs/05_meta_adapters.ipynb #570212cb
 @dataclass
 class Hypergradient:
     "Hold the gradient of the validation loss after one inner step, term by term [paper Eq. 3-4]."
@@ -157,52 +158,54 @@ class Hypergradient:
 
     @property
     def ratio(self) -> float:
-        "Divide the norm of the second-order term by that of the direct one (inf without a direct one)."
-        second, direct = (float(torch.stack(torch._foreach_norm(t)).norm()) for t in (self.second_order, self.direct))
+        "Divide the norm of the second-order term by that of the direct one."
+        second, direct = (float(torch.stack(torch._foreach_norm(t)).norm())
+                          for t in (self.second_order, self.direct))
         return second / direct if direct else math.inf if second else 0.
 
-# %% ../nbs/05_meta_adapters.ipynb #6e25c41e
+# %% ../nbs/05_meta_adapters.ipynb #ea263054
 def hypergradient(
-    theta: Sequence[Tensor],                       # shared leaves; bit-identical afterwards
-    phi: Sequence[Tensor],                         # the language's leaves; untouched
-    train_loss: Callable | Sequence[Callable],     # closure -> scalar L_train, or several (averaged)
-    val_losses: Sequence[Callable[[], Tensor]],    # closures -> scalar L_val, one per language (averaged)
-    beta: float,                                   # rate of the inner step, > 0
-    estimator: Callable = finite_difference,       # or exact, first_order, or your own
-    eps: float = 1e-2,                             # length of the finite difference, > 0
-    average: Callable[[list], list] = list,        # mean over processes; the identity for one process
-) -> Hypergradient:                                # both terms, losses and passes
-    "Differentiate the validation loss after one inner step by phi [paper Eq. 3-4, Eq. 8; Algorithm 1, line 6]."
+    theta: Sequence[Tensor],                    # shared leaves; bit-identical afterwards
+    phi: Sequence[Tensor],                      # the language's leaves; untouched
+    train_loss: Callable | Sequence[Callable],  # closure -> scalar L_train, or several (averaged)
+    val_losses: Sequence[Callable],             # closures -> scalar L_val, averaged
+    beta: float,                                # rate of the inner step, > 0
+    estimator: Callable = finite_difference,    # or exact, first_order, or your own
+    eps: float = 1e-2,                          # length of the finite difference, > 0
+    average: Callable[[list], list] = list,     # mean over processes; the identity for one
+) -> Hypergradient:                             # both terms, losses and passes
+    "Differentiate the validation loss after an inner step by phi [paper Eq. 3-4; Algorithm 1]."
     theta, phi, train, val = _checked(theta, phi, train_loss, val_losses, beta, eps)
     noise = random_state()
     with sdpa_kernel(SDPBackend.MATH) if estimator is exact else nullcontext():
         train_value, g = mean_gradient(train, theta)
-        with moved(theta, average(g), -beta):                              # theta'
+        with moved(theta, average(g), -beta):                           # theta'
             val_value, grads = mean_gradient(val, theta + phi)
         grads = average(grads)
         v, direct = grads[:len(theta)], grads[len(theta):]
         values = _finite(train=train_value, validation=val_value)
-        with replayed(noise):                                              # the masks of the inner step
+        with replayed(noise):                                           # the inner step's masks
             product = average(estimator(train, theta, phi, v, eps))
     passes = len(train) * (1 + estimator.passes) + len(val)
     return Hypergradient(direct, list(torch._foreach_mul(product, -beta)), *values, passes)
 
-# %% ../nbs/05_meta_adapters.ipynb #ea5daab8
+# %% ../nbs/05_meta_adapters.ipynb #4a3262e7
 def _checked(theta, phi, train_loss, val_losses, beta, eps):
     "Bring the arguments of `hypergradient` into lists and refuse what cannot work."
     theta, phi = list(theta), list(phi)
     train = [train_loss] if callable(train_loss) else list(train_loss)
     val = [val_losses] if callable(val_losses) else list(val_losses)
-    for name, leaves in (('theta', theta), ('phi', phi)):
-        if not leaves:
-            raise InputError(f"{name} holds no tensors. Give the parameters that are "
-                             f"{'shared' if name == 'theta' else 'specific to the language'}.")
-        if not all(p.is_leaf and p.requires_grad for p in leaves):
-            raise InputError(f"{name} holds a tensor that is not a leaf with requires_grad. Pass the parameters themselves.")
+    for name, kind, tensors in (('theta', 'shared', theta), ('phi', 'specific', phi)):
+        if not tensors:
+            raise InputError(f"{name} holds no tensors. Give it the parameters that are {kind}.")
+        if not all(p.is_leaf and p.requires_grad for p in tensors):
+            raise InputError(f"{name} holds a tensor that is not a leaf with requires_grad. "
+                             "Pass the parameters themselves.")
     if len({id(p) for p in theta + phi}) < len(theta) + len(phi):
-        raise InputError("A tensor occurs twice in theta and phi. Each parameter is either shared or specific, once.")
+        raise InputError("A tensor occurs twice in theta and phi. "
+                         "Each parameter is either shared or specific, once.")
     if not train or not val:
-        raise InputError("No loss was given. Pass at least one training and one validation closure.")
+        raise InputError("A loss is missing. Pass a training and a validation closure at least.")
     for name, x in (('beta', beta), ('eps', eps)):
         if not 0 < x < math.inf:
             raise InputError(f"{name} is {x}. It must be positive and finite.")
@@ -214,27 +217,28 @@ def _finite(**losses):
     values = torch.stack(list(losses.values())).tolist()
     for name, value in zip(losses, values, strict=True):
         if not math.isfinite(value):
-            raise InputError(f"The {name} loss is {value}. Lower beta or the learning rate, or look at the data.")
+            raise InputError(f"The {name} loss is {value}. "
+                             "Lower beta or the learning rate, or look at the data.")
     return values
 
-# %% ../nbs/05_meta_adapters.ipynb #db3f8bb5
+# %% ../nbs/05_meta_adapters.ipynb #61387853
 @dataclass(frozen=True)
 class MetaConfig:
     "Say how language-specific parameters learn [paper sec. 4; App. B]."
-    beta: float | None = 0.1    # rate of the inner step; None: the optimiser's at that step (the paper)
+    beta: float | None = 0.1    # rate of the inner step; None: the optimiser's (the paper)
     estimator: str = 'finite_difference'    # or 'exact', 'first_order'
     eps: float = 1e-2           # length of the finite difference
-    validation: str = 'train'   # L_val on fresh batches of training text, or of a 'held-out' split
+    validation: str = 'train'   # L_val on fresh training text, or on a 'held-out' split
     others_only: bool = False   # leave language i's own validation loss out
     order: str = 'meta first'   # or 'shared first'; then the meta step takes another batch
-    also_direct: bool = False   # phi_i also follows its plain training gradient, in theta's optimiser
-    log_every: int = 10         # steps between two measurements of the second-order term's share
+    also_direct: bool = False   # phi_i also follows its training gradient, in theta's optimiser
+    log_every: int = 10         # steps between two measurements of the ratio
 
     def __post_init__(self):
         for name, known in (('estimator', tuple(ESTIMATORS)), ('validation', ('train', 'held-out')),
                             ('order', ('meta first', 'shared first'))):
-            if getattr(self, name) not in known:
-                raise InputError(f"unknown {name} {getattr(self, name)!r}. Use one of {', '.join(known)}.")
+            if (x := getattr(self, name)) not in known:
+                raise InputError(f"unknown {name} {x!r}. Use one of: {', '.join(known)}.")
         for name in ('beta', 'eps', 'log_every'):
             if (x := getattr(self, name)) is not None and not 0 < x < math.inf:
                 raise InputError(f"{name} is {x}. It must be positive and finite.")
@@ -247,10 +251,10 @@ class MetaConfig:
     @classmethod
     def released(cls, **kw):
         "Make the choices of the authors' released code, which are not Algorithm 1."
-        return cls(**{**dict(beta=None, estimator='exact', validation='held-out', order='shared first',
-                             also_direct=True), **kw})
+        return cls(**{**dict(beta=None, estimator='exact', validation='held-out',
+                             order='shared first', also_direct=True), **kw})
 
-# %% ../nbs/05_meta_adapters.ipynb #7c7cd9b5
+# %% ../nbs/05_meta_adapters.ipynb #e21c934d
 class Updates(JointStep):
     "Turn batches into closures and gradients into updates: what `MetaStep` stands on."
     def losses(self, batches) -> list[Callable]:
@@ -263,82 +267,88 @@ class Updates(JointStep):
         self.update(name, lr)
 
     def overflow(self, phi, lr) -> dict:
-        "Let the loss scaler see a step that float16 could not hold: it skips it and lowers the scale."
+        "Show the loss scaler a step that float16 could not hold: it skips it, lowers the scale."
         self.step('specific', phi, [torch.full_like(p, math.inf) for p in phi], lr)
         return {}
 
     def other_batches(self, k, feed, lang) -> list:
         "Draw a step's worth of training batches that the shared update has not seen."
-        stream, n = feed.streams[lang].fork('second'), self.cfg.accumulate
-        return [stream.batch((k * n + a) * feed.world + feed.rank).to(feed.device) for a in range(n)]
+        stream, first = feed.streams[lang].fork('second'), k * self.cfg.accumulate
+        turns = range(first, first + self.cfg.accumulate)
+        return [stream.batch(t * feed.world + feed.rank).to(feed.device) for t in turns]
 
     def check(self, feed):
         "Refuse a feed that does not fit the settings."
         if missing := [l for l in feed.langs if not self.phi.get(l)]:
-            raise InputError(f"the model has no parameters for {', '.join(missing)}. Add the language to it.")
-        held_out = any(feed.validation[l].corpus is not feed.streams[l].corpus for l in feed.langs)
-        if held_out != (self.meta.validation == 'held-out'):
-            raise InputError(f"validation is {self.meta.validation!r}, but the feed's validation batches come from "
-                             f"{'a held-out split' if held_out else 'the training text'}. Give Feed held_out= streams, or change it.")
+            raise InputError(f"the model has no parameters of its own for {', '.join(missing)}. "
+                             "Add the language to the model.")
+        apart = any(feed.validation[l].corpus is not feed.streams[l].corpus for l in feed.langs)
+        if apart != (self.meta.validation == 'held-out'):
+            raise InputError(
+                f"validation is {self.meta.validation!r}, but the feed draws validation batches "
+                f"from {'a held-out split' if apart else 'the training text'}. "
+                "Change the setting, or what Feed is given as held_out.")
         if self.meta.others_only and len(feed.langs) < 2:
-            raise InputError("others_only leaves no validation loss with one language. Train on two or switch it off.")
+            raise InputError("others_only leaves no validation loss with one language. "
+                             "Train on two, or switch it off.")
 
-# %% ../nbs/05_meta_adapters.ipynb #b4ea365e
+# %% ../nbs/05_meta_adapters.ipynb #aa7cb725
 class MetaStep(Updates):
     "Update phi_i by the hypergradient and theta by the plain gradient [paper Algorithm 1]."
     def __init__(
         self,
-        model,                  # has `theta`, `phi` and `loss(batch)`, as `MultilingualLM`
-        cfg: TrainConfig,       # rates, clipping, precision
-        meta: MetaConfig | None = None,  # None: the defaults
+        model,                              # has `theta`, `phi` and `loss(batch)`
+        cfg: TrainConfig,                   # clipping, precision, Adam's averaging rates
+        meta: MetaConfig | None = None,     # None: the defaults
     ):
         self.model, self.cfg, self.meta, self.passes = model, cfg, meta or MetaConfig(), 0
         self.theta = list(model.theta.values())
         self.phi = {l: list(own.values()) for l, own in model.phi.items()}
         specific = [p for own in self.phi.values() for p in own]
         if not specific:
-            raise InputError("the model has no language-specific parameters. Use the variant adpt, ffn or attn.")
+            raise InputError("the model has no language-specific parameters. "
+                             "Use the variant adpt, ffn or attn.")
         self.optimizers = {
             'specific': make_adam(specific, cfg),
             'shared': make_adam(self.theta + specific * self.meta.also_direct, cfg)}
         self.amp = Precision(cfg.precision, self.theta[0].device)
 
     def __call__(self, k: int, feed: Feed, lr: float) -> dict:
-        "Take step k: line 6, then line 7 of Algorithm 1, or the other way round."
+        "Take step k: line 6 then line 7 of Algorithm 1, or the other way round."
         self.check(feed)
         lang, batches = feed.lang(k), feed.train(k)
         if self.meta.order == 'meta first':
             out = self.update_specific(k, feed, lang, batches, lr)
             return dict(loss=self.update_shared(lang, batches, lr)) | out
         loss = self.update_shared(lang, batches, lr)
-        return dict(loss=loss) | self.update_specific(k, feed, lang, self.other_batches(k, feed, lang), lr)
+        batches = self.other_batches(k, feed, lang)
+        return dict(loss=loss) | self.update_specific(k, feed, lang, batches, lr)
 
     def update_specific(self, k, feed, lang, batches, lr) -> dict:
         "Move phi_i along the hypergradient [paper Eq. 3]."
-        meta, phi, scale = self.meta, self.phi[lang], self.amp.scaler.get_scale()
-        ask = [l for l in feed.langs if not (meta.others_only and l == lang)]
-        try:
-            with self.amp.autocast():       # losses scaled by s and beta by 1/s: the hypergradient by s
-                h = hypergradient(
-                    self.theta, phi, self.losses(batches), self.losses([feed.fresh(k, l) for l in ask]),
-                    (lr if meta.beta is None else meta.beta) / scale, ESTIMATORS[meta.estimator],
-                    meta.eps, average=mean_over_processes)
+        meta, phi, s = self.meta, self.phi[lang], self.amp.scaler.get_scale()
+        val = [feed.fresh(k, l) for l in feed.langs if not (meta.others_only and l == lang)]
+        beta = (lr if meta.beta is None else meta.beta) / s     # losses times s, beta over s:
+        try:                                                    # the hypergradient times s
+            with self.amp.autocast():
+                h = hypergradient(self.theta, phi, self.losses(batches), self.losses(val), beta,
+                                  ESTIMATORS[meta.estimator], meta.eps, mean_over_processes)
         except InputError:
             if not self.amp.scaler.is_enabled(): raise
             return self.overflow(phi, lr)
         self.passes += h.passes
-        share = {} if k % meta.log_every or meta.others_only else dict(ratio=h.ratio)
         self.step('specific', phi, h.total, lr)
-        return dict(val_loss=h.val_loss / scale) | share
+        out = dict(val_loss=h.val_loss / s)
+        return out if k % meta.log_every or meta.others_only else out | dict(ratio=h.ratio)
 
     def update_shared(self, lang, batches, lr) -> Tensor:
         "Move theta along the training gradient at the present phi_i [paper Eq. 5]."
         params = self.theta + self.phi[lang] * self.meta.also_direct
-        scale = self.amp.scaler.get_scale()
+        s = self.amp.scaler.get_scale()
         with self.amp.autocast(): loss, grads = mean_gradient(self.losses(batches), params)
         self.passes += len(batches)
         self.step('shared', params, grads, lr)
-        return loss / scale
+        return loss / s
 
     def describe(self) -> dict:
         "Name the step and its settings, for records and checkpoints."
