@@ -24,14 +24,14 @@ DATA  ?=
 LANGS ?=
 ARGS  ?=
 
-say = @printf '\n\033[1m%s\033[0m\n' "$(strip $(1))"
+say := @printf '\n\033[1m%s\033[0m\n'
 
 .PHONY: help demo test slow docs lab prepare clean
 help:      ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
 $(READY): settings.ini setup.py pyproject.toml
-	$(call say, Installing into $(VENV), once: about a minute and a 1.5 GB folder)
+	$(say) "Installing into $(VENV), once: about a minute and a 1.5 GB folder"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is not Python 3.11 or newer. Install one and name it: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
@@ -42,29 +42,29 @@ $(READY): settings.ini setup.py pyproject.toml
 	@touch $@
 
 demo: $(READY)      ## the main job: 5 minutes on 2 cores; 20 with DATA=folder LANGS=en,sw
-	$(call say, Pretraining and finetuning small models: about $(if $(DATA),20,5) minutes on 2 cores)
-	interference demo $(if $(DATA),--data $(DATA)) $(if $(LANGS),--langs $(LANGS)) $(ARGS)
+	$(say) "Pretraining and finetuning small models: about $(if $(DATA),20,5) minutes on 2 cores"
+	interference demo $(if $(DATA),--data '$(DATA)') $(if $(LANGS),--langs '$(LANGS)') $(ARGS)
 
 test: $(READY)      ## every notebook's tests, and those in tests/: 8 minutes
-	$(call say, Running the notebooks and the tests: about 8 minutes on 2 cores)
+	$(say) "Running the notebooks and the tests: about 8 minutes on 2 cores"
 	pytest $(ARGS)
 
 slow: $(READY)      ## also the cells marked `#| slow`: an hour
-	$(call say, Running the slow cells too: up to an hour)
+	$(say) "Running the slow cells too: up to an hour"
 	NBDEV_FLAGS=slow pytest nbs $(ARGS)
 
 docs: $(READY)      ## the site, into _docs: 1 minute
-	$(call say, Building the site into _docs: about a minute)
+	$(say) "Building the site into _docs: about a minute"
 	python tools/build_docs.py $(ARGS)
 
 lab: $(READY)       ## JupyterLab on the notebooks, until Ctrl-C
-	$(call say, Starting JupyterLab on nbs/: a few seconds; Ctrl-C twice ends it)
+	$(say) "Starting JupyterLab on nbs/: a few seconds; Ctrl-C twice ends it"
 	nbdev_trust && jupyter lab nbs
 
 prepare: $(READY)   ## before a commit: export, clean, README, lint, test: 8 minutes
-	$(call say, Exporting, cleaning, making the README, checking and testing: about 8 minutes)
+	$(say) "Exporting, cleaning, making the README, checking and testing: about 8 minutes"
 	nbdev_export && nbdev_clean && python tools/make_readme.py && ruff check && pytest $(ARGS)
 
 clean:     ## remove what the commands above made: at once
-	$(call say, Removing the environment and everything built)
+	$(say) "Removing the environment and everything built"
 	rm -rf $(VENV) _proc _docs *.egg-info .pytest_cache .ruff_cache
