@@ -136,8 +136,11 @@ def localise(out):
     for p in (out / 'site_libs').rglob('*.css'):
         css = re.sub(r'@import url\(https://fonts[^)]*\);?', '', p.read_text(encoding='utf-8'))
         p.write_text(css, encoding='utf-8')
+    # search shows plain text: TeX commands would only be noise there
+    search = out / 'search.json'
+    index = re.sub(r'\\\\(?:[a-zA-Z]+|[^\w"\\])', ' ', search.read_text(encoding='utf-8'))
+    search.write_text(index, encoding='utf-8')
     # a page opened from disk may not fetch; a script may be loaded all the same
-    index = (out / 'search.json').read_text(encoding='utf-8')
     (out / 'search.js').write_text(
         f'window.fetch = async () => ({{json: async () => {index}}});\n', encoding='utf-8')
     script = ("<script>location.protocol == 'file:' && "
