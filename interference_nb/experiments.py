@@ -8,7 +8,7 @@ __all__ = ['SYSTEMS', 'SCALES', 'CLAIMS', 'System', 'Scale', 'RunSpec', 'plan', 
            'paired', 'columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'findings',
            'about_records']
 
-# %% ../nbs/07_experiments.ipynb #d7ac816a
+# %% ../nbs/07_experiments.ipynb #e0b38a38
 import itertools, json, math, multiprocessing, sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,7 +21,7 @@ from .data import (InputError, Stream, check_languages, cpu_count, dev_batches, 
                                   train_tokenizer)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig
-from .pretrain import Feed, JointStep, Record, TrainConfig, config_hash, read_record, train
+from .pretrain import Feed, JointStep, Record, TrainConfig, config_hash, read_record, same_config, train
 from .adapters import MultilingualLM
 from .meta_adapters import MetaConfig, MetaStep
 from .finetune import FinetuneConfig, finetune
@@ -111,7 +111,7 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, path: P
         train_tokenizer(source, langs, vocab_size, temperature=temperature).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #b77cc1b0
+# %% ../nbs/07_experiments.ipynb #4de8f227
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict]:  # rows of the record
     "Pretrain and finetune one run, or return its record if that is complete. [paper 3.2, App. A]"
@@ -141,8 +141,7 @@ def complete(spec: RunSpec, home: Path) -> list[dict] | None:
     "Return the rows of a finished record, None if there is none; raise if the folder holds another config's."
     path = home/'record.jsonl'
     rows = read_record(path) if path.exists() else []
-    if rows and rows[0]['config']['run'] != spec.config:
-        raise InputError(f'{home} holds a run with other settings. Name another folder with --out, or delete this one.')
+    if rows: same_config(spec.config, rows[0]['config']['run'], home)
     return rows if rows and rows[-1]['kind'] == 'done' else None
 
 def device() -> str:
@@ -185,14 +184,15 @@ def no_main():
     try: yield
     finally: main.__dict__.update(kept)
 
-# %% ../nbs/07_experiments.ipynb #c27369ad
+# %% ../nbs/07_experiments.ipynb #ee476fc3
 def metrics(records: list[list[dict]]) -> dict[str, float]:  # of one system and seed: one record, or mono's several
     "Read the numbers of one system and seed from its records."
     out, scores = {}, {}
     for rows in records:
         end = next(r for r in rows if r['kind'] == 'end')
         out |= {f'ppl {l}': p for l, p in end['ppl'].items()}
-        out['s/step'], out['passes/step'] = end['wall_s'] / end['step'], end['passes'] / end['step']
+        seconds = end['cpu_s' if rows[0]['hardware'].startswith('CPU') else 'wall_s']
+        out['s/step'], out['passes/step'] = seconds / end['step'], end['passes'] / end['step']
         out['work'] = out.get('work', 0) + end['passes']
         for r in (r for r in rows if r['kind'] == 'finetune'):
             for lang, score in r['scores'].items():

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'Feed', 'processes', 'mean_over_processes', 'perplexity', 'make_adam', 'Precision',
            'JointStep', 'save_checkpoint', 'load_checkpoint', 'training_state', 'restore_training_state', 'Record',
-           'read_record', 'config_hash', 'run_info', 'train', 'seed_step', 'progress_bar', 'same_config', 'RunLog']
+           'read_record', 'config_hash', 'run_info', 'train', 'clocks', 'seed_step', 'progress_bar', 'same_config',
+           'RunLog']
 
 # %% ../nbs/01a_pretrain.ipynb #58c6d6d9
 import contextlib, hashlib, json, math, os, platform, subprocess, sys, time
@@ -316,7 +317,11 @@ def train(model, feed: Feed, cfg: TrainConfig,
             bar.update(1)
     return log.end() if last == cfg.steps else log.rows
 
-# %% ../nbs/01a_pretrain.ipynb #28cbbd09
+# %% ../nbs/01a_pretrain.ipynb #7f5a0fb3
+def clocks() -> np.ndarray:  # wall and processor seconds since some time in the past
+    "Read both clocks: the second is fairer on a machine shared with others."
+    return np.array([time.perf_counter(), time.process_time()])
+
 def seed_step(seed: int, k: int):
     "Make the dropout of step `k` a function of the run's seed, the process and `k` alone."
     torch.manual_seed(int(np.random.SeedSequence([seed, processes()[0], k]).generate_state(1, np.uint64)[0] >> 1))
@@ -334,13 +339,14 @@ def same_config(now: dict, then: dict, path, free=('eval_every', 'checkpoint_eve
     a, b = flat(json.loads(json.dumps(now))), flat(json.loads(json.dumps(then)))
     differ = [f'{k} = {b.get(k)!r} there, {a.get(k)!r} here' for k in sorted(a | b)
               if a.get(k) != b.get(k) and k.split('.')[-1] not in free]
-    if differ: raise InputError(f'{path} belongs to another config ({"; ".join(differ)}). Name another folder, or use its settings.')
+    if differ: raise InputError(f'{path} belongs to another config ({"; ".join(differ)}). Name another folder, use its settings, or delete it to start over.')
 
 class RunLog:
     "The bookkeeping of one run: its record, its checkpoint, where it resumes."
     def __init__(self, model, step, cfg, feed, dev, folder, about):
         self.model, self.step, self.dev, self.cfg, self.pending = model, step, dev, cfg, []
-        self.main, self.t0, self.wall0, self.first = processes()[0] == 0, time.perf_counter(), 0., 0    # wall: training alone
+        self.main, self.first = processes()[0] == 0, 0
+        self.spent, self.since = np.zeros(2), clocks()      # on training alone: wall and processor seconds
         self.tokens_a_step = cfg.accumulate * cfg.batch_size * cfg.seq_len * feed.world
         self.config = dict(model=asdict(model.cfg), langs=list(model.langs), train=asdict(cfg),
                            step=step.describe(), world=feed.world, **(about or {}))
@@ -358,14 +364,17 @@ class RunLog:
         same_config(self.config, meta['config'], self.checkpoint)
         restore_training_state(self.model, self.step, state)
         self.step.amp.scaler.load_state_dict(meta['scaler']) if meta['scaler'] else None
-        self.first, self.wall0, self.step.passes = meta['step'], meta['wall_s'], meta['passes']
+        self.first, self.step.passes = meta['step'], meta['passes']
+        self.spent += (meta['wall_s'], meta['cpu_s'])
 
     def save(self, done):
-        meta = dict(step=done, wall_s=self.wall(), passes=self.step.passes, config=self.config,
-                    scaler=self.step.amp.scaler.state_dict())
+        meta = dict(config=self.config, scaler=self.step.amp.scaler.state_dict()) | self.so_far(done)
         if self.checkpoint and self.main: save_checkpoint(self.checkpoint, training_state(self.model, self.step), meta)
 
-    def wall(self): return self.wall0 + time.perf_counter() - self.t0
+    def so_far(self, done) -> dict:
+        "Sum up the work of the first `done` steps."
+        wall, cpu = (self.spent + clocks() - self.since).round(3).tolist()
+        return dict(step=done, wall_s=wall, cpu_s=cpu, passes=self.step.passes)
 
     def means(self, done) -> dict:
         "Means of what the steps since the last line returned; stops at a loss that is not finite."
@@ -376,21 +385,21 @@ class RunLog:
         if not math.isfinite(out.get('loss', 0.)):
             raise InputError(f"the loss is {out['loss']} by step {done}. The last checkpoint ({self.checkpoint or 'none was asked for'}) "
                              f'is from before it: lower the learning rate (lr = {self.cfg.lr:g}) or lengthen the warm-up.')
-        return dict(step=done, wall_s=round(self.wall(), 2), passes=self.step.passes) | out
+        return self.so_far(done) | out
 
     def losses(self, done): self.record.write('step', **self.means(done))
 
     def evaluate(self, done) -> str:
-        means, t = self.means(done), time.perf_counter()
+        means, start = self.means(done), clocks()
         if self.rows[-1]['kind'] == 'eval' and self.rows[-1]['step'] == done: return ''
         ppl = {l: perplexity(self.model, b) for l, b in self.dev.items()}
         self.record.write('eval', ppl=ppl, **means)
-        self.t0 += time.perf_counter() - t
+        self.since += clocks() - start
         return ' '.join(f'{l} ppl {p:.1f}' for l, p in ppl.items())
 
     def end(self) -> list[dict]:
-        wall = max(self.wall(), 1e-9)
-        self.record.write('end', step=self.cfg.steps, wall_s=round(wall, 2), passes=self.step.passes,
-                          tokens_per_s=round(self.cfg.steps * self.tokens_a_step / wall),
-                          ppl=next(r['ppl'] for r in reversed(self.rows) if r['kind'] == 'eval'))
+        work = self.so_far(self.cfg.steps)
+        tokens_per_s = round(self.cfg.steps * self.tokens_a_step / max(work['wall_s'], 1e-9))
+        ppl = next(r['ppl'] for r in reversed(self.rows) if r['kind'] == 'eval')
+        self.record.write('end', ppl=ppl, tokens_per_s=tokens_per_s, **work)
         return self.rows
