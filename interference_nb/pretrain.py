@@ -154,7 +154,7 @@ class Precision:
         if self.name == 'float32': return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.name))
 
-# %% ../nbs/01a_pretrain.ipynb #9411cfd5
+# %% ../nbs/01a_pretrain.ipynb #ef140526
 class JointStep:
     "Update all parameters on one language's batches: the paper's JointPair, and Mono where there is one language."
     def __init__(self, model, cfg: TrainConfig):
@@ -169,10 +169,10 @@ class JointStep:
         return dict(loss=loss)
 
     def backward(self, batches: list[Batch]) -> torch.Tensor:
-        "Add the gradient of the batches' mean loss to every parameter's `.grad`."
-        losses = []
+        "Add the gradient of the mean loss per masked token to every parameter's `.grad`."
+        losses, masked = [], sum(len(b.targets) for b in batches)
         for b in batches:
-            with self.amp.autocast(): loss = self.model.loss(b) / len(batches)
+            with self.amp.autocast(): loss = self.model.loss(b) * (len(b.targets) / masked)
             self.amp.scaler.scale(loss).backward()
             losses.append(loss.detach())
         self.passes += len(batches)
