@@ -163,7 +163,7 @@ class Hypergradient:
                           for t in (self.second_order, self.direct))
         return second / direct if direct else math.inf if second else 0.
 
-# %% ../nbs/05_meta_adapters.ipynb #ea263054
+# %% ../nbs/05_meta_adapters.ipynb #ec104707
 def hypergradient(
     theta: Sequence[Tensor],                    # shared leaves; bit-identical afterwards
     phi: Sequence[Tensor],                      # the language's leaves; untouched
@@ -186,7 +186,7 @@ def hypergradient(
         values = _finite(train=train_value, validation=val_value)
         with replayed(noise):                                           # the inner step's masks
             product = average(estimator(train, theta, phi, v, eps))
-    passes = len(train) * (1 + estimator.passes) + len(val)
+    passes = len(train) * (1 + getattr(estimator, 'passes', 0)) + len(val)
     return Hypergradient(direct, list(torch._foreach_mul(product, -beta)), *values, passes)
 
 # %% ../nbs/05_meta_adapters.ipynb #4a3262e7
