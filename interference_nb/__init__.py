@@ -1,1 +1,17 @@
 __version__ = "0.1.0"
+
+from .data import Batch, InputError
+from .toy_languages import ToySource, open_source, toy_tokenizer
+from .transformer import MaskedLM, ModelConfig
+from .pretrain import Feed, JointStep, TrainConfig, perplexity, train
+from .adapters import Adapter, MultilingualLM, load_model, save_model
+from .meta_adapters import MetaConfig, MetaStep, exact, finite_difference, first_order, hypergradient
+from .finetune import FinetuneConfig, finetune
+from .experiments import SCALES, SYSTEMS, RunSpec, load_results, plan, run, run_all
+
+__all__ = [
+    'Batch', 'InputError', 'ToySource', 'open_source', 'toy_tokenizer', 'MaskedLM', 'ModelConfig',
+    'Feed', 'JointStep', 'TrainConfig', 'perplexity', 'train', 'Adapter', 'MultilingualLM', 'load_model',
+    'save_model', 'MetaConfig', 'MetaStep', 'exact', 'finite_difference', 'first_order', 'hypergradient',
+    'FinetuneConfig', 'finetune', 'SCALES', 'SYSTEMS', 'RunSpec', 'load_results', 'plan', 'run', 'run_all',
+]

@@ -96,7 +96,7 @@ def draw(folder: Path):
     from interference_nb.figures import plot_summary, svg
     (folder/'figure.svg').write_text(svg(plot_summary(folder)), encoding='utf-8')
 
-# %% ../nbs/09_cli.ipynb #c4213cd6
+# %% ../nbs/09_cli.ipynb #97e6b25d
 @dataclass(frozen=True)
 class PrepareConfig:
     "Train the vocabulary of some languages and tokenise their text, once."
@@ -134,8 +134,9 @@ class FinetuneCommand:
     task: str = 'ner'
     train_lang: str = 'en'
     test_langs: tuple[str, ...] = ()  # all of the model's if not given
+    data: str = 'toy'  # what the run was pretrained on
 
-# %% ../nbs/09_cli.ipynb #1effc948
+# %% ../nbs/09_cli.ipynb #47afcf49
 def spec_of(cfg, scale, system='joint', langs=None) -> RunSpec:
     "Describe what a command works on as a run without tasks."
     if system not in SYSTEMS: raise InputError(f"unknown system '{system}'. Use one of {', '.join(SYSTEMS)}.")
@@ -171,7 +172,7 @@ def finetune_run(cfg: FinetuneCommand):
     if not record.rows: raise InputError(f'no run in {cfg.run}. Name a folder that `interference pretrain` made with --run.')
     about = record.rows[0]['config']['run']
     scale = Scale(ModelConfig(**about['scale']['model']), TrainConfig(**about['scale']['train']), cfg.finetune)
-    spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'], scale, about['data'], (), about['max_sentences'])
+    spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'], scale, cfg.data, (), about['max_sentences'])
     source, tokenizer, _ = materials(spec, cfg.run.parent)
     model = load_model(cfg.run/'checkpoint.safetensors', tokenizer, device=device())
     langs = split_commas(cfg.test_langs) or model.langs

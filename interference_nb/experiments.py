@@ -6,7 +6,7 @@
 __all__ = ['SYSTEMS', 'SCALES', 'CLAIMS', 'System', 'Scale', 'RunSpec', 'plan', 'materials', 'cached_tokenizer', 'run',
            'complete', 'device', 'cost', 'run_all', 'one_thread', 'no_main', 'metrics', 'load_results', 'Paired',
            'paired', 'columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'findings',
-           'about_records']
+           'verdict_table', 'about_records']
 
 # %% ../nbs/07_experiments.ipynb #e0b38a38
 import itertools, json, math, multiprocessing, sys
@@ -54,7 +54,7 @@ SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), FinetuneConfig.toy
           'mini': Scale(ModelConfig.mini(8000), TrainConfig.mini(), FinetuneConfig.mini()),
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(), FinetuneConfig.paper())}
 
-# %% ../nbs/07_experiments.ipynb #3e1e70f8
+# %% ../nbs/07_experiments.ipynb #926c8945
 @dataclass(frozen=True)
 class RunSpec:
     "A system, its languages and a seed, at a scale, on some data."
@@ -77,8 +77,9 @@ class RunSpec:
 
     @property
     def config(self) -> dict:
-        "Everything that its numbers depend on, as plain values."
-        return json.loads(json.dumps(asdict(self) | dict(about=asdict(SYSTEMS[self.system])), default=str))
+        "Everything that its numbers depend on, as plain values; of a folder the name, not where it lies."
+        about = dict(about=asdict(SYSTEMS[self.system]), data=Path(self.data).name)
+        return json.loads(json.dumps(asdict(self) | about))
 
 def plan(systems, langs, seeds: int, scale: Scale, data: str = 'toy', tasks=('ner', 'pos')) -> list[RunSpec]:
     "List the runs that a comparison of systems needs."
@@ -111,7 +112,7 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, path: P
         train_tokenizer(source, langs, vocab_size, temperature=temperature).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #4de8f227
+# %% ../nbs/07_experiments.ipynb #38491d9a
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict]:  # rows of the record
     "Pretrain and finetune one run, or return its record if that is complete. [paper 3.2, App. A]"
@@ -128,7 +129,9 @@ def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of it
     dev = {l: dev_batches(corpora[l]['test'], 64, cfg.seq_len, tokenizer.vocab_size, cfg.mask_prob, n_batches=8)
            for l in spec.langs}                      # never the split that a meta step may be validated on
     step = MetaStep(model, cfg, system.meta) if system.meta else JointStep(model, cfg)
-    about = dict(run=spec.config, variant=system.variant, tokenizer=tokenizer.fingerprint, source=source.name)
+    revision = {k: v for k, v in source.revision().items() if '/' not in k or k.split('/')[1] in spec.pair}
+    about = dict(run=spec.config, variant=system.variant, tokenizer=tokenizer.fingerprint,
+                 source=source.name, revision=revision)
     train(model, feed, cfg, dev, step, folder=home, about=about, progress=progress)
     record = Record(home/'record.jsonl')
     for task, lang in itertools.product(spec.tasks, spec.langs):
@@ -318,6 +321,17 @@ def findings(results: dict) -> str:
              'undecided': 'Undecided here, the 95% interval holds zero:'}
     return '\n'.join(f'{title}\n' + '\n'.join(f'  - {say(v)}' for v in found if v['verdict'] == kind)
                      for kind, title in parts.items() if any(v['verdict'] == kind for v in found))
+
+# %% ../nbs/07_experiments.ipynb #dca705ec
+def verdict_table(experiments: dict[str, dict]) -> str:  # {name: results} -> Markdown
+    "Set what the paper says beside what each experiment shows."
+    found = {name: {v['claim']: v for v in verdicts(results)} for name, results in experiments.items()}
+    def cell(v):
+        if v is None: return 'not measured'
+        return f"**{v['verdict']}** ({v['paired'].delta:+.2f} ± {v['paired'].se:.2f})"
+    lines = [[c.text, c.source or 'our control', c.metric, *(cell(f.get(c)) for f in found.values())]
+             for c in CLAIMS if any(c in f for f in found.values())]
+    return markdown_table(['statement', 'paper', 'measured by', *found], lines)
 
 # %% ../nbs/07_experiments.ipynb #1f1db496
 def about_records(folder) -> dict:

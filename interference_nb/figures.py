@@ -6,10 +6,11 @@
 __all__ = ['COLOURS', 'new_axes', 'read_curves', 'plot_curves', 'plot_transfer', 'plot_differences', 'plot_summary', 'svg',
            'slider']
 
-# %% ../nbs/08_figures.ipynb #60e44a51
+# %% ../nbs/08_figures.ipynb #43d42c83
 import io, re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from zlib import crc32
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -105,7 +106,7 @@ def plot_summary(folder) -> Figure:
     for ax in axes[1, len(shown):]: ax.remove()
     return fig
 
-# %% ../nbs/08_figures.ipynb #7e7f74f3
+# %% ../nbs/08_figures.ipynb #3f759031
 def svg(fig: Figure, prefix: str = '') -> str:  # `prefix` keeps the ids of several figures on one page apart
     "Give a figure as an SVG element and close it."
     out = io.StringIO()
@@ -125,7 +126,7 @@ def slider(plot: Callable,  # value -> Figure
     from IPython.display import HTML
     values = list(values)
     start %= len(values)
-    name = f's{abs(hash((label, *map(str, values)))) % 10**8}'
+    name = f's{crc32(repr((label, values)).encode()):x}'           # the same in every run
     frames = ''.join(f'<div{"" if i == start else " hidden"}>{svg(plot(v), f"{name}-{i}-")}</div>' for i, v in enumerate(values))
     texts = '|'.join(escape(str(v)) for v in values)
     choose = ("let d=this.closest('.slider');[...d.querySelector('.frames').children].forEach((f,i)=>f.hidden=i!=this.value);"
