@@ -8,7 +8,7 @@ __all__ = ['SYSTEMS', 'SCALES', 'CLAIMS', 'System', 'Scale', 'RunSpec', 'plan', 
            'paired', 'columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'findings',
            'verdict_table', 'about_records']
 
-# %% ../nbs/07_experiments.ipynb #e0b38a38
+# %% ../nbs/07_experiments.ipynb #f0570bd8
 import itertools, json, math, multiprocessing, sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,16 +17,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .data import (InputError, Stream, check_languages, cpu_count, dev_batches, load_tokenizer, prepare_corpus,
-                                  train_tokenizer)
+from .data import (InputError, Stream, check_languages, cpu_count, dev_batches,
+                                  load_tokenizer, prepare_corpus, train_tokenizer)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig
-from .pretrain import Feed, JointStep, Record, TrainConfig, config_hash, read_record, same_config, train
+from .pretrain import (Feed, JointStep, Record, TrainConfig, config_hash,
+                                      read_record, same_config, train)
 from .adapters import MultilingualLM
 from .meta_adapters import MetaConfig, MetaStep
 from .finetune import FinetuneConfig, finetune
 
-# %% ../nbs/07_experiments.ipynb #3926cef4
+# %% ../nbs/07_experiments.ipynb #9cf1d930
 @dataclass(frozen=True)
 class System:
     "One row of the tables: what the model is made of and how it learns. [paper 3.2, 3.3, 4.2]"
@@ -35,26 +36,28 @@ class System:
     meta: MetaConfig | None = None  # train the specific parts by Algorithm 1
     steps: int = 1  # multiple of the scale's steps
 
-SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps=2), 'ffn': System('ffn'),
-           'attn': System('attn'), 'adpt': System('adpt'), 'share_adpt': System('share_adpt'),
-           'meta_adpt': System('adpt', meta=MetaConfig())}
+SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps=2),
+           'ffn': System('ffn'), 'attn': System('attn'), 'adpt': System('adpt'),
+           'share_adpt': System('share_adpt'), 'meta_adpt': System('adpt', meta=MetaConfig())}
 
-# %% ../nbs/07_experiments.ipynb #5ebe366f
+# %% ../nbs/07_experiments.ipynb #92f7ccd7
 @dataclass(frozen=True)
 class Scale:
     "How large everything is: vocabulary, model, pretraining, finetuning."
-    model: ModelConfig  # its vocabulary size is the number of BPE pieces asked for (toy text needs no BPE)
+    model: ModelConfig  # its vocabulary size: the BPE pieces asked for (toy text needs none)
     train: TrainConfig
     finetune: FinetuneConfig
 
 SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), FinetuneConfig.toy()),
-          'pocket': Scale(ModelConfig.toy(2000, dim=64, n_heads=4, ffn_dim=256, documents_apart=False),
+          'pocket': Scale(ModelConfig.toy(2000, dim=64, n_heads=4, ffn_dim=256,
+                                          documents_apart=False),
                           TrainConfig.toy(steps=1500, batch_size=16, seq_len=48, eval_every=150),
-                          FinetuneConfig.mini(epochs=6, lr=1e-3, head_lr_factor=3., max_train=900, max_dev=300, max_eval=500)),
+                          FinetuneConfig.mini(epochs=6, lr=1e-3, head_lr_factor=3.,
+                                              max_train=900, max_dev=300, max_eval=500)),
           'mini': Scale(ModelConfig.mini(8000), TrainConfig.mini(), FinetuneConfig.mini()),
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(), FinetuneConfig.paper())}
 
-# %% ../nbs/07_experiments.ipynb #926c8945
+# %% ../nbs/07_experiments.ipynb #e70dd82e
 @dataclass(frozen=True)
 class RunSpec:
     "A system, its languages and a seed, at a scale, on some data."
@@ -65,31 +68,34 @@ class RunSpec:
     scale: Scale
     data: str = 'toy'  # what `open_source` understands
     tasks: tuple[str, ...] = ('ner', 'pos')  # finetuned in each of its languages, tested in all
-    max_sentences: dict[str, int] = field(default_factory=dict)  # caps: {'fr': 100_000} is the paper's low-resource French
+    max_sentences: dict[str, int] = field(default_factory=dict)  # caps, the paper's {'fr': 100_000}
 
     @property
     def name(self) -> str: return f'{self.system}-{"+".join(self.langs)}-{self.seed}'
 
     @property
     def train(self) -> TrainConfig:
-        "The pretraining config of this run: the scale's, with the system's number of steps and the run's seed."
-        return replace(self.scale.train, steps=self.scale.train.steps * SYSTEMS[self.system].steps, seed=self.seed)
+        "The pretraining config: the scale's, with the system's number of steps and the run's seed."
+        train = self.scale.train
+        return replace(train, steps=train.steps * SYSTEMS[self.system].steps, seed=self.seed)
 
     @property
     def config(self) -> dict:
-        "Everything that its numbers depend on, as plain values; of a folder the name, not where it lies."
+        "Everything that its numbers depend on, as plain values; of a folder only the name."
         about = dict(about=asdict(SYSTEMS[self.system]), data=Path(self.data).name)
         return json.loads(json.dumps(asdict(self) | about))
 
-def plan(systems, langs, seeds: int, scale: Scale, data: str = 'toy', tasks=('ner', 'pos')) -> list[RunSpec]:
+def plan(systems, langs, seeds: int, scale: Scale, data: str = 'toy',
+         tasks=('ner', 'pos')) -> list[RunSpec]:
     "List the runs that a comparison of systems needs."
     if unknown := [s for s in systems if s not in SYSTEMS]:
         raise InputError(f"unknown system '{unknown[0]}'. Use some of {', '.join(SYSTEMS)}.")
     langs = tuple(langs)
-    return [RunSpec(s, own, langs, seed, scale, str(data), tuple(tasks)) for seed in range(seeds) for s in systems
-            for own in ([(l,) for l in langs] if SYSTEMS[s].mono else [langs])]
+    models = lambda system: [(l,) for l in langs] if SYSTEMS[system].mono else [langs]
+    return [RunSpec(s, own, langs, seed, scale, str(data), tuple(tasks))
+            for seed in range(seeds) for s in systems for own in models(s)]
 
-# %% ../nbs/07_experiments.ipynb #5d1b7761
+# %% ../nbs/07_experiments.ipynb #7f5e779c
 def materials(spec: RunSpec, folder,  # of the experiment
               workers: int | None = 1):  # -> source, tokenizer, {lang: {split: Corpus}}
     "Open the data of a run: source, vocabulary of the pair, tokenised text."
@@ -98,21 +104,24 @@ def materials(spec: RunSpec, folder,  # of the experiment
     langs = check_languages(source, spec.pair)
     capped = ''.join(f'-{l}{n}' for l, n in sorted(spec.max_sentences.items()))
     folder = Path(folder)/'data'/('+'.join(spec.pair) + capped + (f'-{spec.seed}' if toy else ''))
-    tokenizer = toy_tokenizer(source, langs) if toy else \
-        cached_tokenizer(source, langs, spec.scale.model.vocab_size, spec.scale.train.temperature, folder/'tokenizer')
-    return source, tokenizer, prepare_corpus(source, langs, tokenizer, folder, spec.max_sentences or None, workers)
+    if toy: tokenizer = toy_tokenizer(source, langs)
+    else: tokenizer = cached_tokenizer(source, langs, spec.scale.model.vocab_size,
+                                       spec.scale.train.temperature, folder/'tokenizer')
+    caps = spec.max_sentences or None
+    return source, tokenizer, prepare_corpus(source, langs, tokenizer, folder, caps, workers)
 
-# %% ../nbs/07_experiments.ipynb #52f59a6c
+# %% ../nbs/07_experiments.ipynb #ac932eae
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, path: Path):
     "Train the pair's BPE once; the file's name says what it was trained on."
-    about = config_hash(dict(source=source.name, revision=source.revision(), langs=langs, V=vocab_size, T=temperature))
+    about = config_hash(dict(source=source.name, revision=source.revision(), langs=langs,
+                             V=vocab_size, T=temperature))
     path = path.with_name(f'tokenizer-{about}')
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         train_tokenizer(source, langs, vocab_size, temperature=temperature).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #38491d9a
+# %% ../nbs/07_experiments.ipynb #3cfd7eaa
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict]:  # rows of the record
     "Pretrain and finetune one run, or return its record if that is complete. [paper 3.2, App. A]"
@@ -121,27 +130,31 @@ def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of it
     system, cfg = SYSTEMS[spec.system], spec.train
     source, tokenizer, corpora = materials(spec, folder)
     torch.manual_seed(cfg.seed)
-    model = MultilingualLM(replace(spec.scale.model, vocab_size=tokenizer.vocab_size), spec.langs, system.variant).to(device())
-    streams = lambda split: {l: Stream(corpora[l][split], cfg.batch_size, cfg.seq_len, cfg.seed, tokenizer.vocab_size, cfg.mask_prob)
-                             for l in spec.langs}
-    held_out = streams('validation') if system.meta and system.meta.validation == 'held-out' else None
-    feed = Feed(streams('train'), cfg, held_out, device())
-    dev = {l: dev_batches(corpora[l]['test'], 64, cfg.seq_len, tokenizer.vocab_size, cfg.mask_prob, n_batches=8)
-           for l in spec.langs}                      # never the split that a meta step may be validated on
+    model_cfg = replace(spec.scale.model, vocab_size=tokenizer.vocab_size)
+    model = MultilingualLM(model_cfg, spec.langs, system.variant).to(device())
+    stream = lambda text: Stream(text, cfg.batch_size, cfg.seq_len, cfg.seed,
+                                 tokenizer.vocab_size, cfg.mask_prob)
+    streams = lambda split: {l: stream(corpora[l][split]) for l in spec.langs}
+    apart = system.meta and system.meta.validation == 'held-out'
+    feed = Feed(streams('train'), cfg, streams('validation') if apart else None, device())
+    # the test split: a meta step may be validated on the other one
+    dev = {l: dev_batches(corpora[l]['test'], 64, cfg.seq_len, tokenizer.vocab_size,
+                          cfg.mask_prob, n_batches=8) for l in spec.langs}
     step = MetaStep(model, cfg, system.meta) if system.meta else JointStep(model, cfg)
-    revision = {k: v for k, v in source.revision().items() if '/' not in k or k.split('/')[1] in spec.pair}
+    revision = {k: v for k, v in source.revision().items()
+                if '/' not in k or k.split('/')[1] in spec.pair}
     about = dict(run=spec.config, variant=system.variant, tokenizer=tokenizer.fingerprint,
                  source=source.name, revision=revision)
     train(model, feed, cfg, dev, step, folder=home, about=about, progress=progress)
-    record = Record(home/'record.jsonl')
+    record, finetune_cfg = Record(home/'record.jsonl'), replace(spec.scale.finetune, seed=spec.seed)
     for task, lang in itertools.product(spec.tasks, spec.langs):
-        result = finetune(model, tokenizer, task, source, lang, spec.langs, replace(spec.scale.finetune, seed=spec.seed))
+        result = finetune(model, tokenizer, task, source, lang, spec.langs, finetune_cfg)
         record.write('finetune', **result)
     record.write('done', name=spec.name)
     return record.rows
 
 def complete(spec: RunSpec, home: Path) -> list[dict] | None:
-    "Return the rows of a finished record, None if there is none; raise if the folder holds another config's."
+    "Return a finished run's rows, else None; raise if the folder holds another config's record."
     path = home/'record.jsonl'
     rows = read_record(path) if path.exists() else []
     if rows: same_config(spec.config, rows[0]['config']['run'], home)
@@ -151,7 +164,7 @@ def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/07_experiments.ipynb #1f28344a
+# %% ../nbs/07_experiments.ipynb #5d996944
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step times its steps."
     meta = SYSTEMS[spec.system].meta
@@ -165,30 +178,33 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
         if rows := complete(spec, Path(folder)/spec.name): yield spec, rows
         else: todo.append(spec)
     todo.sort(key=cost, reverse=True)
-    todo.insert(1, todo.pop()) if len(todo) > 2 else None     # a short one early: a first number to look at
-    for data in {(s.data, s.pair, s.seed): s for s in todo}.values(): materials(data, folder, workers=None)
+    if len(todo) > 2: todo.insert(1, todo.pop())     # a short one early: a first number to look at
+    for spec in {(s.data, s.pair, s.seed): s for s in todo}.values():
+        materials(spec, folder, workers=None)
     if not todo: return
     spawn = multiprocessing.get_context('spawn')
-    with no_main(), ProcessPoolExecutor(min(workers or cpu_count(), len(todo)), spawn, one_thread) as pool:
+    workers = min(workers or cpu_count(), len(todo))
+    with no_main(), ProcessPoolExecutor(workers, spawn, one_thread) as pool:
         futures = {pool.submit(run, s, folder): s for s in todo}
         for f in as_completed(futures): yield futures[f], f.exception() or f.result()
 
-# %% ../nbs/07_experiments.ipynb #10f6a63d
+# %% ../nbs/07_experiments.ipynb #56b1c1f9
 def one_thread():
     "Keep a worker to its core."
     torch.set_num_threads(1)
 
 @contextmanager
 def no_main():
-    "Keep workers from running the caller's script, or notebook, once more: all they need is in this package."
+    "Keep workers from running the caller's script or notebook again: they need this package only."
     main = sys.modules['__main__']
     kept = {k: main.__dict__.pop(k) for k in ('__file__', '__spec__') if k in main.__dict__}
     main.__spec__ = None
     try: yield
     finally: main.__dict__.update(kept)
 
-# %% ../nbs/07_experiments.ipynb #ee476fc3
-def metrics(records: list[list[dict]]) -> dict[str, float]:  # of one system and seed: one record, or mono's several
+# %% ../nbs/07_experiments.ipynb #3201b58a
+def metrics(records: list[list[dict]],  # of one system and seed: one record, or mono's several
+            ) -> dict[str, float]:
     "Read the numbers of one system and seed from its records."
     out, scores = {}, {}
     for rows in records:
@@ -212,11 +228,12 @@ def load_results(folder) -> dict[str, dict[int, dict[str, float]]]:  # {system: 
         if rows and rows[-1]['kind'] == 'done':
             about = rows[0]['config']['run']
             found.setdefault((about['system'], about['seed']), []).append(rows)
-    if not found: raise InputError(f'no complete record under {folder}. Make some with `interference demo`.')
+    if not found:
+        raise InputError(f'no complete record under {folder}. Make some with `interference demo`.')
     return {s: {seed: metrics(r) for (t, seed), r in sorted(found.items()) if t == s}
             for s in SYSTEMS if any(t == s for t, _ in found)}
 
-# %% ../nbs/07_experiments.ipynb #955c5430
+# %% ../nbs/07_experiments.ipynb #18d5fd05
 @dataclass(frozen=True)
 class Paired:
     "A mean paired difference and how well it is known. [@eq-paired]"
@@ -233,21 +250,24 @@ class Paired:
 
 def paired(results: dict, metric: str, system: str, baseline: str = 'joint') -> Paired | None:
     "Compare two systems in one metric over the seeds that both have; None where one lacks it."
-    a, b = ({s: m[metric] for s, m in results.get(x, {}).items() if metric in m} for x in (system, baseline))
+    by_seed = lambda name: {s: m[metric] for s, m in results.get(name, {}).items() if metric in m}
+    a, b = by_seed(system), by_seed(baseline)
     d = np.array([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
     if not len(d): return None
-    return Paired(float(d.mean()), float(d.std(ddof=1) / len(d)**.5) if len(d) > 1 else math.nan, len(d))
+    se = float(d.std(ddof=1) / len(d)**.5) if len(d) > 1 else math.nan
+    return Paired(float(d.mean()), se, len(d))
 
-# %% ../nbs/07_experiments.ipynb #5795556a
+# %% ../nbs/07_experiments.ipynb #23c87809
 def columns(results: dict) -> list[str]:
     "Name the metrics that a table shows, in order."
     have = {k for seeds in results.values() for m in seeds.values() for k in m}
     tasks = [f'{t} {w}' for t in ('NER', 'POS', 'QA', 'NLI') for w in ('within', 'zero-shot')]
     return sorted(k for k in have if k.startswith('ppl ')) + [t for t in tasks if t in have]
 
-def table_cells(results: dict, baseline: str = 'joint') -> tuple[list[str], list[list[str]]]:  # header, lines
-    "Write a table's cells: for each system its scores and, below, their paired differences to the baseline."
-    cols, lines = columns(results), []
+def table_cells(results: dict, baseline: str = 'joint',
+                ) -> tuple[list[str], list[list[str]]]:  # header, lines
+    "Write the cells: a system's scores and, below, their paired differences to the baseline."
+    cols, base, lines = columns(results), results.get(baseline, {}), []
     for system, seeds in results.items():
         scores, diffs = [system], [f'  − {baseline}']
         for c in cols:
@@ -256,9 +276,10 @@ def table_cells(results: dict, baseline: str = 'joint') -> tuple[list[str], list
             scores.append(f'{np.mean(v):.1f}{spread}' if v else '–')
             p = paired(results, c, system, baseline)
             diffs.append(f'{p.delta:+.1f} ±{p.se:.1f}' if p and v else '–')
-        p = [m['s/step'] / results[baseline][s]['s/step'] for s, m in seeds.items() if s in results.get(baseline, {})]
+        ratios = [m['s/step'] / base[s]['s/step'] for s, m in seeds.items() if s in base]
         passes = np.mean([m['passes/step'] for m in seeds.values()])
-        scores.append(f'{np.mean(p):.1f}x, {passes:g} pass{"es" if passes > 1 else ""}' if p else '–')
+        es = 'es' if passes > 1 else ''
+        scores.append(f'{np.mean(ratios):.1f}x, {passes:g} pass{es}' if ratios else '–')
         lines += [scores] if system == baseline else [scores, [*diffs, '']]
     return ['system', *cols, 'a step costs'], lines
 
@@ -266,7 +287,8 @@ def text_table(header: list[str], lines: list[list[str]]) -> str:
     "Align a table for the terminal."
     widths = [max(len(r[i]) for r in [header, *lines]) for i in range(len(header))]
     rule = '─' * (sum(widths) + 2 * len(widths) - 2)
-    show = lambda r: '  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+    align = [str.ljust] + [str.rjust] * (len(header) - 1)
+    show = lambda r: '  '.join(to(c, w) for to, c, w in zip(align, r, widths, strict=True))
     return '\n'.join([show(header), rule, *map(show, lines)])
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
@@ -274,7 +296,7 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     show = lambda r: '| ' + ' | '.join(c.strip() for c in r) + ' |'
     return '\n'.join([show(header), show([':--', *['--:'] * (len(header) - 1)]), *map(show, lines)])
 
-# %% ../nbs/07_experiments.ipynb #2668055e
+# %% ../nbs/07_experiments.ipynb #be6df586
 @dataclass(frozen=True)
 class Claim:
     "A statement of the form: `system` has more (or less) of `metric` than `baseline`."
@@ -286,21 +308,36 @@ class Claim:
     source: str = ''  # where the paper says it; empty: our control
 
 CLAIMS = (
-    Claim('Mono has a lower loss than joint at equal steps (negative interference)', 'loss', 'mono', 'joint', -1, '3.3'),
-    Claim('Mono has a lower loss than joint when each language gets as many batches', 'loss', 'mono', 'joint2x', -1),
-    Claim('Mono is better at NER within language than joint', 'NER within', 'mono', 'joint', +1, '3.3, Tables 2 and 3'),
-    Claim('Language-specific ffn is better at NER within language than joint', 'NER within', 'ffn', 'joint', +1, '3.3'),
-    Claim('Language-specific ffn is worse at zero-shot NER than joint', 'NER zero-shot', 'ffn', 'joint', -1, '3.3'),
-    Claim('Language-specific ffn is worse at zero-shot POS than joint', 'POS zero-shot', 'ffn', 'joint', -1, '3.3'),
-    Claim('Adapters are better at NER within language than joint', 'NER within', 'adpt', 'joint', +1, '3.3'),
-    Claim('Adapters are worse at zero-shot NER than joint', 'NER zero-shot', 'adpt', 'joint', -1, '4.2'),
-    Claim('Adapters are worse at zero-shot POS than joint', 'POS zero-shot', 'adpt', 'joint', -1, '4.2'),
-    Claim('Meta-adapters are better at NER within language than joint', 'NER within', 'meta_adpt', 'joint', +1, '4.2'),
-    Claim('Meta-adapters are better at zero-shot NER than joint', 'NER zero-shot', 'meta_adpt', 'joint', +1, '4.2'),
-    Claim('Meta-adapters are better at zero-shot POS than joint', 'POS zero-shot', 'meta_adpt', 'joint', +1, '4.2'),
-    Claim('Meta-adapters are better at zero-shot NER than adapters', 'NER zero-shot', 'meta_adpt', 'adpt', +1, '4.2'),
-    Claim('Meta-adapters are better at NER within language than adapters', 'NER within', 'meta_adpt', 'adpt', +1, '4.2'),
-    Claim('Meta-adapters are better at NER within language than joint at twice the steps', 'NER within', 'meta_adpt', 'joint2x', +1),
+    Claim('Mono has a lower loss than joint at equal steps (negative interference)',
+          'loss', 'mono', 'joint', -1, '3.3'),
+    Claim('Mono has a lower loss than joint when each language gets as many batches',
+          'loss', 'mono', 'joint2x', -1),
+    Claim('Mono is better at NER within language than joint',
+          'NER within', 'mono', 'joint', +1, '3.3, Tables 2 and 3'),
+    Claim('Language-specific ffn is better at NER within language than joint',
+          'NER within', 'ffn', 'joint', +1, '3.3'),
+    Claim('Language-specific ffn is worse at zero-shot NER than joint',
+          'NER zero-shot', 'ffn', 'joint', -1, '3.3'),
+    Claim('Language-specific ffn is worse at zero-shot POS than joint',
+          'POS zero-shot', 'ffn', 'joint', -1, '3.3'),
+    Claim('Adapters are better at NER within language than joint',
+          'NER within', 'adpt', 'joint', +1, '3.3'),
+    Claim('Adapters are worse at zero-shot NER than joint',
+          'NER zero-shot', 'adpt', 'joint', -1, '4.2'),
+    Claim('Adapters are worse at zero-shot POS than joint',
+          'POS zero-shot', 'adpt', 'joint', -1, '4.2'),
+    Claim('Meta-adapters are better at NER within language than joint',
+          'NER within', 'meta_adpt', 'joint', +1, '4.2'),
+    Claim('Meta-adapters are better at zero-shot NER than joint',
+          'NER zero-shot', 'meta_adpt', 'joint', +1, '4.2'),
+    Claim('Meta-adapters are better at zero-shot POS than joint',
+          'POS zero-shot', 'meta_adpt', 'joint', +1, '4.2'),
+    Claim('Meta-adapters are better at zero-shot NER than adapters',
+          'NER zero-shot', 'meta_adpt', 'adpt', +1, '4.2'),
+    Claim('Meta-adapters are better at NER within language than adapters',
+          'NER within', 'meta_adpt', 'adpt', +1, '4.2'),
+    Claim('Meta-adapters are better at NER within language than joint at twice the steps',
+          'NER within', 'meta_adpt', 'joint2x', +1),
 )
 
 def verdicts(results: dict, claims=CLAIMS) -> list[dict]:  # claim, paired difference, verdict
@@ -309,39 +346,44 @@ def verdicts(results: dict, claims=CLAIMS) -> list[dict]:  # claim, paired diffe
     for c in claims:
         if (p := paired(results, c.metric, c.system, c.baseline)) is None: continue
         low, high = sorted(c.sign * x for x in p.interval)
-        out.append(dict(claim=c, paired=p, verdict='shows' if low > 0 else 'the opposite shows' if high < 0 else 'undecided'))
+        verdict = 'shows' if low > 0 else 'the opposite shows' if high < 0 else 'undecided'
+        out.append(dict(claim=c, paired=p, verdict=verdict))
     return out
 
 def findings(results: dict) -> str:
     "Say in sentences what shows in these records and what does not."
     found = verdicts(results)
-    say = lambda v: (f"{v['claim'].text} ({v['claim'].metric} {v['paired'].delta:+.2f} ± {v['paired'].se:.2f} se, "
-                     f"{v['paired'].n} seed{'s' * (v['paired'].n > 1)}" + (f"; paper {v['claim'].source})." if v['claim'].source else '; our control).'))
+    def say(v):
+        c, p = v['claim'], v['paired']
+        source = f'paper {c.source}' if c.source else 'our control'
+        return (f'  - {c.text} ({c.metric} {p.delta:+.2f} ± {p.se:.2f} se, '
+                f'{p.n} seed{"s" * (p.n > 1)}; {source}).')
     parts = {'shows': 'Shows here:', 'the opposite shows': 'The opposite of it shows here:',
              'undecided': 'Undecided here, the 95% interval holds zero:'}
-    return '\n'.join(f'{title}\n' + '\n'.join(f'  - {say(v)}' for v in found if v['verdict'] == kind)
-                     for kind, title in parts.items() if any(v['verdict'] == kind for v in found))
+    said = {kind: [say(v) for v in found if v['verdict'] == kind] for kind in parts}
+    return '\n'.join('\n'.join([parts[kind], *lines]) for kind, lines in said.items() if lines)
 
-# %% ../nbs/07_experiments.ipynb #dca705ec
+# %% ../nbs/07_experiments.ipynb #7649bd79
 def verdict_table(experiments: dict[str, dict]) -> str:  # {name: results} -> Markdown
     "Set what the paper says beside what each experiment shows."
-    found = {name: {v['claim']: v for v in verdicts(results)} for name, results in experiments.items()}
+    found = [{v['claim']: v for v in verdicts(results)} for results in experiments.values()]
     def cell(v):
         if v is None: return 'not measured'
         return f"**{v['verdict']}** ({v['paired'].delta:+.2f} ± {v['paired'].se:.2f})"
-    lines = [[c.text, c.source or 'our control', c.metric, *(cell(f.get(c)) for f in found.values())]
-             for c in CLAIMS if any(c in f for f in found.values())]
-    return markdown_table(['statement', 'paper', 'measured by', *found], lines)
+    lines = [[c.text, c.source or 'our control', c.metric, *(cell(f.get(c)) for f in found)]
+             for c in CLAIMS if any(c in f for f in found)]
+    return markdown_table(['statement', 'paper', 'measured by', *experiments], lines)
 
-# %% ../nbs/07_experiments.ipynb #1f1db496
+# %% ../nbs/07_experiments.ipynb #4ac8e537
 def about_records(folder) -> dict:
-    "Sum up where the records of a folder come from: commits, hardware, dates, seeds, wall time of all runs."
+    "Sum up where a folder's records come from: commits, hardware, date, seeds, time of all runs."
     starts, seconds = [], 0.
     for path in sorted(Path(folder).glob('*/record.jsonl')):
         rows = read_record(path)
         starts.append(rows[0])
         seconds += sum(r['wall_s'] for r in rows if r['kind'] in ('end', 'finetune'))
     some = lambda key: ', '.join(sorted({s[key] for s in starts}))
-    return dict(runs=len(starts), commit=some('commit'), hardware=some('hardware'), torch=some('torch'),
-                date=min(s['date'] for s in starts)[:10], seeds=len({s['config']['run']['seed'] for s in starts}),
+    return dict(runs=len(starts), commit=some('commit'), hardware=some('hardware'),
+                torch=some('torch'), date=min(s['date'] for s in starts)[:10],
+                seeds=len({s['config']['run']['seed'] for s in starts}),
                 core_minutes=round(seconds / 60, 1))

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'new_axes', 'read_curves', 'plot_curves', 'plot_transfer', 'plot_differences', 'plot_summary', 'svg',
            'slider']
 
-# %% ../nbs/08_figures.ipynb #43d42c83
+# %% ../nbs/08_figures.ipynb #eb30598a
 import io, re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,20 +14,23 @@ from zlib import crc32
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from .data import InputError
 from .experiments import SYSTEMS, load_results, paired
 from .pretrain import read_record
 
-# %% ../nbs/08_figures.ipynb #e1828010
-COLOURS = {'mono': '#0072B2', 'joint': '#D55E00', 'joint2x': '#E69F00', 'ffn': '#009E73', 'attn': '#999999',
-           'adpt': '#56B4E9', 'share_adpt': '#B8A900', 'meta_adpt': '#CC79A7'}
+# %% ../nbs/08_figures.ipynb #765a629c
+COLOURS = {'mono': '#0072B2', 'joint': '#D55E00', 'joint2x': '#E69F00', 'ffn': '#009E73',
+           'attn': '#999999', 'adpt': '#56B4E9', 'share_adpt': '#B8A900', 'meta_adpt': '#CC79A7'}
 
 def new_axes(*shape, width: float = 5., height: float = 3.) -> tuple[Figure, np.ndarray]:
     "Make a figure of quiet axes."
-    with plt.rc_context({'svg.fonttype': 'none', 'axes.spines.top': False, 'axes.spines.right': False, 'font.size': 9}):
+    quiet = {'svg.fonttype': 'none', 'font.size': 9,
+             'axes.spines.top': False, 'axes.spines.right': False}
+    with plt.rc_context(quiet):
         return plt.subplots(*shape, figsize=(width, height), constrained_layout=True)
 
-# %% ../nbs/08_figures.ipynb #bf5f8d26
+# %% ../nbs/08_figures.ipynb #5503caec
 def read_curves(folder,  # of records
                 ) -> dict[str, list[dict]]:  # {system: one {step, passes, loss} of arrays per run}
     "Read the held-out loss of every run over its training, the mean over its languages in nats."
@@ -35,15 +38,16 @@ def read_curves(folder,  # of records
     for path in sorted(Path(folder).glob('*/record.jsonl')):
         rows = read_record(path)
         evals = [r for r in rows if r['kind'] == 'eval']
-        loss = [np.mean(np.log(list(r['ppl'].values()))) for r in evals]
-        curves.setdefault(rows[0]['config']['run']['system'], []).append(
-            {'step': np.array([r['step'] for r in evals]), 'passes': np.array([r['passes'] for r in evals]), 'loss': np.array(loss)})
+        curve = dict(step=[r['step'] for r in evals], passes=[r['passes'] for r in evals],
+                     loss=[np.mean(np.log(list(r['ppl'].values()))) for r in evals])
+        same_system = curves.setdefault(rows[0]['config']['run']['system'], [])
+        same_system.append({k: np.array(v) for k, v in curve.items()})
     return {s: curves[s] for s in SYSTEMS if s in curves}
 
 def plot_curves(folder, x: str = 'step',  # or 'passes'
                 upto: float | None = None,  # leave out what comes after this x
                 systems: Iterable[str] = tuple(SYSTEMS), ax=None) -> Figure:
-    "Draw held-out perplexity over training: mean over runs and a band of one standard deviation. [paper Fig. 4c]"
+    "Draw held-out perplexity over training: mean ± standard deviation of runs. [paper Fig. 4c]"
     fig, ax = (ax.figure, ax) if ax else new_axes()
     every = read_curves(folder)
     for system in (s for s in every if s in systems):
@@ -51,19 +55,22 @@ def plot_curves(folder, x: str = 'step',  # or 'passes'
         n = min(len(r['loss']) for r in runs)
         at, loss = runs[0][x][:n], np.array([r['loss'][:n] for r in runs])
         show = (at > 0) & (at <= (upto or np.inf))
-        mean, sd = loss.mean(0)[show], loss.std(0, ddof=1)[show] if len(runs) > 1 else 0 * loss[0][show]
+        mean = loss.mean(0)[show]
+        sd = loss.std(0, ddof=1)[show] if len(runs) > 1 else np.zeros_like(mean)
         ax.plot(at[show], np.exp(mean), color=COLOURS[system], label=system, lw=1.5)
-        ax.fill_between(at[show], np.exp(mean - sd), np.exp(mean + sd), color=COLOURS[system], alpha=.15, lw=0)
+        ax.fill_between(at[show], np.exp(mean - sd), np.exp(mean + sd),
+                        color=COLOURS[system], alpha=.15, lw=0)
     last = max(r[x][-1] for s, runs in every.items() if s in systems for r in runs)
     ax.set(yscale='log', ylabel='held-out perplexity', xlim=(0, last),
            xlabel={'step': 'optimiser steps', 'passes': 'passes through a batch (compute)'}[x])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter('{x:g}'); ax.yaxis.set_minor_formatter('')
     ax.legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/08_figures.ipynb #55fde0a7
+# %% ../nbs/08_figures.ipynb #7a47ee98
 def plot_transfer(results: dict, task: str = 'NER', ax=None) -> Figure:
-    "Draw each system's zero-shot score over its within-language score, with standard errors. [paper Tables 2 and 3]"
+    "Draw zero-shot over within-language scores, with standard errors. [paper Tables 2 and 3]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=4)
     for system, seeds in results.items():
         xy = np.array([[m[f'{task} within'], m[f'{task} zero-shot']] for m in seeds.values()
@@ -71,29 +78,36 @@ def plot_transfer(results: dict, task: str = 'NER', ax=None) -> Figure:
         if not len(xy): continue
         se = xy.std(0, ddof=1) / len(xy)**.5 if len(xy) > 1 else np.zeros(2)
         ax.errorbar(*xy.mean(0), *se[::-1], fmt='o', color=COLOURS[system], ms=6, lw=1)
-        ax.annotate(system, xy.mean(0), xytext=(6, 5), textcoords='offset points', color=COLOURS[system], fontsize=8)
+        ax.annotate(system, xy.mean(0), xytext=(6, 5), textcoords='offset points',
+                    color=COLOURS[system], fontsize=8)
     ax.set(xlabel=f'{task} within language, F1', ylabel=f'{task} zero-shot, F1')
     return fig
 
-# %% ../nbs/08_figures.ipynb #ab2747de
-def plot_differences(results: dict, metrics: Iterable[str] = ('NER within', 'NER zero-shot', 'POS zero-shot'),
+# %% ../nbs/08_figures.ipynb #493e6c9f
+def plot_differences(results: dict,
+                     metrics: Iterable[str] = ('NER within', 'NER zero-shot', 'POS zero-shot'),
                      baseline: str = 'joint', axes=None) -> Figure:
     "Draw paired differences to the baseline with their 95% intervals, a panel for each metric."
-    metrics = [m for m in metrics if any(paired(results, m, s, baseline) for s in results if s != baseline)]
-    if not metrics: raise InputError(f"no metric to compare with '{baseline}'. Does the record hold it and another system?")
-    if axes is None: fig, axes = new_axes(1, len(metrics), width=2.6 * len(metrics), height=2.2)
     systems = [s for s in results if s != baseline][::-1]
+    metrics = [m for m in metrics if any(paired(results, m, s, baseline) for s in systems)]
+    if not metrics:
+        raise InputError(f"no metric to compare with '{baseline}'. "
+                         'Does the record hold it and another system?')
+    if axes is None: fig, axes = new_axes(1, len(metrics), width=2.6 * len(metrics), height=2.2)
     for ax, metric in zip(np.atleast_1d(axes), metrics, strict=False):
         for y, s in enumerate(systems):
             if (p := paired(results, metric, s, baseline)) is None: continue
             low, high = p.interval if p.n > 1 else (p.delta, p.delta)
-            ax.plot([low, high], [y, y], color=COLOURS[s], lw=1.5); ax.plot(p.delta, y, 'o', color=COLOURS[s], ms=5)
+            ax.plot([low, high], [y, y], color=COLOURS[s], lw=1.5)
+            ax.plot(p.delta, y, 'o', color=COLOURS[s], ms=5)
         ax.axvline(0, color='0.6', lw=.8, zorder=0)
-        ax.set(title=metric, xlabel=f'points over {baseline}', ylim=(-.6, len(systems) - .4), yticks=range(len(systems)))
+        ax.set_title(metric, fontsize=9)
+        ax.set( xlabel=f'points over {baseline}',
+               ylim=(-.6, len(systems) - .4), yticks=range(len(systems)))
         ax.set_yticklabels(systems if ax is np.atleast_1d(axes)[0] else [])
     return np.atleast_1d(axes)[0].figure
 
-# %% ../nbs/08_figures.ipynb #8c32ea9a
+# %% ../nbs/08_figures.ipynb #eaeb8c5d
 def plot_summary(folder) -> Figure:
     "Draw the figure of a comparison of systems from its records."
     results = load_results(folder)
@@ -101,13 +115,16 @@ def plot_summary(folder) -> Figure:
     plot_curves(folder, ax=axes[0, 0]); plot_curves(folder, 'passes', ax=axes[0, 1])
     axes[0, 1].get_legend().remove(); axes[0, 1].set_ylabel('')
     plot_transfer(results, ax=axes[0, 2])
-    shown = [m for m in ('NER within', 'NER zero-shot', 'POS zero-shot') if any(m in x for s in results.values() for x in s.values())]
+    have = {m for seeds in results.values() for scores in seeds.values() for m in scores}
+    shown = [m for m in ('NER within', 'NER zero-shot', 'POS zero-shot') if m in have]
     plot_differences(results, shown, axes=axes[1, :len(shown)])
     for ax in axes[1, len(shown):]: ax.remove()
     return fig
 
-# %% ../nbs/08_figures.ipynb #3f759031
-def svg(fig: Figure, prefix: str = '') -> str:  # `prefix` keeps the ids of several figures on one page apart
+# %% ../nbs/08_figures.ipynb #477e2edf
+def svg(fig: Figure,
+        prefix: str = '',  # keeps the ids of several figures on one page apart
+        ) -> str:
     "Give a figure as an SVG element and close it."
     out = io.StringIO()
     with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix}):
@@ -115,7 +132,9 @@ def svg(fig: Figure, prefix: str = '') -> str:  # `prefix` keeps the ids of seve
     plt.close(fig)
     text = out.getvalue()
     text = re.sub(r'(id="|url\(#|href="#)', rf'\g<1>{prefix}', text[text.index('<svg'):])
-    return re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg style="max-width:100%;height:auto"', re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', '', text), count=1)
+    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', '', text)
+    style = '<svg style="max-width:100%;height:auto"'
+    return re.sub(r'<svg width="[^"]*" height="[^"]*"', style, text, count=1)
 
 def slider(plot: Callable,  # value -> Figure
            values: Iterable,  # one frame for each
@@ -127,10 +146,13 @@ def slider(plot: Callable,  # value -> Figure
     values = list(values)
     start %= len(values)
     name = f's{crc32(repr((label, values)).encode()):x}'           # the same in every run
-    frames = ''.join(f'<div{"" if i == start else " hidden"}>{svg(plot(v), f"{name}-{i}-")}</div>' for i, v in enumerate(values))
+    frames = ''.join(f'<div{"" if i == start else " hidden"}>{svg(plot(v), f"{name}-{i}-")}</div>'
+                     for i, v in enumerate(values))
     texts = '|'.join(escape(str(v)) for v in values)
-    choose = ("let d=this.closest('.slider');[...d.querySelector('.frames').children].forEach((f,i)=>f.hidden=i!=this.value);"
+    choose = ("let d=this.closest('.slider');"
+              "[...d.querySelector('.frames').children].forEach((f,i)=>f.hidden=i!=this.value);"
               "d.querySelector('output').value=d.dataset.values.split('|')[this.value]")
-    return HTML(f'<div class="slider" data-values="{texts}"><label>{escape(label)} <input type="range" min="0" max="{len(values)-1}" '
-                f'value="{start}" oninput="{choose}"> <output>{escape(str(values[start]))}</output></label>'
+    return HTML(f'<div class="slider" data-values="{texts}"><label>{escape(label)} '
+                f'<input type="range" min="0" max="{len(values)-1}" value="{start}" '
+                f'oninput="{choose}"> <output>{escape(str(values[start]))}</output></label>'
                 f'<div class="frames">{frames}</div></div>')

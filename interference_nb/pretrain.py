@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from .data import Batch, InputError, Stream, sampling_probabilities
 
-# %% ../nbs/01a_pretrain.ipynb #10fb0a3f
+# %% ../nbs/01a_pretrain.ipynb #303cdca9
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that a pretraining run depends on besides its model and its data. [paper 3.2]"
@@ -28,7 +28,7 @@ class TrainConfig:
     accumulate: int = 1  # batches whose gradients are averaged into one step
     lr: float = 1e-4  # highest learning rate, reached at the end of the warm-up
     warmup: int = 4000  # steps of linear warm-up
-    schedule: str = 'inverse_sqrt'  # after the warm-up: 'inverse_sqrt' (XLM), 'linear' (to zero) or 'constant'
+    schedule: str = 'inverse_sqrt'  # after warm-up: 'inverse_sqrt', 'linear' (to zero), 'constant'
     betas: tuple[float, float] = (0.9, 0.98)  # Adam's averaging rates
     clip: float = 5.0  # largest norm of the gradient
     mask_prob: float = 0.15  # share of the tokens that the model has to fill in
@@ -41,8 +41,9 @@ class TrainConfig:
     @classmethod
     def toy(cls, **kw):
         "A minute on a laptop: two toy languages, about 390 tokens a step."
-        return cls(**{**dict(steps=1000, batch_size=12, seq_len=32, lr=1e-2, warmup=100, schedule='linear', clip=1.,
-                             mask_prob=.25, eval_every=100, checkpoint_every=500), **kw})
+        return cls(**{**dict(steps=1000, batch_size=12, seq_len=32, lr=1e-2, warmup=100,
+                             schedule='linear', clip=1., mask_prob=.25,
+                             eval_every=100, checkpoint_every=500), **kw})
 
     @classmethod
     def mini(cls, **kw):
@@ -55,7 +56,7 @@ class TrainConfig:
         "The paper's run on 4 GPUs: 4 x 128 rows of 256 tokens a step, 500k steps."
         return cls(**kw)
 
-# %% ../nbs/01a_pretrain.ipynb #95948f00
+# %% ../nbs/01a_pretrain.ipynb #d516cb66
 def learning_rate(k: int,  # step, from 0
                   cfg: TrainConfig) -> float:  # rate of this step
     "Warm up linearly, then follow the schedule. [XLM's `adam_inverse_sqrt`]"
@@ -64,24 +65,27 @@ def learning_rate(k: int,  # step, from 0
         case 'inverse_sqrt': down = min(math.sqrt(max(cfg.warmup, 1) / (k + 1)), 1.)
         case 'linear': down = min((cfg.steps - k) / max(cfg.steps - cfg.warmup, 1), 1.)
         case 'constant': down = 1.
-        case other: raise InputError(f"unknown schedule '{other}'. Use 'inverse_sqrt', 'linear' or 'constant'.")
+        case other: raise InputError(f"unknown schedule '{other}'. "
+                                     "Use 'inverse_sqrt', 'linear' or 'constant'.")
     return cfg.lr * up * down
 
-# %% ../nbs/01a_pretrain.ipynb #f965ad7a
+# %% ../nbs/01a_pretrain.ipynb #c2203bb6
 class Feed:
     "Deal the batches of a run: which language at step k, and which of its batches."
     def __init__(self,
                  streams: dict[str, Stream],  # {language: stream of its training text}
                  cfg: TrainConfig,
-                 held_out: dict[str, Stream] | None = None,  # streams of a held-out split, for the meta step's validation batches
+                 held_out: dict[str, Stream] | None = None,  # a held-out split, for the meta step
                  device: str = 'cpu'):
         self.langs, self.streams, self.cfg, self.device = tuple(streams), streams, cfg, device
         self.validation = held_out or {l: s.fork('fresh') for l, s in streams.items()}
-        self.p = sampling_probabilities({l: s.corpus.n_sentences for l, s in streams.items()}, cfg.temperature)
+        sizes = {l: s.corpus.n_sentences for l, s in streams.items()}
+        self.p = sampling_probabilities(sizes, cfg.temperature)
         rng = np.random.default_rng([cfg.seed, 7919])
         self.order = rng.choice(len(self.langs), size=cfg.steps, p=[self.p[l] for l in self.langs])
         own = self.order[:, None] == np.arange(len(self.langs))
-        self.turn = (own.cumsum(0) - own)[np.arange(cfg.steps), self.order]    # earlier steps of the same language
+        earlier = own.cumsum(0) - own                   # steps of each language before step k
+        self.turn = earlier[np.arange(cfg.steps), self.order]
         self.rank, self.world = processes()
         self._ahead = ThreadPoolExecutor(1) if str(device).startswith('cuda') else None
         self._next = {}
@@ -91,33 +95,36 @@ class Feed:
         return self.langs[self.order[k]]
 
     def _draw(self, k):
-        n = self.cfg.accumulate * self.world
-        first = int(self.turn[k]) * n + self.rank
-        return [self.streams[self.lang(k)].batch(i) for i in range(first, first + n - self.rank, self.world)]
+        stream, n = self.streams[self.lang(k)], self.cfg.accumulate * self.world
+        first = int(self.turn[k]) * n
+        return [stream.batch(i) for i in range(first + self.rank, first + n, self.world)]
 
     def train(self, k: int) -> list[Batch]:
-        "This process's `accumulate` training batches of step k; the next step's are drawn meanwhile on a GPU."
+        "This process's training batches of step k; on a GPU, the next step's are drawn meanwhile."
         future = self._next.pop(k, None)
         batches = future.result() if future else self._draw(k)
-        if self._ahead and k + 1 < self.cfg.steps: self._next = {k + 1: self._ahead.submit(self._draw, k + 1)}
+        if self._ahead and k + 1 < self.cfg.steps:
+            self._next = {k + 1: self._ahead.submit(self._draw, k + 1)}
         return [b.to(self.device) for b in batches]
 
     def fresh(self, k: int, lang: str) -> Batch:
-        "A batch of `lang` drawn apart from the training batches: the validation batch of a meta step."
+        "A batch of `lang` apart from the training batches: the validation batch of a meta step."
         return self.validation[lang].batch(k * self.world + self.rank).to(self.device)
 
-# %% ../nbs/01a_pretrain.ipynb #f4e58750
+# %% ../nbs/01a_pretrain.ipynb #e1ab4ba8
 def processes() -> tuple[int, int]:  # rank and number of processes
     "Tell which of how many processes this is: (0, 1) unless `torch.distributed` runs."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if not (dist.is_available() and dist.is_initialized()): return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 def mean_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:  # the same list
     "Average tensors over all processes, in place and in one message; alone, do nothing."
-    if processes()[1] > 1 and tensors:
+    world = processes()[1]
+    if world > 1 and tensors:
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
-        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in
-                                       zip(flat.div_(processes()[1]).split([t.numel() for t in tensors]), tensors)])
+        parts = flat.div_(world).split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors)])
     return tensors
 
 # %% ../nbs/01a_pretrain.ipynb #fd407573
@@ -133,19 +140,21 @@ def perplexity(model,  # a `MaskedLM`
     model.train(training)
     return math.exp(min(float(total) / sum(len(b.targets) for b in batches), 100.))
 
-# %% ../nbs/01a_pretrain.ipynb #4112e3ef
+# %% ../nbs/01a_pretrain.ipynb #c59396c0
 def make_adam(params, cfg: TrainConfig) -> torch.optim.Adam:
     "Adam over `params`, in its fused form."
     return torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas, fused=True)
 
 class Precision:
-    "Autocast and loss scaling as the device allows: bfloat16 where there is hardware for it, else float16 on a GPU, else float32."
+    "Autocast and loss scaling; 'auto' is bfloat16 (or float16) on a GPU, float32 on a CPU."
     def __init__(self, precision: str, device: torch.device):
         if precision not in ('auto', 'float32', 'bfloat16', 'float16'):
-            raise InputError(f"unknown precision '{precision}'. Use 'auto', 'float32', 'bfloat16' or 'float16'.")
+            raise InputError(f"unknown precision '{precision}'. "
+                             "Use 'auto', 'float32', 'bfloat16' or 'float16'.")
         if precision == 'auto':
-            gpu = device.type == 'cuda'
-            precision = 'float32' if not gpu else 'bfloat16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'float16'
+            if device.type != 'cuda': precision = 'float32'
+            elif torch.cuda.get_device_capability(device) >= (8, 0): precision = 'bfloat16'
+            else: precision = 'float16'
         self.name, self.device = precision, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == 'float16')
 
@@ -154,9 +163,9 @@ class Precision:
         if self.name == 'float32': return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.name))
 
-# %% ../nbs/01a_pretrain.ipynb #ef140526
+# %% ../nbs/01a_pretrain.ipynb #896a349f
 class JointStep:
-    "Update all parameters on one language's batches: the paper's JointPair, and Mono where there is one language."
+    "Update all parameters on one language's batches: JointPair, or Mono if there is no other."
     def __init__(self, model, cfg: TrainConfig):
         self.model, self.cfg, self.passes = model, cfg, 0    # passes: forward and backward, so far
         self.optimizers = {'all': make_adam(model.parameters(), cfg)}
@@ -179,7 +188,7 @@ class JointStep:
         return sum(losses)
 
     def update(self, name: str, lr: float):
-        "Average over processes, clip, and let the named optimiser step; parameters of other languages have no gradient and stay."
+        "Average over processes, clip, step; what belongs to other languages has no gradient."
         opt = self.optimizers[name]
         params = [p for g in opt.param_groups for p in g['params'] if p.grad is not None]
         mean_over_processes([p.grad for p in params])
@@ -194,7 +203,7 @@ class JointStep:
         "What a record and a checkpoint say of this step."
         return dict(name='joint')
 
-# %% ../nbs/01a_pretrain.ipynb #69cb63ad
+# %% ../nbs/01a_pretrain.ipynb #1546d2d2
 def save_checkpoint(path, tensors: dict[str, torch.Tensor], meta: dict):
     "Write tensors and a dict of plain values to one file, atomically."
     from safetensors.torch import save_file
@@ -202,26 +211,28 @@ def save_checkpoint(path, tensors: dict[str, torch.Tensor], meta: dict):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
     try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part, {'meta': json.dumps(meta)})
+        on_cpu = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        save_file(on_cpu, part, {'meta': json.dumps(meta)})
         with open(part, 'rb+') as f: os.fsync(f.fileno())
         os.replace(part, path)
     except Exception as e:
         part.unlink(missing_ok=True)
-        raise InputError(f'could not write {path} ({e}). The checkpoint before it is untouched: make room on the disk '
-                         'and run the same command again.') from e
+        raise InputError(f'could not write {path} ({e}). The checkpoint before it is untouched: '
+                         'make room on the disk and run the same command again.') from e
 
 def load_checkpoint(path, device='cpu') -> tuple[dict[str, torch.Tensor], dict]:  # (tensors, meta)
     "Read what `save_checkpoint` wrote."
     from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file(): raise InputError(f'no checkpoint at {path}. Train one with `interference pretrain`.')
+    if not Path(path).is_file():
+        raise InputError(f'no checkpoint at {path}. Train one with `interference pretrain`.')
     try:
         with safe_open(path, 'pt', device=str(device)) as f:
             return {n: f.get_tensor(n) for n in f.keys()}, json.loads((f.metadata() or {})['meta'])
     except (SafetensorError, KeyError, json.JSONDecodeError) as e:
-        raise InputError(f'{path} is not a whole checkpoint ({e}): it was cut short or is another kind of file. '
-                         'Delete it to start over, or copy it again.') from e
+        raise InputError(f'{path} is not a whole checkpoint ({e}): it was cut short or is another '
+                         'kind of file. Delete it to start over, or copy it again.') from e
 
-# %% ../nbs/01a_pretrain.ipynb #965bbb98
+# %% ../nbs/01a_pretrain.ipynb #b6e1386e
 def training_state(model, step) -> dict[str, torch.Tensor]:
     "Everything that the next step depends on, as named tensors."
     state = {f'model.{n}': t for n, t in model.state_dict().items()}
@@ -232,7 +243,7 @@ def training_state(model, step) -> dict[str, torch.Tensor]:
 
 def restore_training_state(model, step, state: dict[str, torch.Tensor]):
     "Put back what `training_state` took."
-    part = lambda prefix: {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    part = lambda pre: {n.removeprefix(pre): t for n, t in state.items() if n.startswith(pre)}
     model.load_state_dict(part('model.'))
     for name, opt in step.optimizers.items():
         moments = {}
@@ -271,7 +282,7 @@ def read_record(path) -> list[dict]:
         except json.JSONDecodeError: break
     return rows
 
-# %% ../nbs/01a_pretrain.ipynb #f6b205db
+# %% ../nbs/01a_pretrain.ipynb #696cafc4
 def config_hash(config: dict) -> str:
     "Twelve hex digits that name a config."
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -279,15 +290,21 @@ def config_hash(config: dict) -> str:
 def run_info() -> dict:
     "Where and with what a number was made: commit, hardware, versions, date."
     here = Path(sys.modules['interference_nb'].__file__).parent
-    git = lambda *a: subprocess.run(['git', *a], capture_output=True, text=True, cwd=here, check=False).stdout.strip()
+    def git(*args):
+        out = subprocess.run(['git', *args], capture_output=True, text=True, cwd=here, check=False)
+        return out.stdout.strip()
     commit = git('rev-parse', '--short=12', 'HEAD') or 'unknown'
     if git('status', '--porcelain', '--untracked-files=no', '--', '*.py'): commit += ' with changes'
-    hardware = (f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}' if torch.cuda.is_available()
-                else f'CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used')
-    return dict(commit=commit, hardware=hardware, python=platform.python_version(), torch=torch.__version__,
+    if torch.cuda.is_available():
+        hardware = f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}'
+    else:
+        hardware = (f'CPU {platform.machine()}, {os.cpu_count()} cores, '
+                    f'{torch.get_num_threads()} thread(s) used')
+    return dict(commit=commit, hardware=hardware,
+                python=platform.python_version(), torch=torch.__version__,
                 date=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
 
-# %% ../nbs/01a_pretrain.ipynb #b17b79d6
+# %% ../nbs/01a_pretrain.ipynb #7d8fbdc4
 def train(model, feed: Feed, cfg: TrainConfig,
           dev: dict[str, list[Batch]],  # {language: held-out batches}; see `dev_batches`
           step=None,  # the plug-in; `JointStep(model, cfg)` by default
@@ -297,7 +314,7 @@ def train(model, feed: Feed, cfg: TrainConfig,
           progress: bool = True,  # a text bar with the time left
           stop_at: int | None = None,  # leave after so many steps, with a checkpoint
           ) -> list[dict]:  # rows of the record
-    "Train to `cfg.steps`, resuming exactly where a killed run left its last checkpoint. [paper 3.2]"
+    "Train to `cfg.steps`, resuming exactly where a killed run left its checkpoint. [paper 3.2]"
     step = step or JointStep(model, cfg)
     log = RunLog(model, step, cfg, feed, dev, folder, about)
     last = min(cfg.steps, stop_at or cfg.steps)
@@ -310,43 +327,53 @@ def train(model, feed: Feed, cfg: TrainConfig,
             out = step(k, feed, learning_rate(k, cfg))
             log.pending.append(out)
             for f in callbacks: f(k, model, feed, out)
-            done, save = k + 1, (k + 1) % cfg.checkpoint_every == 0 or k + 1 == last
-            if done % cfg.eval_every == 0 or done == cfg.steps: bar.set_postfix_str(log.evaluate(done))
+            done = k + 1
+            save = done % cfg.checkpoint_every == 0 or done == last
+            if done % cfg.eval_every == 0 or done == cfg.steps:
+                bar.set_postfix_str(log.evaluate(done))
             elif save or done % 50 == 0: log.losses(done)
             if save: log.save(done)
             bar.update(1)
     return log.end() if last == cfg.steps else log.rows
 
-# %% ../nbs/01a_pretrain.ipynb #7f5a0fb3
+# %% ../nbs/01a_pretrain.ipynb #2b827550
 def clocks() -> np.ndarray:  # wall and processor seconds since some time in the past
     "Read both clocks: the second is fairer on a machine shared with others."
     return np.array([time.perf_counter(), time.process_time()])
 
 def seed_step(seed: int, k: int):
     "Make the dropout of step `k` a function of the run's seed, the process and `k` alone."
-    torch.manual_seed(int(np.random.SeedSequence([seed, processes()[0], k]).generate_state(1, np.uint64)[0] >> 1))
+    state = np.random.SeedSequence([seed, processes()[0], k]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
 
 def progress_bar(total: int, initial: int, shown: bool):
     "A text bar with the rate and the time left."
     from tqdm import tqdm
-    return tqdm(total=total, initial=initial, disable=not shown, file=sys.stdout, mininterval=1, ascii=' =', unit='step',
-                bar_format='{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps, {remaining} left, {rate_fmt} {postfix}')
+    return tqdm(total=total, initial=initial, disable=not shown, file=sys.stdout,
+                mininterval=1, ascii=' =', unit='step',
+                bar_format='{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps, '
+                           '{remaining} left, {rate_fmt} {postfix}')
 
 def same_config(now: dict, then: dict, path, free=('eval_every', 'checkpoint_every')):
-    "Raise an `InputError` that names the settings in which a checkpoint's config differs from this run's."
-    flat = lambda d, pre='': {k2: v2 for k, v in d.items() for k2, v2 in
-                              (flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}).items()}
+    "Raise an `InputError` that names the settings in which a checkpoint differs from this run."
+    def flat(config, pre=''):
+        out = {}
+        for k, v in config.items():
+            out |= flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}
+        return out
     a, b = flat(json.loads(json.dumps(now))), flat(json.loads(json.dumps(then)))
     differ = [f'{k} = {b.get(k)!r} there, {a.get(k)!r} here' for k in sorted(a | b)
               if a.get(k) != b.get(k) and k.split('.')[-1] not in free]
-    if differ: raise InputError(f'{path} belongs to another config ({"; ".join(differ)}). Name another folder, use its settings, or delete it to start over.')
+    if differ:
+        raise InputError(f'{path} belongs to another config ({"; ".join(differ)}). '
+                         'Name another folder, use its settings, or delete it to start over.')
 
 class RunLog:
     "The bookkeeping of one run: its record, its checkpoint, where it resumes."
     def __init__(self, model, step, cfg, feed, dev, folder, about):
         self.model, self.step, self.dev, self.cfg, self.pending = model, step, dev, cfg, []
         self.main, self.first = processes()[0] == 0, 0
-        self.spent, self.since = np.zeros(2), clocks()      # on training alone: wall and processor seconds
+        self.spent, self.since = np.zeros(2), clocks()   # on training: wall and processor seconds
         self.tokens_a_step = cfg.accumulate * cfg.batch_size * cfg.seq_len * feed.world
         self.config = dict(model=asdict(model.cfg), langs=list(model.langs), train=asdict(cfg),
                            step=step.describe(), world=feed.world, **(about or {}))
@@ -354,7 +381,9 @@ class RunLog:
         if self.checkpoint and self.checkpoint.exists(): self.resume()
         self.record = Record(Path(folder)/'record.jsonl' if folder and self.main else None,
                              keep=lambda r: r['kind'] != 'end' and r.get('step', -1) <= self.first)
-        if not self.rows: self.record.write('start', config=self.config, config_hash=config_hash(self.config), **run_info())
+        if not self.rows:
+            self.record.write('start', config=self.config, config_hash=config_hash(self.config),
+                              **run_info())
 
     @property
     def rows(self): return self.record.rows
@@ -368,8 +397,10 @@ class RunLog:
         self.spent += (meta['wall_s'], meta['cpu_s'])
 
     def save(self, done):
-        meta = dict(config=self.config, scaler=self.step.amp.scaler.state_dict()) | self.so_far(done)
-        if self.checkpoint and self.main: save_checkpoint(self.checkpoint, training_state(self.model, self.step), meta)
+        if not (self.checkpoint and self.main): return
+        scaler = self.step.amp.scaler.state_dict()
+        meta = dict(config=self.config, scaler=scaler, **self.so_far(done))
+        save_checkpoint(self.checkpoint, training_state(self.model, self.step), meta)
 
     def so_far(self, done) -> dict:
         "Sum up the work of the first `done` steps."
@@ -378,13 +409,16 @@ class RunLog:
 
     def means(self, done) -> dict:
         "Means of what the steps since the last line returned; stops at a loss that is not finite."
+        number = lambda x: torch.as_tensor(x).detach().float().cpu()
         names = {n: 0 for out in self.pending for n in out}
-        out = {n: float(torch.stack([torch.as_tensor(p[n]).detach().float().cpu() for p in self.pending if n in p]).mean())
+        out = {n: float(torch.stack([number(p[n]) for p in self.pending if n in p]).mean())
                for n in names}
         self.pending.clear()
         if not math.isfinite(out.get('loss', 0.)):
-            raise InputError(f"the loss is {out['loss']} by step {done}. The last checkpoint ({self.checkpoint or 'none was asked for'}) "
-                             f'is from before it: lower the learning rate (lr = {self.cfg.lr:g}) or lengthen the warm-up.')
+            raise InputError(f"the loss is {out['loss']} by step {done}. The last checkpoint "
+                             f"({self.checkpoint or 'none was asked for'}) is from before it: "
+                             f'lower the learning rate (lr = {self.cfg.lr:g}) '
+                             'or lengthen the warm-up.')
         return self.so_far(done) | out
 
     def losses(self, done): self.record.write('step', **self.means(done))

@@ -80,3 +80,9 @@ print(took, *sorted(tops & installed.keys() - ours))
     seconds, *extra = r.stdout.split()
     assert not extra, f'importing the components also imports {extra}'
     assert float(seconds) < 2, f'importing the components takes {seconds} s after torch'
+
+def test_first_cell_holds_title_and_subtitle_only(notebooks):
+    "nbdev makes front matter of the first cell: what else stood there would be missing."
+    source = lambda p: ''.join(json.loads(p.read_text(encoding='utf-8'))['cells'][0]['source'])
+    title = r'# [^\n]+\n+> [^\n]+\n*'
+    assert not (out := [p.name for p in notebooks if not re.fullmatch(title, source(p))]), out
