@@ -40,7 +40,7 @@ SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps
            'ffn': System('ffn'), 'attn': System('attn'), 'adpt': System('adpt'),
            'share_adpt': System('share_adpt'), 'meta_adpt': System('adpt', meta=MetaConfig())}
 
-# %% ../nbs/07_experiments.ipynb #92f7ccd7
+# %% ../nbs/07_experiments.ipynb #97ab3941
 @dataclass(frozen=True)
 class Scale:
     "How large everything is: vocabulary, model, pretraining, finetuning."
@@ -51,8 +51,8 @@ class Scale:
 SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), FinetuneConfig.toy()),
           'pocket': Scale(ModelConfig.toy(2000, dim=64, n_heads=4, ffn_dim=256,
                                           documents_apart=False),
-                          TrainConfig.toy(steps=1500, batch_size=16, seq_len=48, eval_every=150),
-                          FinetuneConfig.mini(epochs=6, lr=1e-3, head_lr_factor=3.,
+                          TrainConfig.toy(steps=1200, batch_size=16, seq_len=48, eval_every=120),
+                          FinetuneConfig.mini(epochs=5, lr=1e-3, head_lr_factor=3.,
                                               max_train=900, max_dev=300, max_eval=500)),
           'mini': Scale(ModelConfig.mini(8000), TrainConfig.mini(), FinetuneConfig.mini()),
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(), FinetuneConfig.paper())}

@@ -83,7 +83,7 @@ def plot_transfer(results: dict, task: str = 'NER', ax=None) -> Figure:
     ax.set(xlabel=f'{task} within language, F1', ylabel=f'{task} zero-shot, F1')
     return fig
 
-# %% ../nbs/08_figures.ipynb #493e6c9f
+# %% ../nbs/08_figures.ipynb #f136ab86
 def plot_differences(results: dict,
                      metrics: Iterable[str] = ('NER within', 'NER zero-shot', 'POS zero-shot'),
                      baseline: str = 'joint', axes=None) -> Figure:
@@ -102,7 +102,7 @@ def plot_differences(results: dict,
             ax.plot(p.delta, y, 'o', color=COLOURS[s], ms=5)
         ax.axvline(0, color='0.6', lw=.8, zorder=0)
         ax.set_title(metric, fontsize=9)
-        ax.set( xlabel=f'points over {baseline}',
+        ax.set(xlabel=f'points over {baseline}',
                ylim=(-.6, len(systems) - .4), yticks=range(len(systems)))
         ax.set_yticklabels(systems if ax is np.atleast_1d(axes)[0] else [])
     return np.atleast_1d(axes)[0].figure
