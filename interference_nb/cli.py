@@ -147,7 +147,7 @@ class FinetuneCommand:
     test_langs: tuple[str, ...] = ()  # all of the model's if not given
     data: str = 'toy'  # what the run was pretrained on
 
-# %% ../nbs/09_cli.ipynb #8ee2937e
+# %% ../nbs/09_cli.ipynb #b793c934
 def spec_of(cfg, scale, system='joint', langs=None) -> RunSpec:
     "Describe what a command works on as a run without tasks."
     if system not in SYSTEMS:
@@ -187,10 +187,10 @@ def pretrain(cfg: PretrainConfig):
 
 def finetune_run(cfg: FinetuneCommand):
     "Finetune the model of a run, print its scores and add them to its record."
+    if not (cfg.run/'record.jsonl').exists():
+        raise InputError(f'no run in {cfg.run}. Name with --run a folder that '
+                         '`interference pretrain` made.')
     record = Record(cfg.run/'record.jsonl')
-    if not record.rows:
-        raise InputError(f'no run in {cfg.run}. '
-                         'Name a folder that `interference pretrain` made with --run.')
     about = record.rows[0]['config']['run']
     sizes = about['scale']
     scale = Scale(ModelConfig(**sizes['model']), TrainConfig(**sizes['train']), cfg.finetune)

@@ -164,7 +164,7 @@ def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/07_experiments.ipynb #5d996944
+# %% ../nbs/07_experiments.ipynb #2e069c24
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step times its steps."
     meta = SYSTEMS[spec.system].meta
@@ -179,8 +179,9 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
         else: todo.append(spec)
     todo.sort(key=cost, reverse=True)
     if len(todo) > 2: todo.insert(1, todo.pop())     # a short one early: a first number to look at
-    for spec in {(s.data, s.pair, s.seed): s for s in todo}.values():
-        materials(spec, folder, workers=None)
+    data = lambda s: (s.data, s.pair, s.seed, *sorted(s.max_sentences.items()),
+                      s.scale.model.vocab_size, s.scale.train.temperature)
+    for spec in {data(s): s for s in todo}.values(): materials(spec, folder, workers=None)
     if not todo: return
     spawn = multiprocessing.get_context('spawn')
     workers = min(workers or cpu_count(), len(todo))
@@ -374,7 +375,7 @@ def verdict_table(experiments: dict[str, dict]) -> str:  # {name: results} -> Ma
              for c in CLAIMS if any(c in f for f in found)]
     return markdown_table(['statement', 'paper', 'measured by', *experiments], lines)
 
-# %% ../nbs/07_experiments.ipynb #4ac8e537
+# %% ../nbs/07_experiments.ipynb #3c730b04
 def about_records(folder) -> dict:
     "Sum up where a folder's records come from: commits, hardware, date, seeds, time of all runs."
     starts, seconds = [], 0.
@@ -386,4 +387,4 @@ def about_records(folder) -> dict:
     return dict(runs=len(starts), commit=some('commit'), hardware=some('hardware'),
                 torch=some('torch'), date=min(s['date'] for s in starts)[:10],
                 seeds=len({s['config']['run']['seed'] for s in starts}),
-                core_minutes=round(seconds / 60, 1))
+                run_minutes=round(seconds / 60, 1))

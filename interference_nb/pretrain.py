@@ -163,7 +163,7 @@ class Precision:
         if self.name == 'float32': return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.name))
 
-# %% ../nbs/01a_pretrain.ipynb #896a349f
+# %% ../nbs/01a_pretrain.ipynb #a3570e45
 class JointStep:
     "Update all parameters on one language's batches: JointPair, or Mono if there is no other."
     def __init__(self, model, cfg: TrainConfig):
@@ -178,10 +178,10 @@ class JointStep:
         return dict(loss=loss)
 
     def backward(self, batches: list[Batch]) -> torch.Tensor:
-        "Add the gradient of the mean loss per masked token to every parameter's `.grad`."
-        losses, masked = [], sum(len(b.targets) for b in batches)
+        "Add the gradient of the batches' mean loss to every parameter's `.grad`."
+        losses = []
         for b in batches:
-            with self.amp.autocast(): loss = self.model.loss(b) * (len(b.targets) / masked)
+            with self.amp.autocast(): loss = self.model.loss(b) / len(batches)
             self.amp.scaler.scale(loss).backward()
             losses.append(loss.detach())
         self.passes += len(batches)
