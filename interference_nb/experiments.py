@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'CLAIMS', 'System', 'Scale', 'RunSpec', 'plan', 'materials', 'cached_tokenizer', 'run',
            'complete', 'device', 'cost', 'run_all', 'one_thread', 'no_main', 'metrics', 'load_results', 'Paired',
-           'paired', 'columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'findings',
-           'verdict_table', 'about_records']
+           'paired', 'columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures',
+           'findings', 'verdict_table', 'about_records']
 
 # %% ../nbs/07_experiments.ipynb #f0570bd8
 import itertools, json, math, multiprocessing, sys
@@ -297,7 +297,7 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     show = lambda r: '| ' + ' | '.join(c.strip() for c in r) + ' |'
     return '\n'.join([show(header), show([':--', *['--:'] * (len(header) - 1)]), *map(show, lines)])
 
-# %% ../nbs/07_experiments.ipynb #be6df586
+# %% ../nbs/07_experiments.ipynb #f34a2b73
 @dataclass(frozen=True)
 class Claim:
     "A statement of the form: `system` has more (or less) of `metric` than `baseline`."
@@ -351,26 +351,31 @@ def verdicts(results: dict, claims=CLAIMS) -> list[dict]:  # claim, paired diffe
         out.append(dict(claim=c, paired=p, verdict=verdict))
     return out
 
+def in_figures(metric: str, p: Paired) -> str:
+    "Write a difference with its standard error: points to one decimal, nats to three."
+    digits = 3 if metric == 'loss' else 1
+    return f'{p.delta:+.{digits}f} ± {p.se:.{digits}f}'
+
 def findings(results: dict) -> str:
     "Say in sentences what shows in these records and what does not."
     found = verdicts(results)
     def say(v):
         c, p = v['claim'], v['paired']
         source = f'paper {c.source}' if c.source else 'our control'
-        return (f'  - {c.text} ({c.metric} {p.delta:+.2f} ± {p.se:.2f} se, '
+        return (f'  - {c.text} ({c.metric} {in_figures(c.metric, p)} se, '
                 f'{p.n} seed{"s" * (p.n > 1)}; {source}).')
     parts = {'shows': 'Shows here:', 'the opposite shows': 'The opposite of it shows here:',
              'undecided': 'Undecided here, the 95% interval holds zero:'}
     said = {kind: [say(v) for v in found if v['verdict'] == kind] for kind in parts}
     return '\n'.join('\n'.join([parts[kind], *lines]) for kind, lines in said.items() if lines)
 
-# %% ../nbs/07_experiments.ipynb #7649bd79
+# %% ../nbs/07_experiments.ipynb #4a3b22de
 def verdict_table(experiments: dict[str, dict]) -> str:  # {name: results} -> Markdown
     "Set what the paper says beside what each experiment shows."
     found = [{v['claim']: v for v in verdicts(results)} for results in experiments.values()]
     def cell(v):
         if v is None: return 'not measured'
-        return f"**{v['verdict']}** ({v['paired'].delta:+.2f} ± {v['paired'].se:.2f})"
+        return f"**{v['verdict']}** ({in_figures(v['claim'].metric, v['paired'])})"
     lines = [[c.text, c.source or 'our control', c.metric, *(cell(f.get(c)) for f in found)]
              for c in CLAIMS if any(c in f for f in found)]
     return markdown_table(['statement', 'paper', 'measured by', *experiments], lines)
