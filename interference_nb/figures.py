@@ -6,18 +6,16 @@
 __all__ = ['COLOURS', 'SHOWN', 'new_axes', 'read_curves', 'plot_curves', 'plot_transfer', 'comparable', 'plot_differences',
            'plot_summary', 'svg', 'slider']
 
-# %% ../nbs/08_figures.ipynb #eb30598a
+# %% ../nbs/08_figures.ipynb #5fe20119
 import io, re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from zlib import crc32
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from .data import InputError
-from .experiments import SYSTEMS, load_results, paired
-from .pretrain import read_record
+from .experiments import SYSTEMS, complete_records, load_results, paired
 
 # %% ../nbs/08_figures.ipynb #d64fc3ce
 COLOURS = {'mono': '#0072B2', 'joint': '#D55E00', 'joint2x': '#E69F00', 'ffn': '#009E73',
@@ -32,13 +30,13 @@ def new_axes(*shape, width: float = 5., height: float = 3.) -> tuple[Figure, np.
         ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
     return fig, axes
 
-# %% ../nbs/08_figures.ipynb #5503caec
+# %% ../nbs/08_figures.ipynb #32b8dff5
 def read_curves(folder,  # of records
+                names=None,  # of runs; all that are there if not given
                 ) -> dict[str, list[dict]]:  # {system: one {step, passes, loss} of arrays per run}
     "Read the held-out loss of every run over its training, the mean over its languages in nats."
     curves = {}
-    for path in sorted(Path(folder).glob('*/record.jsonl')):
-        rows = read_record(path)
+    for rows in complete_records(folder, names):
         evals = [r for r in rows if r['kind'] == 'eval']
         curve = dict(step=[r['step'] for r in evals], passes=[r['passes'] for r in evals],
                      loss=[np.mean(np.log(list(r['ppl'].values()))) for r in evals])
@@ -46,13 +44,14 @@ def read_curves(folder,  # of records
         same_system.append({k: np.array(v) for k, v in curve.items()})
     return {s: curves[s] for s in SYSTEMS if s in curves}
 
-def plot_curves(folder, x: str = 'step',  # or 'passes'
+def plot_curves(folder,
+                x: str = 'step',  # or 'passes'
                 upto: float | None = None,  # leave out what comes after this x
-                systems: Iterable[str] = tuple(SYSTEMS), ax=None) -> Figure:
+                systems: Iterable[str] = tuple(SYSTEMS), names=None, ax=None) -> Figure:
     "Draw held-out perplexity over training: mean ± standard deviation of runs. [paper Fig. 4c]"
     fig, ax = (ax.figure, ax) if ax else new_axes()
-    every = read_curves(folder)
-    for system in (s for s in every if s in systems):
+    every = read_curves(folder, names)
+    for system in sorted((s for s in every if s in systems), key='joint2x'.__ne__):  # that below
         runs = every[system]
         n = min(len(r['loss']) for r in runs)
         at, loss = runs[0][x][:n], np.array([r['loss'][:n] for r in runs])
@@ -115,12 +114,13 @@ def plot_differences(results: dict, metrics: Iterable[str] = SHOWN,
         ax.set_yticklabels(systems if ax is np.atleast_1d(axes)[0] else [])
     return np.atleast_1d(axes)[0].figure
 
-# %% ../nbs/08_figures.ipynb #1d6eac40
-def plot_summary(folder) -> Figure:
+# %% ../nbs/08_figures.ipynb #a1441a9a
+def plot_summary(folder, names=None) -> Figure:
     "Draw the figure of a comparison of systems from its records."
-    results = load_results(folder)
+    results = load_results(folder, names)
     fig, axes = new_axes(2, 3, width=9.5, height=5.2)
-    plot_curves(folder, ax=axes[0, 0]); plot_curves(folder, 'passes', ax=axes[0, 1])
+    for ax, x in zip(axes[0], ('step', 'passes'), strict=False):
+        plot_curves(folder, x, names=names, ax=ax)
     axes[0, 1].get_legend().remove(); axes[0, 1].set_ylabel('')
     plot_transfer(results, ax=axes[0, 2])
     shown = comparable(results)

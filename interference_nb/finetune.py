@@ -123,7 +123,9 @@ def clean_tags(
     return dict(tokens=words, labels=labels)
 
 # %% ../nbs/06_finetune.ipynb #2a81bb12
-def linear_head(dim, spec): return nn.Linear(dim, len(spec.labels))
+def linear_head(dim, spec):
+    "Make the layer that scores every label from a hidden state [paper sec. 3.2]."
+    return nn.Linear(dim, len(spec.labels))
 
 def tagging_loss(
     scores: Tensor,         # [B,T,C]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from .data import Batch, InputError, Stream, sampling_probabilities
 
-# %% ../nbs/01a_pretrain.ipynb #303cdca9
+# %% ../nbs/01a_pretrain.ipynb #690420b8
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that a pretraining run depends on besides its model and its data. [paper 3.2]"
@@ -37,6 +37,16 @@ class TrainConfig:
     checkpoint_every: int = 10_000  # steps between two checkpoints
     seed: int = 0  # of initialisation, batches, masks and dropout
     precision: str = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16' (autocast)
+
+    def __post_init__(self):
+        whole = ('steps', 'batch_size', 'seq_len', 'accumulate', 'eval_every', 'checkpoint_every')
+        for name in whole:
+            if getattr(self, name) < 1:
+                raise InputError(f'{name} is {getattr(self, name)}. It must be 1 or more.')
+        if not 0 < self.mask_prob <= 1:
+            raise InputError(f'mask_prob is {self.mask_prob}. It must lie between 0 and 1.')
+        if min(self.lr, self.clip) <= 0 or min(self.seed, self.warmup) < 0:
+            raise InputError('lr and clip must be positive, seed and warmup not negative.')
 
     @classmethod
     def toy(cls, **kw):
@@ -336,7 +346,7 @@ def train(model, feed: Feed, cfg: TrainConfig,
             bar.update(1)
     return log.end() if last == cfg.steps else log.rows
 
-# %% ../nbs/01a_pretrain.ipynb #2b827550
+# %% ../nbs/01a_pretrain.ipynb #0c24856d
 def clocks() -> np.ndarray:  # wall and processor seconds since some time in the past
     "Read both clocks: the second is fairer on a machine shared with others."
     return np.array([time.perf_counter(), time.process_time()])
@@ -380,7 +390,8 @@ class RunLog:
         self.checkpoint = Path(folder)/'checkpoint.safetensors' if folder else None
         if self.checkpoint and self.checkpoint.exists(): self.resume()
         self.record = Record(Path(folder)/'record.jsonl' if folder and self.main else None,
-                             keep=lambda r: r['kind'] != 'end' and r.get('step', -1) <= self.first)
+                             keep=lambda r: r['kind'] in ('start', 'step', 'eval')
+                             and r.get('step', -1) <= self.first)
         if not self.rows:
             self.record.write('start', config=self.config, config_hash=config_hash(self.config),
                               **run_info())

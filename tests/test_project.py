@@ -86,3 +86,9 @@ def test_first_cell_holds_title_and_subtitle_only(notebooks):
     source = lambda p: ''.join(json.loads(p.read_text(encoding='utf-8'))['cells'][0]['source'])
     title = r'# [^\n]+\n+> [^\n]+\n*'
     assert not (out := [p.name for p in notebooks if not re.fullmatch(title, source(p))]), out
+
+@pytest.mark.parametrize('name', sorted(p.name for p in (ROOT / 'records').iterdir()))
+def test_page_beside_records_is_what_they_say(name):
+    from interference_nb.experiments import table_page
+    page = (ROOT / 'records' / name / 'table.md').read_text(encoding='utf-8')
+    assert page == table_page(ROOT / 'records' / name)
