@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO_SYSTEMS', 'DemoConfig', 'interference_demo', 'PrepareConfig', 'StatisticsConfig', 'PretrainConfig',
-           'FinetuneCommand', 'make_app', 'main']
+           'FinetuneCommand', 'spec_of', 'prepare', 'statistics', 'pretrain', 'finetune_run', 'make_app', 'main']
 
 # %% ../nbs/09_cli.ipynb #a046f4fc
 import sys, threading, time
@@ -172,7 +172,7 @@ class FinetuneCommand:
     test_langs: tuple[str, ...] = ()  # all of the model's if not given
     data: str = 'toy'  # what the run was pretrained on
 
-# %% ../nbs/09_cli.ipynb #74713374
+# %% ../nbs/09_cli.ipynb #86822030
 def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
     "Describe what a command works on as a run without tasks."
     if system not in SYSTEMS:
