@@ -79,7 +79,7 @@ def learning_rate(k: int,  # step, from 0
                                      "Use 'inverse_sqrt', 'linear' or 'constant'.")
     return cfg.lr * up * down
 
-# %% ../nbs/01a_pretrain.ipynb #c2203bb6
+# %% ../nbs/01a_pretrain.ipynb #0785876b
 class Feed:
     "Deal the batches of a run: which language at step k, and which of its batches."
     def __init__(self,
@@ -104,18 +104,24 @@ class Feed:
         "Language of step k."
         return self.langs[self.order[k]]
 
-    def _draw(self, k):
-        stream, n = self.streams[self.lang(k)], self.cfg.accumulate * self.world
-        first = int(self.turn[k]) * n
-        return [stream.batch(i) for i in range(first + self.rank, first + n, self.world)]
+    def _draw(self, lang, turn):
+        n = self.cfg.accumulate * self.world
+        mine = range(turn * n + self.rank, turn * n + n, self.world)
+        return [self.streams[lang].batch(i) for i in mine]
+
+    def _draw_step(self, k): return self._draw(self.lang(k), int(self.turn[k]))
 
     def train(self, k: int) -> list[Batch]:
         "This process's training batches of step k; on a GPU, the next step's are drawn meanwhile."
         future = self._next.pop(k, None)
-        batches = future.result() if future else self._draw(k)
+        batches = future.result() if future else self._draw_step(k)
         if self._ahead and k + 1 < self.cfg.steps:
-            self._next = {k + 1: self._ahead.submit(self._draw, k + 1)}
+            self._next = {k + 1: self._ahead.submit(self._draw_step, k + 1)}
         return [b.to(self.device) for b in batches]
+
+    def every(self, k: int) -> dict[str, list[Batch]]:
+        "Training batches of all languages at once, for a step that looks at each."
+        return {l: [b.to(self.device) for b in self._draw(l, k)] for l in self.langs}
 
     def fresh(self, k: int, lang: str) -> Batch:
         "A batch of `lang` apart from the training batches: the validation batch of a meta step."
@@ -173,9 +179,11 @@ class Precision:
         if self.name == 'float32': return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.name))
 
-# %% ../nbs/01a_pretrain.ipynb #a3570e45
+# %% ../nbs/01a_pretrain.ipynb #ff098a74
 class JointStep:
     "Update all parameters on one language's batches: JointPair, or Mono if there is no other."
+    memory: dict[str, torch.Tensor] = {}    # what else a step remembers; checkpoints keep it
+
     def __init__(self, model, cfg: TrainConfig):
         self.model, self.cfg, self.passes = model, cfg, 0    # passes: forward and backward, so far
         self.optimizers = {'all': make_adam(model.parameters(), cfg)}
@@ -197,11 +205,12 @@ class JointStep:
         self.passes += len(batches)
         return sum(losses)
 
-    def update(self, name: str, lr: float):
+    def update(self, name: str, lr: float,
+               average: bool = True):  # False: the processes' gradients are equal already
         "Average over processes, clip, step; what belongs to other languages has no gradient."
         opt = self.optimizers[name]
         params = [p for g in opt.param_groups for p in g['params'] if p.grad is not None]
-        mean_over_processes([p.grad for p in params])
+        if average: mean_over_processes([p.grad for p in params])
         self.amp.scaler.unscale_(opt)
         torch.nn.utils.clip_grad_norm_(params, self.cfg.clip)
         for g in opt.param_groups: g['lr'] = lr
@@ -242,10 +251,11 @@ def load_checkpoint(path, device='cpu') -> tuple[dict[str, torch.Tensor], dict]:
         raise InputError(f'{path} is not a whole checkpoint ({e}): it was cut short or is another '
                          'kind of file. Delete it to start over, or copy it again.') from e
 
-# %% ../nbs/01a_pretrain.ipynb #b6e1386e
+# %% ../nbs/01a_pretrain.ipynb #f24ae0d1
 def training_state(model, step) -> dict[str, torch.Tensor]:
     "Everything that the next step depends on, as named tensors."
     state = {f'model.{n}': t for n, t in model.state_dict().items()}
+    state |= {f'step.{n}': t for n, t in step.memory.items()}
     for name, opt in step.optimizers.items():
         for i, s in opt.state_dict()['state'].items():
             state |= {f'optim.{name}.{i}.{k}': v for k, v in s.items()}
@@ -255,6 +265,7 @@ def restore_training_state(model, step, state: dict[str, torch.Tensor]):
     "Put back what `training_state` took."
     part = lambda pre: {n.removeprefix(pre): t for n, t in state.items() if n.startswith(pre)}
     model.load_state_dict(part('model.'))
+    for n, t in part('step.').items(): step.memory[n].copy_(t)
     for name, opt in step.optimizers.items():
         moments = {}
         for key, t in part(f'optim.{name}.').items():
@@ -314,7 +325,7 @@ def run_info() -> dict:
                 python=platform.python_version(), torch=torch.__version__,
                 date=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
 
-# %% ../nbs/01a_pretrain.ipynb #7d8fbdc4
+# %% ../nbs/01a_pretrain.ipynb #f57ca745
 def train(model, feed: Feed, cfg: TrainConfig,
           dev: dict[str, list[Batch]],  # {language: held-out batches}; see `dev_batches`
           step=None,  # the plug-in; `JointStep(model, cfg)` by default
@@ -336,7 +347,8 @@ def train(model, feed: Feed, cfg: TrainConfig,
             seed_step(cfg.seed, k)
             out = step(k, feed, learning_rate(k, cfg))
             log.pending.append(out)
-            for f in callbacks: f(k, model, feed, out)
+            with log.apart():
+                for f in callbacks: f(k, model, feed, out)
             done = k + 1
             save = done % cfg.checkpoint_every == 0 or done == last
             if done % cfg.eval_every == 0 or done == cfg.steps:
@@ -346,7 +358,7 @@ def train(model, feed: Feed, cfg: TrainConfig,
             bar.update(1)
     return log.end() if last == cfg.steps else log.rows
 
-# %% ../nbs/01a_pretrain.ipynb #0c24856d
+# %% ../nbs/01a_pretrain.ipynb #14a230f9
 def clocks() -> np.ndarray:  # wall and processor seconds since some time in the past
     "Read both clocks: the second is fairer on a machine shared with others."
     return np.array([time.perf_counter(), time.process_time()])
@@ -413,6 +425,13 @@ class RunLog:
         meta = dict(config=self.config, scaler=scaler, **self.so_far(done))
         save_checkpoint(self.checkpoint, training_state(self.model, self.step), meta)
 
+    @contextlib.contextmanager
+    def apart(self):
+        "Leave what is done meanwhile, measuring, out of the time of training."
+        start = clocks()
+        yield
+        self.since += clocks() - start
+
     def so_far(self, done) -> dict:
         "Sum up the work of the first `done` steps."
         wall, cpu = (self.spent + clocks() - self.since).round(3).tolist()
@@ -435,11 +454,10 @@ class RunLog:
     def losses(self, done): self.record.write('step', **self.means(done))
 
     def evaluate(self, done) -> str:
-        means, start = self.means(done), clocks()
+        means = self.means(done)
         if self.rows[-1]['kind'] == 'eval' and self.rows[-1]['step'] == done: return ''
-        ppl = {l: perplexity(self.model, b) for l, b in self.dev.items()}
+        with self.apart(): ppl = {l: perplexity(self.model, b) for l, b in self.dev.items()}
         self.record.write('eval', ppl=ppl, **means)
-        self.since += clocks() - start
         return ' '.join(f'{l} ppl {p:.1f}' for l, p in ppl.items())
 
     def end(self) -> list[dict]:
