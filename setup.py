@@ -17,7 +17,8 @@ setup(
     packages=find_packages(include=[lib, f'{lib}.*']),
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={extra: cfg[f'{extra}_requirements'].split()
+                    for extra in ('dev', 'transformers')},
     entry_points={'console_scripts': [line.strip() for line in lines],
                   'nbdev': [f'{lib}={lib}._modidx:d']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',

@@ -4,22 +4,27 @@
 
 # %% auto #0
 __all__ = ['DEMO_SYSTEMS', 'DemoConfig', 'interference_demo', 'PrepareConfig', 'StatisticsConfig', 'PretrainConfig',
-           'FinetuneCommand', 'spec_of', 'prepare', 'statistics', 'pretrain', 'finetune_run', 'make_app', 'main']
+           'FinetuneCommand', 'spec_of', 'prepare', 'statistics', 'pretrain', 'finetune_run', 'ProbeCommand',
+           'PruneCommand', 'CausesConfig', 'probe_run', 'probe_cells', 'prune_run', 'interference_causes', 'make_app',
+           'main']
 
-# %% ../nbs/09_cli.ipynb #a046f4fc
+# %% ../nbs/09_cli.ipynb #f90b7f16
 import sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
-from .adapters import load_model
 from .data import InputError, corpus_statistics, statistics_table
 from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cost,
-                                         device, findings, load_results, materials, metrics, plan,
-                                         run, run_all, table_cells, table_page, text_table)
+                                         findings, load_results, materials, metrics, open_run,
+                                         plan, prune_model, run, run_all, table_cells, table_page,
+                                         text_of, text_table)
 from .finetune import FinetuneConfig, finetune
+from .gradient_probes import GradientProbe, ProbeConfig, conflict
+from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
-from .pretrain import Record, TrainConfig, load_checkpoint, read_record
+from .pretrain import (Record, TrainConfig, load_checkpoint, progress_bar,
+                                      read_record)
 from .toy_languages import open_source
 from .transformer import ModelConfig
 
@@ -44,9 +49,10 @@ def split_commas(words: tuple[str, ...]) -> tuple[str, ...]:
     "Let 'en,sw' and 'en sw' mean the same."
     return tuple(x for w in words for x in w.split(',') if x)
 
-# %% ../nbs/09_cli.ipynb #d2103358
+# %% ../nbs/09_cli.ipynb #380cca34
 def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of records, table, figure
     "Run the comparison, print its table and what it shows, draw its figure."
+    from interference_nb.figures import plot_summary
     cfg = cfg or DemoConfig()
     langs = split_commas(cfg.langs)
     out = cfg.out or Path('runs')/f"demo-{'toy' if cfg.data.startswith('toy') else '-'.join(langs)}"
@@ -54,38 +60,47 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
                  split_commas(cfg.tasks))
     print(f'{len(specs)} runs of {cfg.seeds} seeds on {" and ".join(langs)} ({cfg.data}); '
           f'records in {out}/', flush=True)
-    total, failed, t0 = sum(map(cost, specs)), [], time.time()
-    with work_bar(total) as bar, watching(out, bar):
-        for spec, rows in run_all(specs, out, cfg.workers):
+    t0 = time.time()
+    names = run_with_bar(specs, out, cfg.workers)   # the folder may hold others
+    results = load_results(out, names)
+    print(f'\n{text_table(*table_cells(results))}\n\n{LEGEND}\n\n{findings(results)}\n')
+    (out/'table.md').write_text(table_page(out, names), encoding='utf-8')
+    draw(out, figure=lambda: plot_summary(out, names))
+    print(f'{(time.time() - t0) / 60:.1f} minutes. Table: {out/"table.md"}, '
+          f'figure: {out/"figure.svg"}, records: {out}/*/record.jsonl')
+    return out
+
+# %% ../nbs/09_cli.ipynb #7c70a21d
+def demo_scale(cfg: DemoConfig):
+    "Choose the scale of a demo: toy for toy data, pocket for text, unless told otherwise."
+    name = cfg.scale or ('toy' if cfg.data.startswith('toy') else 'pocket')
+    if name not in SCALES:
+        raise InputError(f"unknown scale '{name}'. Use one of {', '.join(SCALES)}.")
+    check_counts(cfg)
+    if len(split_commas(cfg.langs)) < 2:
+        raise InputError('a comparison needs two languages. Use --langs en,x3.')
+    scale = SCALES[name]
+    if cfg.steps is None: return scale
+    return replace(scale, train=replace(scale.train, steps=cfg.steps))
+
+def check_counts(cfg):
+    "Refuse a number of seeds or workers with which nothing runs."
+    if cfg.seeds < 1: raise InputError(f'{cfg.seeds} seeds make no run. Use --seeds 3.')
+    if cfg.workers is not None and cfg.workers < 1:
+        raise InputError(f'{cfg.workers} workers do no work. Use --workers 2.')
+
+def run_with_bar(specs: list[RunSpec], out: Path, workers: int | None) -> set[str]:  # their names
+    "Run what is missing and show how far it is; raise if a run failed, when all others are done."
+    failed = []
+    with work_bar(sum(map(cost, specs))) as bar, watching(out, bar):
+        for spec, rows in run_all(specs, out, workers):
             bar.update(cost(spec))
             if isinstance(rows, Exception): failed.append(f'{spec.name}: {rows}')
             bar.write(one_line(spec, rows))
     if failed:
         raise InputError(f'{len(failed)} of {len(specs)} runs failed; the others are kept. '
                          f'First: {failed[0]}')
-    names = {s.name for s in specs}                 # the folder may hold others
-    results = load_results(out, names)
-    print(f'\n{text_table(*table_cells(results))}\n\n{LEGEND}\n\n{findings(results)}\n')
-    (out/'table.md').write_text(table_page(out, names), encoding='utf-8')
-    draw(out, names)
-    print(f'{(time.time() - t0) / 60:.1f} minutes. Table: {out/"table.md"}, '
-          f'figure: {out/"figure.svg"}, records: {out}/*/record.jsonl')
-    return out
-
-# %% ../nbs/09_cli.ipynb #9ef75021
-def demo_scale(cfg: DemoConfig):
-    "Choose the scale of a demo: toy for toy data, pocket for text, unless told otherwise."
-    name = cfg.scale or ('toy' if cfg.data.startswith('toy') else 'pocket')
-    if name not in SCALES:
-        raise InputError(f"unknown scale '{name}'. Use one of {', '.join(SCALES)}.")
-    if cfg.seeds < 1: raise InputError(f'{cfg.seeds} seeds make no run. Use --seeds 3.')
-    if cfg.workers is not None and cfg.workers < 1:
-        raise InputError(f'{cfg.workers} workers do no work. Use --workers 2.')
-    if len(split_commas(cfg.langs)) < 2:
-        raise InputError('a comparison needs two languages. Use --langs en,x3.')
-    scale = SCALES[name]
-    if cfg.steps is None: return scale
-    return replace(scale, train=replace(scale.train, steps=cfg.steps))
+    return {s.name for s in specs}
 
 def work_bar(total: float):
     "A text bar over all runs, weighted by their work, with the time left."
@@ -124,14 +139,15 @@ def one_line(spec, rows) -> str:
     shown = [f'{k} {v:.1f}' for k, v in m.items() if k.startswith(('ppl', 'NER', 'POS'))]
     return f'{spec.name:24} ' + ', '.join(shown)
 
-def draw(folder: Path, names: set[str]):
-    "Write the figure of some of a folder's records."
+def draw(folder: Path, **plots):
+    "Write figures, each made by a function without arguments, into a folder."
     import matplotlib
     matplotlib.use('agg')
-    from interference_nb.figures import plot_summary, svg
-    (folder/'figure.svg').write_text(svg(plot_summary(folder, names)), encoding='utf-8')
+    from interference_nb.figures import svg
+    for name, plot in plots.items():
+        (folder/f'{name}.svg').write_text(svg(plot()), encoding='utf-8')
 
-# %% ../nbs/09_cli.ipynb #308a2317
+# %% ../nbs/09_cli.ipynb #2de8e95f
 @dataclass(frozen=True)
 class PrepareConfig:
     "Train the vocabulary of some languages and tokenise their text, once."
@@ -160,6 +176,7 @@ class PretrainConfig:
     langs: tuple[str, ...] = ('en', 'x3')
     data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
     max_sentences: dict[str, int] = field(default_factory=dict)  # caps by language
+    probe_every: int = 0  # steps between two comparisons of the languages' gradients; 0: none
     out: Path = Path('runs/pretrain')  # the run gets a folder in it: record and checkpoint
 
 @dataclass(frozen=True)
@@ -172,7 +189,7 @@ class FinetuneCommand:
     test_langs: tuple[str, ...] = ()  # all of the model's if not given
     data: str = 'toy'  # what the run was pretrained on
 
-# %% ../nbs/09_cli.ipynb #86822030
+# %% ../nbs/09_cli.ipynb #3e33171e
 def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
     "Describe what a command works on as a run without tasks."
     if system not in SYSTEMS:
@@ -209,6 +226,7 @@ def pretrain(cfg: PretrainConfig):
     "Pretrain a run and say where it is."
     own = None if cfg.meta == MetaConfig() else cfg.meta
     spec = spec_of(cfg, Scale(cfg.model, cfg.train, FinetuneConfig()), cfg.system, meta=own)
+    if cfg.probe_every: spec = replace(spec, probe=ProbeConfig(every=cfg.probe_every))
     home = cfg.out/spec.name
     if complete(spec, home):        # then the checkpoint must be whole too, or the run starts again
         if (home/'checkpoint.safetensors').exists(): load_checkpoint(home/'checkpoint.safetensors')
@@ -220,22 +238,7 @@ def pretrain(cfg: PretrainConfig):
 
 def finetune_run(cfg: FinetuneCommand):
     "Finetune the model of a run, print its scores and write them to a record of their own."
-    if not (cfg.run/'record.jsonl').exists():
-        raise InputError(f'no run in {cfg.run}. Name with --run a folder that '
-                         '`interference pretrain` made.')
-    rows = read_record(cfg.run/'record.jsonl')
-    if not rows or 'run' not in rows[0].get('config', {}):
-        raise InputError(f'{cfg.run} holds no whole record. Pretrain again into another folder.')
-    about = rows[0]['config']['run']
-    if Path(cfg.data).name != about['data']:
-        raise InputError(f"{cfg.run} was pretrained on data named '{about['data']}', not "
-                         f"'{Path(cfg.data).name}'. Name it with --data.")
-    sizes = about['scale']
-    scale = Scale(ModelConfig(**sizes['model']), TrainConfig(**sizes['train']), cfg.finetune)
-    spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'],
-                   scale, cfg.data, (), about['max_sentences'])
-    source, tokenizer, _ = materials(spec, cfg.run.parent)
-    model = load_model(cfg.run/'checkpoint.safetensors', tokenizer, device=device())
+    _, source, tokenizer, _, model = open_run(cfg.run, cfg.data)
     langs = split_commas(cfg.test_langs) or model.langs
     folder = cfg.run/f'finetune-{cfg.task}-{cfg.train_lang}'
     result = finetune(model, tokenizer, cfg.task, source, cfg.train_lang, langs, cfg.finetune,
@@ -247,7 +250,109 @@ def finetune_run(cfg: FinetuneCommand):
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{cfg.task} {cfg.train_lang} to {lang} ({where}): {numbers}')
 
-# %% ../nbs/09_cli.ipynb #bef7b8db
+# %% ../nbs/09_cli.ipynb #1b032324
+@dataclass(frozen=True)
+class ProbeCommand:
+    "Compare the gradients of a pretrained run's languages, at its checkpoint."
+    run: Path = Path('runs/pretrain/joint-en+x3-0')  # folder that `interference pretrain` made
+    data: str = 'toy'  # what the run was pretrained on
+    batches: int = 8  # behind each gradient, of the run's size
+    repeats: int = 20  # probes, each on other batches
+
+@dataclass(frozen=True)
+class PruneCommand:
+    "Learn which groups of a pretrained run's weights each language needs, and compare."
+    run: Path = Path('runs/pretrain/joint-en+x3-0')  # folder that `interference pretrain` made
+    data: str = 'toy'  # what the run was pretrained on
+    prune: PruneConfig = field(default_factory=PruneConfig)
+
+@dataclass(frozen=True)
+class CausesConfig:
+    "Look for the causes of interference: gradients and gates of pairs of languages, over seeds."
+    data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
+    pairs: tuple[str, ...] = ('en,fr', 'en,ru', 'en,ar')  # the nearer pair first
+    seeds: int = 5  # how many; three at least for a standard error worth the name
+    steps: int | None = None  # of pretraining, in place of the study's own
+    out: Path | None = None  # folder of the records; runs/causes-<toy or text> if not given
+    workers: int | None = None  # runs side by side; one a core if not given
+
+# %% ../nbs/09_cli.ipynb #b6065054
+def probe_run(cfg: ProbeCommand) -> list[dict]:  # rows, also in the run's probe/probe.jsonl
+    "Print the cosines of a checkpoint's gradients: by kind of parameter and by layer."
+    if cfg.repeats < 1: raise InputError(f'{cfg.repeats} probes see nothing. Use --repeats 20.')
+    settings = ProbeConfig(n_batches=cfg.batches)
+    spec, _, tokenizer, corpora, model = open_run(cfg.run, cfg.data)
+    feed, _ = text_of(spec, tokenizer, corpora)
+    probe = GradientProbe(settings, cfg.run/'probe')
+    with progress_bar(cfg.repeats, 0, True) as bar:
+        for i in range(cfg.repeats):
+            probe(i * settings.every, model, feed)
+            bar.update(1)
+    print(text_table(*probe_cells(probe.rows)))
+    print(f'{cfg.repeats} probes, {probe.passes} passes. en-en, say: how alike two gradients of '
+          'one language are; "corrected" divides by that noise. '
+          f"Rows: {cfg.run/'probe'/'probe.jsonl'}")
+    return probe.rows
+
+def probe_cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    "Write a probe's table: a line for a group of parameters, mean cosines, share below zero."
+    groups = sorted(next(iter(rows[0]['cos'].values())),
+                    key=lambda g: ('layer' in g, g != 'all', g))
+    pairs = list(rows[0]['cos'])
+    across = [p for p in pairs if len(set(p.split('-'))) > 1]
+    header = ['gradients of', *pairs, *(f'{p} {what}' for p in across
+                                        for what in ('corrected', 'below zero'))]
+    def line(group):
+        found = conflict(rows, group)
+        yield from (f"{found[p]['mean']:.2f}" for p in pairs)
+        for p in across:
+            yield f"{found[p]['corrected']:.2f}"
+            yield f"{found[p]['negative']:.0%}"
+    return header, [[g, *line(g)] for g in groups]
+
+def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to prune/ in the run
+    "Learn and compare gates; print tables, draw figures."
+    from interference_nb import causes
+    spec, _, tokenizer, corpora, model = open_run(cfg.run, cfg.data)
+    feed, dev = text_of(spec, tokenizer, corpora)
+    study = prune_model(model, feed, dev, cfg.prune, cfg.run/'prune', progress=True)
+    Record(cfg.run/'prune'/'record.jsonl', keep=lambda row: False).write('gates', **study)
+    results = {'-'.join(spec.langs): {spec.seed: causes.gate_metrics(study)}}
+    for cells in (causes.gate_cells(results), causes.loss_cells(results)):
+        print(text_table(*cells), end='\n\n')
+    draw(cfg.run/'prune', similarity=lambda: causes.plot_similarity([study]),
+         extremes=lambda: causes.plot_extremes(study), pruned=lambda: causes.plot_pruned([study]))
+    print(f"Gates, record and figures are in {cfg.run/'prune'}/.")
+    return study
+
+def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, figures
+    "Run the study of causes, print what it shows, draw its figures."
+    from interference_nb import causes
+    check_counts(cfg)
+    name = 'toy' if cfg.data.startswith('toy') else 'text'
+    study, out = causes.STUDIES[name], cfg.out or Path('runs')/f'causes-{name}'
+    if cfg.steps is not None:
+        scale = replace(study.scale, train=replace(study.scale.train, steps=cfg.steps))
+        study = replace(study, scale=scale)
+    pairs, t0 = [split_commas((p,)) for p in cfg.pairs], time.time()
+    specs = causes.plan_causes(pairs, cfg.seeds, study, cfg.data)
+    print(f'{len(specs)} runs of {cfg.seeds} seeds on {" and ".join(cfg.pairs)} ({cfg.data}); '
+          f'records in {out}/', flush=True)
+    names = run_with_bar(specs, out, cfg.workers)
+    page = causes.causes_page(out, names)
+    (out/'table.md').write_text(page, encoding='utf-8')
+    results = causes.load_causes(out, names)
+    for cells in (causes.gradient_cells, causes.gate_cells, causes.loss_cells):
+        print(text_table(*cells(results)), end='\n\n')
+    print(f'{causes.CAUSES_LEGEND}\n\n{text_table(*causes.verdict_cells(results))}\n\n'
+          f'{causes.VERDICT_LEGEND}\n')
+    draw(out, conflict=lambda: causes.plot_conflict(causes.probe_rows(out, names)),
+         similarity=lambda: causes.plot_similarity(causes.gate_studies(out, next(iter(results)))))
+    print(f'{(time.time() - t0) / 60:.1f} minutes. Page: {out/"table.md"}, figures: {out}/*.svg, '
+          f'records: {out}/*/record.jsonl')
+    return out
+
+# %% ../nbs/09_cli.ipynb #02f0da43
 def make_app():
     "Assemble the program from its commands."
     import tyro
@@ -264,6 +369,9 @@ def make_app():
     command(app, 'demo', interference_demo, DemoConfig)
     command(data, 'prepare', prepare, PrepareConfig)
     command(data, 'statistics', statistics, StatisticsConfig)
+    command(app, 'causes', interference_causes, CausesConfig)
+    command(app, 'probe', probe_run, ProbeCommand)
+    command(app, 'prune', prune_run, PruneCommand)
     for name, scale in SCALES.items():
         default, note = PretrainConfig(scale.model, scale.train), f'Pretrain: {size[name]}.'
         command(pre, name, pretrain, PretrainConfig, default, note)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import InputError, Stream, prepare_corpus
+from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.meta_adapters import MetaConfig, MetaStep
 from interference_nb.pretrain import (Feed, JointStep, TrainConfig, load_checkpoint,
                                       read_record, save_checkpoint, seed_step)
@@ -15,7 +16,7 @@ from interference_nb.transformer import ModelConfig
 LANGS = ('en', 'x3')
 
 def weights_after(folder, step_name, accumulate, steps=3):
-    "Train a few steps; every process comes back with the same weights."
+    "Train a few steps and return the weights; for 'probe', don't, and return all cosines."
     torch.set_num_threads(1)
     source = ToySource(seed=0, n_train=300, n_dev=50)
     tok = toy_tokenizer(source, LANGS)
@@ -25,9 +26,16 @@ def weights_after(folder, step_name, accumulate, steps=3):
                               tok.vocab_size, cfg.mask_prob)
     feed = Feed({l: stream(l) for l in LANGS}, cfg)
     torch.manual_seed(0)
-    variant = {'joint': 'joint', 'meta': 'adpt'}[step_name]
+    variant = 'adpt' if step_name in ('meta', 'pcgrad') else 'joint'
     model = MultilingualLM(ModelConfig.toy(tok.vocab_size), LANGS, variant)
-    step = JointStep(model, cfg) if step_name == 'joint' else MetaStep(model, cfg, MetaConfig())
+    if step_name == 'probe':
+        probe = GradientProbe(ProbeConfig(n_batches=4), folder)
+        probe(0, model, feed)
+        assert probe.passes == 4 * 4 // feed.world
+        assert (Path(folder)/'probe.jsonl').exists() == (feed.rank == 0)
+        return torch.tensor([list(c.values()) for c in probe.rows[0]['cos'].values()]).flatten()
+    step = {'joint': lambda: JointStep(model, cfg), 'pcgrad': lambda: CombinedStep(model, cfg),
+            'meta': lambda: MetaStep(model, cfg, MetaConfig())}[step_name]()
     for k in range(steps):
         seed_step(cfg.seed, k)
         step(k, feed, 1e-3)
@@ -40,9 +48,9 @@ def one_of_two(rank, folder, step_name, out):
     dist.barrier()
     dist.destroy_process_group()
 
-@pytest.mark.parametrize('step_name', ['joint', 'meta'])
+@pytest.mark.parametrize('step_name', ['joint', 'meta', 'pcgrad', 'probe'])
 def test_two_processes_agree(tmp_path, step_name):
-    "Two processes end with equal weights; joint ones equal a process that accumulates two batches."
+    "Two processes end alike; but for the meta step, also like one that sees the batches of both."
     spawn = multiprocessing.get_context('spawn')
     out = spawn.Queue()
     both = [spawn.Process(target=one_of_two, args=(rank, str(tmp_path), step_name, out))
@@ -51,7 +59,7 @@ def test_two_processes_agree(tmp_path, step_name):
     weights = dict(out.get(timeout=120) for _ in both)
     for p in both: p.join(60); assert p.exitcode == 0
     assert (weights[0] == weights[1]).all()
-    if step_name == 'joint':
+    if step_name != 'meta':
         alone = weights_after(tmp_path/'alone', step_name, accumulate=2)
         close = torch.isclose(torch.from_numpy(weights[0]), alone, rtol=1e-3, atol=1e-4)
         assert close.float().mean() > .99       # Adam's first steps follow signs, also of rounding
