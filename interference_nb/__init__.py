@@ -5,7 +5,10 @@ from .toy_languages import ToySource, open_source, toy_tokenizer
 from .transformer import MaskedLM, ModelConfig
 from .pretrain import Feed, JointStep, TrainConfig, perplexity, train
 from .adapters import Adapter, MultilingualLM, load_model, save_model
+from .l0_pruning import Gates, PruneConfig, gated, learn_gates, prune_study
+from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig, cosines
 from .meta_adapters import MetaConfig, MetaStep, exact, finite_difference, first_order, hypergradient
+from .any_model import AnyModel, hf_loss
 from .finetune import FinetuneConfig, finetune
 from .experiments import SCALES, SYSTEMS, RunSpec, load_results, plan, run, run_all
 
@@ -13,5 +16,6 @@ __all__ = [
     'Batch', 'InputError', 'ToySource', 'open_source', 'toy_tokenizer', 'MaskedLM', 'ModelConfig',
     'Feed', 'JointStep', 'TrainConfig', 'perplexity', 'train', 'Adapter', 'MultilingualLM', 'load_model',
     'save_model', 'MetaConfig', 'MetaStep', 'exact', 'finite_difference', 'first_order', 'hypergradient',
-    'FinetuneConfig', 'finetune', 'SCALES', 'SYSTEMS', 'RunSpec', 'load_results', 'plan', 'run', 'run_all',
+    'Gates', 'PruneConfig', 'gated', 'learn_gates', 'prune_study', 'CombinedStep', 'GradientProbe',
+    'ProbeConfig', 'cosines', 'AnyModel', 'hf_loss', 'FinetuneConfig', 'finetune', 'SCALES', 'SYSTEMS', 'RunSpec', 'load_results', 'plan', 'run', 'run_all',
 ]

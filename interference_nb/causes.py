@@ -26,7 +26,7 @@ from .experiments import (SCALES, Claim, RunSpec, Scale, about_records,
                                          verdicts)
 from .figures import new_axes
 
-# %% ../nbs/08a_causes.ipynb #31a0bec3
+# %% ../nbs/08a_causes.ipynb #a670fdef
 @dataclass(frozen=True)
 class Study:
     "How large the models are and how they are looked at. [paper 3.1]"
@@ -37,8 +37,8 @@ class Study:
 STUDIES = {'toy': Study(SCALES['toy'], ProbeConfig(), (PruneConfig.toy(), PruneConfig.toy(l0=3.))),
            'text': Study(Scale(ModelConfig.mini(2000, dim=96, ffn_dim=384, dropout=0.,
                                                 attention_dropout=0.),
-                               TrainConfig.toy(steps=5000, batch_size=16, seq_len=32, lr=6e-3,
-                                               warmup=300, eval_every=500),
+                               TrainConfig.toy(steps=5000, batch_size=16, seq_len=32, lr=2e-3,
+                                               warmup=500, eval_every=500),
                                FinetuneConfig.mini()),
                          ProbeConfig(every=100),
                          (PruneConfig(steps=300, warmup=75, batch_size=32, l0=.2),))}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'RunSpec', 'plan', 'materials', 'run', 'text_of',
            'open_run', 'prune_model', 'complete', 'device', 'cost', 'run_all', 'metrics', 'complete_records',
-           'load_results', 'Paired', 'paired', 'columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
+           'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
            'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
 
 # %% ../nbs/07_experiments.ipynb #75931b82
@@ -339,8 +339,8 @@ def paired(results: dict, metric: str, system: str, baseline: str = 'joint',
     se = float(d.std(ddof=1) / len(d)**.5) if len(d) > 1 else math.nan
     return Paired(float(d.mean()), se, len(d))
 
-# %% ../nbs/07_experiments.ipynb #26c1841f
-def columns(results: dict) -> list[str]:
+# %% ../nbs/07_experiments.ipynb #f437bd6f
+def table_columns(results: dict) -> list[str]:
     "Name the metrics that a table shows, in order."
     have = {k for seeds in results.values() for m in seeds.values() for k in m}
     tasks = [f'{t} {w}' for t in ('NER', 'POS', 'QA', 'NLI') for w in ('within', 'zero-shot')]
@@ -349,7 +349,7 @@ def columns(results: dict) -> list[str]:
 def table_cells(results: dict, baseline: str = 'joint',
                 ) -> tuple[list[str], list[list[str]]]:  # header, lines
     "Write the cells: a system's scores and, below, their paired differences to the baseline."
-    cols, base, lines = columns(results), results.get(baseline, {}), []
+    cols, base, lines = table_columns(results), results.get(baseline, {}), []
     for system, seeds in results.items():
         scores, diffs = [system], [f'  − {baseline}']
         for c in cols:

@@ -251,11 +251,11 @@ def load_checkpoint(path, device='cpu') -> tuple[dict[str, torch.Tensor], dict]:
         raise InputError(f'{path} is not a whole checkpoint ({e}): it was cut short or is another '
                          'kind of file. Delete it to start over, or copy it again.') from e
 
-# %% ../nbs/01a_pretrain.ipynb #f24ae0d1
+# %% ../nbs/01a_pretrain.ipynb #dcfb3e7c
 def training_state(model, step) -> dict[str, torch.Tensor]:
     "Everything that the next step depends on, as named tensors."
     state = {f'model.{n}': t for n, t in model.state_dict().items()}
-    state |= {f'step.{n}': t for n, t in step.memory.items()}
+    state |= {f'step.{n}': t for n, t in getattr(step, 'memory', {}).items()}
     for name, opt in step.optimizers.items():
         for i, s in opt.state_dict()['state'].items():
             state |= {f'optim.{name}.{i}.{k}': v for k, v in s.items()}
