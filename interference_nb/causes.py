@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'CAUSES_LEGEND', 'VERDICT_LEGEND', 'Cells', 'PAIR_COLOURS', 'Study', 'plan_causes', 'gradient_metrics',
-           'gate_metrics', 'load_causes', 'read_probe', 'homes', 'claims_about', 'spread', 'gradient_cells',
+           'gate_metrics', 'extremes', 'load_causes', 'read_probe', 'homes', 'claims_about', 'spread', 'gradient_cells',
            'gate_cells', 'loss_cells', 'verdict_cells', 'causes_page', 'probe_rows', 'plot_conflict', 'legend_above',
            'running', 'gate_studies', 'plot_similarity', 'plot_extremes', 'plot_pruned']
 
@@ -71,7 +71,7 @@ def gradient_metrics(rows: list[dict],  # of a probe
         out['cosine cross'], *(np.nanmean(value(f'{l}-{l}')) for l in langs))
     return out | {'share below zero': float(np.mean(cross < 0)), 'zero': 0.}
 
-# %% ../nbs/08a_causes.ipynb #aca9e0d9
+# %% ../nbs/08a_causes.ipynb #be0cd439
 def gate_metrics(study: dict) -> dict[str, float]:  # of `prune_study`
     "Sum up a pruning study: similarities, and what pruning does to the loss in nats."
     a, b = study['ppl']['whole']
@@ -94,6 +94,7 @@ def gate_metrics(study: dict) -> dict[str, float]:  # of `prune_study`
     log = lambda group: float(np.mean([math.log(p) for p in group.values()]))
     out |= {f'loss {name}': log(ppl[name]) for name in ('whole', 'own', 'swapped')}
     out |= {f'share {c}': s for c, s in study['shares']['all'].items()}
+    out |= extremes(study, (a, b))
     hurt = lambda lang, after: math.log(after[lang] / ppl['whole'][lang])
     only = [(l, o, study['pruned'][f'only {l}']) for l, o in ((a, b), (b, a))
             if study['pruned'].get(f'only {l}', {}).get('n')]
@@ -102,6 +103,17 @@ def gate_metrics(study: dict) -> dict[str, float]:  # of `prune_study`
                 'harm to the other': np.mean([hurt(o, c['ppl']) for _, o, c in only]),
                 'harm of random groups': np.mean([hurt(l, c['random']) for l, _, c in only])}
     return {k: float(v) for k, v in out.items()}
+
+def extremes(study: dict, langs: tuple[str, str], kind: str = 'ffn', share: float = .1) -> dict:
+    "Tell what share of one language's most pruned and most kept tenth the other keeps. [Fig. 4b]"
+    which = np.concatenate([np.full(s['n'], s['kind'] == kind) for s in study['sites']])
+    mean = [np.mean(study['log_alpha'][l], 0)[which] for l in langs]
+    n = max(1, round(share * which.sum()))
+    kept = [[(other[np.argsort(own)[part]] > 0).mean() for part in (slice(n), slice(-n, None))]
+            for own, other in (mean, mean[::-1])]
+    pruned, firm = np.mean(kept, 0)
+    return {'pruned by one, kept by the other': pruned, 'kept by one, kept by the other': firm,
+            'half': .5}
 
 # %% ../nbs/08a_causes.ipynb #088ac492
 def load_causes(folder,
@@ -130,8 +142,10 @@ def homes(folder, names=None) -> list[tuple[Path, list[dict]]]:
     every = [(Path(folder)/rows[-1]['name'], rows) for rows in complete_records(folder, names)]
     return [(home, rows) for home, rows in every if (home/'probe.jsonl').exists()]
 
-# %% ../nbs/08a_causes.ipynb #baf601a6
-def claims_about(results: dict) -> tuple[Claim, ...]:  # of `load_causes`; nearer pairs first
+# %% ../nbs/08a_causes.ipynb #5740e103
+def claims_about(results: dict,  # of `load_causes`; nearer pairs first
+                 what: str = 'gradients and gates',  # or one of the two
+                 ) -> tuple[Claim, ...]:
     "Write the paper's statements about causes, and our controls, as claims about these pairs."
     pairs, out = list(results), []
     def claim(text, metric, sign, against, source='', pair=None):
@@ -154,6 +168,10 @@ def claims_about(results: dict) -> tuple[Claim, ...]:  # of `load_causes`; neare
           'gates raw cross attention', +1, 'gates raw cross ffn', '3.3, Fig. 4a')
     claim('attention more than feed-forward, after centring', 'gates centred cross attention', +1,
           'gates centred cross ffn')
+    claim('what one language prunes hardest, the other mostly keeps',
+          'pruned by one, kept by the other', +1, 'half', '3.3, Fig. 4b')
+    claim('what one language keeps most firmly, the other mostly keeps',
+          'kept by one, kept by the other', +1, 'half', '3.3, Fig. 4b')
     claim("with the other language's gates the loss is higher than with one's own",
           'loss swapped', +1, 'loss own')
     claim('pruning the groups of one language hurts it more than the other', 'harm to its language',
@@ -164,9 +182,10 @@ def claims_about(results: dict) -> tuple[Claim, ...]:  # of `load_causes`; neare
         for far in pairs[1:]:
             out.append(Claim(f'{text} are less alike than in {pairs[0]}', metric, far, pairs[0],
                              -1, '3.3'))
-    return tuple(out)
+    about = lambda c: 'gradients' if c.metric.startswith(('cosine', 'gap')) else 'gates'
+    return tuple(c for c in out if about(c) in what)
 
-# %% ../nbs/08a_causes.ipynb #03470ebd
+# %% ../nbs/08a_causes.ipynb #62dc089f
 CAUSES_LEGEND = (
     'Cosines over the parameters of the layers, means over training. *Within*: two batches of one '
     'language, which is also the split-half reliability of the estimate; *corrected*: across '
@@ -224,10 +243,10 @@ def loss_cells(results: dict) -> Cells:
         [pair, *(spread(results, pair, m, percent='%' in c) for c, m in columns.items())]
         for pair in results]
 
-def verdict_cells(results: dict) -> Cells:
+def verdict_cells(results: dict, what: str = 'gradients and gates') -> Cells:
     "Write a verdict for each statement (line) and pair (column)."
     found = {}
-    for v in verdicts(results, claims_about(results)):
+    for v in verdicts(results, claims_about(results, what)):
         c = v['claim']
         verdict = f"{v['verdict']} ({in_figures(c.metric, v['paired'])})"
         found.setdefault((c.text, c.source or 'our control'), {})[c.system] = verdict

@@ -8,8 +8,8 @@ __all__ = ['SYSTEMS', 'SCALES', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'RunSpec'
            'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
            'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
 
-# %% ../nbs/07_experiments.ipynb #75931b82
-import itertools, json, math, multiprocessing, sys, time
+# %% ../nbs/07_experiments.ipynb #7a101bb0
+import itertools, json, math, multiprocessing, os, sys, threading, time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -232,7 +232,7 @@ def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/07_experiments.ipynb #2db8426f
+# %% ../nbs/07_experiments.ipynb #1903e4ba
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
@@ -255,14 +255,19 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     if not todo: return
     spawn = multiprocessing.get_context('spawn')
     workers = min(workers or cpu_count(), len(todo))
-    with no_main(), ProcessPoolExecutor(workers, spawn, one_thread) as pool:
+    with no_main(), ProcessPoolExecutor(workers, spawn, be_worker) as pool:
         futures = {pool.submit(run, s, folder): s for s in todo}
         for f in as_completed(futures): yield futures[f], f.exception() or f.result()
 
-# %% ../nbs/07_experiments.ipynb #29e6a684
-def one_thread():
-    "Keep a worker to its core."
+# %% ../nbs/07_experiments.ipynb #213c2ca0
+def be_worker():
+    "Keep a worker to its core, and end it with its parent: a killed command writes no more."
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 @contextmanager
 def no_main():
@@ -379,7 +384,7 @@ def markdown_table(header: list[str], lines: list[list[str]], align: str = '--:'
     show = lambda r: '| ' + ' | '.join(c.strip() for c in r) + ' |'
     return '\n'.join([show(header), show([':--', *[align] * (len(header) - 1)]), *map(show, lines)])
 
-# %% ../nbs/07_experiments.ipynb #9f71a137
+# %% ../nbs/07_experiments.ipynb #08d5d781
 @dataclass(frozen=True)
 class Claim:
     "A statement of the form: `system` has more (or less) of `metric` than `baseline`."
@@ -422,6 +427,18 @@ CLAIMS = (
           'NER within', 'meta_adpt', 'adpt', +1, '4.2'),
     Claim('Meta-adapters are better at NER within language than joint at twice the steps',
           'NER within', 'meta_adpt', 'joint2x', +1),
+    Claim('PCGrad is better at zero-shot NER than the plain mean of the gradients',
+          'NER zero-shot', 'pcgrad', 'joint_all', +1),
+    Claim('Gradient Vaccine is better at zero-shot NER than the plain mean of the gradients',
+          'NER zero-shot', 'gradvac', 'joint_all', +1),
+    Claim('PCGrad is better at NER within language than the plain mean of the gradients',
+          'NER within', 'pcgrad', 'joint_all', +1),
+    Claim('Gradient Vaccine is better at NER within language than the plain mean of the gradients',
+          'NER within', 'gradvac', 'joint_all', +1),
+    Claim('Meta-adapters are better at zero-shot NER than PCGrad',
+          'NER zero-shot', 'meta_adpt', 'pcgrad', +1),
+    Claim('Meta-adapters are better at NER within language than PCGrad',
+          'NER within', 'meta_adpt', 'pcgrad', +1),
 )
 
 def verdicts(results: dict,

@@ -104,3 +104,17 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     tensors, meta = load_checkpoint(path)
     assert meta['step'] == 1 and not tensors['w'].any()
     assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.safetensors']   # and nothing else
+
+def test_workers_end_with_a_killed_command(tmp_path):
+    "No worker goes on writing when its command is gone: the next one would meet it in the folder."
+    args = ['demo', '--systems', 'joint', '--seeds', '2', '--steps', '20000', '--out', tmp_path]
+    command = subprocess.Popen([*COMMAND[:3], *args], stdout=subprocess.DEVNULL)
+    grown = lambda: sum(p.stat().st_size for p in tmp_path.glob('*/record.jsonl'))
+    deadline = time.time() + 120
+    while grown() < 10_000 and time.time() < deadline: time.sleep(.1)
+    command.kill()
+    command.wait()
+    time.sleep(3)
+    size = grown()
+    time.sleep(3)
+    assert grown() == size
