@@ -26,7 +26,7 @@ ARGS  ?=
 
 say := @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: help demo test slow docs lab prepare clean
+.PHONY: help demo causes test slow docs lab prepare clean
 help:      ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
@@ -44,6 +44,10 @@ $(READY): settings.ini setup.py pyproject.toml
 demo: $(READY)      ## the main job: 5 minutes on 2 cores; 20 with DATA=folder LANGS=en,sw
 	$(say) "Pretraining and finetuning small models: about $(if $(DATA),20,5) minutes on 2 cores"
 	interference demo $(if $(DATA),--data '$(DATA)') $(if $(LANGS),--langs '$(LANGS)') $(ARGS)
+
+causes: $(READY)    ## gradients and gates over pairs and seeds: 10 minutes on 2 cores
+	$(say) "Pretraining, probing and pruning small models"
+	interference causes $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 test: $(READY)      ## every notebook's tests, and those in tests/: 8 minutes
 	$(say) "Running the notebooks and the tests: about 8 minutes on 2 cores"

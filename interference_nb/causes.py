@@ -71,7 +71,7 @@ def gradient_metrics(rows: list[dict],  # of a probe
         out['cosine cross'], *(np.nanmean(value(f'{l}-{l}')) for l in langs))
     return out | {'share below zero': float(np.mean(cross < 0)), 'zero': 0.}
 
-# %% ../nbs/08a_causes.ipynb #be0cd439
+# %% ../nbs/08a_causes.ipynb #daf7db6f
 def gate_metrics(study: dict) -> dict[str, float]:  # of `prune_study`
     "Sum up a pruning study: similarities, and what pruning does to the loss in nats."
     a, b = study['ppl']['whole']
@@ -107,6 +107,7 @@ def gate_metrics(study: dict) -> dict[str, float]:  # of `prune_study`
 def extremes(study: dict, langs: tuple[str, str], kind: str = 'ffn', share: float = .1) -> dict:
     "Tell what share of one language's most pruned and most kept tenth the other keeps. [Fig. 4b]"
     which = np.concatenate([np.full(s['n'], s['kind'] == kind) for s in study['sites']])
+    if not which.any(): return {}
     mean = [np.mean(study['log_alpha'][l], 0)[which] for l in langs]
     n = max(1, round(share * which.sum()))
     kept = [[(other[np.argsort(own)[part]] > 0).mean() for part in (slice(n), slice(-n, None))]
@@ -341,14 +342,16 @@ def plot_similarity(studies: list[dict],  # of `prune_study`, one a seed
     legend_above(np.atleast_1d(axes)[0], 2)
     return np.atleast_1d(axes)[0].figure
 
-# %% ../nbs/08a_causes.ipynb #53e1acbd
+# %% ../nbs/08a_causes.ipynb #d12196e8
 def plot_extremes(study: dict,  # of `prune_study`
-                  kind: str = 'ffn',  # or 'attention'
+                  kind: str | None = None,  # None: 'ffn' if its neurons have gates
                   top: int = 60,  # gates on each side
                   ax=None) -> Figure:
     "Draw the strongest gates of the second language beside the first's. [paper Fig. 4b]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=6., height=2.8)
     first, second = study['ppl']['whole']
+    kinds = [s['kind'] for s in study['sites']]
+    kind = kind or ('ffn' if 'ffn' in kinds else kinds[0])
     which = np.concatenate([np.full(s['n'], s['kind'] == kind) for s in study['sites']])
     mean = {l: np.mean(study['log_alpha'][l], 0)[which] for l in (first, second)}
     order = np.argsort(mean[second])
