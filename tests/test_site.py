@@ -98,6 +98,16 @@ UNRENDERED = {
     'raw markup': r':{3,}|\{#[\w-]+\}|\{\.[\w-]+',
 }
 
+# What was drawn of the maths, and how: roots have their sign, numbers stand clear of formulas.
+BADLY_DRAWN = """() => {
+  const right = e => e.getBoundingClientRect().right, left = e => e.getBoundingClientRect().left;
+  const roots = [...document.querySelectorAll('.katex .sqrt svg')].filter(e => !e.clientHeight);
+  const numbers = [...document.querySelectorAll('.katex-display .tag')].filter(tag =>
+    [...tag.parentElement.children].some(e => e != tag && right(e) > left(tag)));
+  return [...roots.map(e => 'a root without its sign'),
+          ...numbers.map(e => `number ${e.innerText} on its formula`)];
+}"""
+
 @pytest.mark.parametrize('name', PAGES)
 def test_page(name, page, site):
     page.goto(site + name, wait_until='networkidle')
@@ -109,7 +119,9 @@ def test_page(name, page, site):
     page.faults += broken_links(hrefs, site)
     images = 'imgs => imgs.filter(i => i.complete && !i.naturalWidth).map(i => i.src.slice(0, 80))'
     page.faults += [f'broken image: {src}' for src in page.eval_on_selector_all('img', images)]
+    page.faults += page.evaluate(BADLY_DRAWN)
     page.set_viewport_size(dict(width=390, height=800))
+    page.faults += page.evaluate(BADLY_DRAWN)
     width = page.evaluate('document.documentElement.scrollWidth')
     if width > 390: page.faults.append(f'{width} px wide on a telephone of 390')
     assert not page.faults, '\n'.join(dict.fromkeys(page.faults))
