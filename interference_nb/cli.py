@@ -250,7 +250,7 @@ def finetune_run(cfg: FinetuneCommand):
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{cfg.task} {cfg.train_lang} to {lang} ({where}): {numbers}')
 
-# %% ../nbs/09_cli.ipynb #1b032324
+# %% ../nbs/09_cli.ipynb #7676ae9a
 @dataclass(frozen=True)
 class ProbeCommand:
     "Compare the gradients of a pretrained run's languages, at its checkpoint."
@@ -270,7 +270,7 @@ class PruneCommand:
 class CausesConfig:
     "Look for the causes of interference: gradients and gates of pairs of languages, over seeds."
     data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
-    pairs: tuple[str, ...] = ('en,fr', 'en,ru', 'en,ar')  # the nearer pair first
+    pairs: tuple[str, ...] = ('en,fr', 'en,ru', 'en,ar')  # each by a comma
     seeds: int = 5  # how many; three at least for a standard error worth the name
     steps: int | None = None  # of pretraining, in place of the study's own
     out: Path | None = None  # folder of the records; runs/causes-<toy or text> if not given
