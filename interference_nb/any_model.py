@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Description', 'AnyModel', 'untouched', 'TextStream', 'hf_loss', 'language_inputs', 'language_code', 'requirements']
 
-# %% ../nbs/05a_any_model.ipynb #119294bb
+# %% ../nbs/05a_any_model.ipynb #fb7fab1f
 import copy, math, re, zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Batch, InputError
-from .l0_pruning import gated, rows
+from .l0_pruning import evaluating, gated, rows
 from .meta_adapters import exact, finite_difference, hypergradient
 
 # %% ../nbs/05a_any_model.ipynb #dbc171c6
@@ -126,7 +126,7 @@ def untouched(
     finally:
         for p in params: p.requires_grad_(True)
 
-# %% ../nbs/05a_any_model.ipynb #83474f98
+# %% ../nbs/05a_any_model.ipynb #3e189097
 class TextStream:
     "Give one language's masked batches in the ids of any Hugging Face tokenizer."
     def __init__(self,
@@ -137,8 +137,9 @@ class TextStream:
                  seq_len: int,              # T, tokens in a row at most; the rest is cut off
                  seed: int = 0,             # 0 or more
                  mask_prob: float = .15):   # share of the real tokens to predict
-        if tokenizer.mask_token_id is None:
-            raise InputError('the tokenizer has no mask token. Use one of a masked language model.')
+        if None in (tokenizer.mask_token_id, tokenizer.pad_token_id):
+            raise InputError('the tokenizer has no mask or no padding token. '
+                             'Use one of a masked language model.')
         if not sentences: raise InputError(f'no text in {lang!r}. Give at least one sentence.')
         ids = tokenizer(list(sentences), truncation=True, max_length=seq_len)['input_ids']
         self.rows = [np.array(row, dtype=np.int64) for row in ids]
@@ -240,7 +241,7 @@ def language_code(
     raise InputError(f"language {lang!r} is {'more than one' if found else 'none'} of the "
                      f"model's: {', '.join(list(found or codes)[:12])}. Name one of these.")
 
-# %% ../nbs/05a_any_model.ipynb #875f8c15
+# %% ../nbs/05a_any_model.ipynb #0bb9b329
 def requirements(
     model: AnyModel,            # left as it is
     batches: dict[str, Batch],  # a small batch of each language
@@ -248,7 +249,7 @@ def requirements(
     "Try on a model what probes, gates and the meta step will do to it."
     theta, phi = model.theta, model.phi
     total = lambda: sum(model.loss(b) for b in batches.values())
-    with _evaluating(model):
+    with evaluating(model):
         loss, again = total(), total().item()
         gates = {s: theta[s.weight].new_ones(s.n, requires_grad=True)
                  for s in rows(model, '') if s.weight in theta}
@@ -268,22 +269,12 @@ def requirements(
                                   'nothing belongs to a language'}
     return {name: fault or 'yes' for name, fault in found.items()}
 
-# %% ../nbs/05a_any_model.ipynb #f836c771
+# %% ../nbs/05a_any_model.ipynb #bdde05b3
 def _without_gradient(loss, named):
     "Name the tensors that a loss does not depend on."
     if not named: return []
     grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
     return [n for n, g in zip(named, grads) if g is None]
-
-@contextmanager
-def _evaluating(model):
-    "Switch dropout off, and afterwards every module back to the mode it was in."
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for m, mode in modes: m.training = mode
 
 def _listed(names):
     "Say which parameters are at fault."

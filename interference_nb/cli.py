@@ -28,7 +28,7 @@ from .pretrain import (Record, TrainConfig, load_checkpoint, progress_bar,
 from .toy_languages import open_source
 from .transformer import ModelConfig
 
-# %% ../nbs/09_cli.ipynb #0d433088
+# %% ../nbs/09_cli.ipynb #51ef61a0
 DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt'
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DemoConfig:
     "Compare systems on two languages: see interference, and its treatment."
     data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
     langs: tuple[str, ...] = ('en', 'x3')  # the pair (spaces or commas between)
-    systems: tuple[str, ...] = DEMO_SYSTEMS  # also: attn, share_adpt
+    systems: tuple[str, ...] = DEMO_SYSTEMS  # also: attn, share_adpt, joint_all, pcgrad, gradvac
     tasks: tuple[str, ...] = ('ner', 'pos')  # finetuned in each language, tested in both
     seeds: int = 3  # how many; three at least for a standard error worth the name
     steps: int | None = None  # in place of the scale's number of steps
@@ -147,7 +147,7 @@ def draw(folder: Path, **plots):
     for name, plot in plots.items():
         (folder/f'{name}.svg').write_text(svg(plot()), encoding='utf-8')
 
-# %% ../nbs/09_cli.ipynb #2de8e95f
+# %% ../nbs/09_cli.ipynb #204e77a4
 @dataclass(frozen=True)
 class PrepareConfig:
     "Train the vocabulary of some languages and tokenise their text, once."
@@ -172,11 +172,12 @@ class PretrainConfig:
     model: ModelConfig
     train: TrainConfig
     meta: MetaConfig = field(default_factory=MetaConfig)  # for meta_adpt
-    system: str = 'joint'  # mono, joint, joint2x, ffn, attn, adpt, share_adpt or meta_adpt
+    system: str = 'joint'  # a key of SYSTEMS: mono, joint, ffn, adpt, meta_adpt, pcgrad, ...
     langs: tuple[str, ...] = ('en', 'x3')
     data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
     max_sentences: dict[str, int] = field(default_factory=dict)  # caps by language
     probe_every: int = 0  # steps between two comparisons of the languages' gradients; 0: none
+    probe_batches: int = 8  # behind each of those gradients
     out: Path = Path('runs/pretrain')  # the run gets a folder in it: record and checkpoint
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class FinetuneCommand:
     test_langs: tuple[str, ...] = ()  # all of the model's if not given
     data: str = 'toy'  # what the run was pretrained on
 
-# %% ../nbs/09_cli.ipynb #3e33171e
+# %% ../nbs/09_cli.ipynb #9da46e18
 def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
     "Describe what a command works on as a run without tasks."
     if system not in SYSTEMS:
@@ -226,7 +227,8 @@ def pretrain(cfg: PretrainConfig):
     "Pretrain a run and say where it is."
     own = None if cfg.meta == MetaConfig() else cfg.meta
     spec = spec_of(cfg, Scale(cfg.model, cfg.train, FinetuneConfig()), cfg.system, meta=own)
-    if cfg.probe_every: spec = replace(spec, probe=ProbeConfig(every=cfg.probe_every))
+    if cfg.probe_every:
+        spec = replace(spec, probe=ProbeConfig(cfg.probe_every, cfg.probe_batches))
     home = cfg.out/spec.name
     if complete(spec, home):        # then the checkpoint must be whole too, or the run starts again
         if (home/'checkpoint.safetensors').exists(): load_checkpoint(home/'checkpoint.safetensors')
@@ -250,7 +252,7 @@ def finetune_run(cfg: FinetuneCommand):
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{cfg.task} {cfg.train_lang} to {lang} ({where}): {numbers}')
 
-# %% ../nbs/09_cli.ipynb #7676ae9a
+# %% ../nbs/09_cli.ipynb #bebd03a8
 @dataclass(frozen=True)
 class ProbeCommand:
     "Compare the gradients of a pretrained run's languages, at its checkpoint."
@@ -270,13 +272,13 @@ class PruneCommand:
 class CausesConfig:
     "Look for the causes of interference: gradients and gates of pairs of languages, over seeds."
     data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
-    pairs: tuple[str, ...] = ('en,fr', 'en,ru', 'en,ar')  # each by a comma
+    pairs: tuple[str, ...] = ()  # with a comma: en,fr en,ar; the study's own if not given
     seeds: int = 5  # how many; three at least for a standard error worth the name
     steps: int | None = None  # of pretraining, in place of the study's own
     out: Path | None = None  # folder of the records; runs/causes-<toy or text> if not given
     workers: int | None = None  # runs side by side; one a core if not given
 
-# %% ../nbs/09_cli.ipynb #b6065054
+# %% ../nbs/09_cli.ipynb #00bb6d09
 def probe_run(cfg: ProbeCommand) -> list[dict]:  # rows, also in the run's probe/probe.jsonl
     "Print the cosines of a checkpoint's gradients: by kind of parameter and by layer."
     if cfg.repeats < 1: raise InputError(f'{cfg.repeats} probes see nothing. Use --repeats 20.')
@@ -289,8 +291,9 @@ def probe_run(cfg: ProbeCommand) -> list[dict]:  # rows, also in the run's probe
             probe(i * settings.every, model, feed)
             bar.update(1)
     print(text_table(*probe_cells(probe.rows)))
-    print(f'{cfg.repeats} probes, {probe.passes} passes. en-en, say: how alike two gradients of '
-          'one language are; "corrected" divides by that noise. '
+    own = f'{spec.langs[0]}-{spec.langs[0]}'
+    print(f'{probe.passes} passes. {own}: how alike two gradients of one language are; '
+          '"corrected" divides by that noise. '
           f"Rows: {cfg.run/'probe'/'probe.jsonl'}")
     return probe.rows
 
@@ -317,7 +320,7 @@ def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to p
     feed, dev = text_of(spec, tokenizer, corpora)
     study = prune_model(model, feed, dev, cfg.prune, cfg.run/'prune', progress=True)
     Record(cfg.run/'prune'/'record.jsonl', keep=lambda row: False).write('gates', **study)
-    results = {'-'.join(spec.langs): {spec.seed: causes.gate_metrics(study)}}
+    results = causes.of_one_study(study, spec.seed)
     for cells in (causes.gate_cells(results), causes.loss_cells(results)):
         print(text_table(*cells), end='\n\n')
     draw(cfg.run/'prune', similarity=lambda: causes.plot_similarity([study]),
@@ -334,9 +337,9 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
     if cfg.steps is not None:
         scale = replace(study.scale, train=replace(study.scale.train, steps=cfg.steps))
         study = replace(study, scale=scale)
-    pairs, t0 = [split_commas((p,)) for p in cfg.pairs], time.time()
-    specs = causes.plan_causes(pairs, cfg.seeds, study, cfg.data)
-    print(f'{len(specs)} runs of {cfg.seeds} seeds on {" and ".join(cfg.pairs)} ({cfg.data}); '
+    pairs, t0 = cfg.pairs or study.pairs, time.time()
+    specs = causes.plan_causes([split_commas((p,)) for p in pairs], cfg.seeds, study, cfg.data)
+    print(f'{len(specs)} runs of {cfg.seeds} seeds on {" and ".join(pairs)} ({cfg.data}); '
           f'records in {out}/', flush=True)
     names = run_with_bar(specs, out, cfg.workers)
     page = causes.causes_page(out, names)
@@ -352,7 +355,7 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
           f'records: {out}/*/record.jsonl')
     return out
 
-# %% ../nbs/09_cli.ipynb #02f0da43
+# %% ../nbs/09_cli.ipynb #423995d1
 def make_app():
     "Assemble the program from its commands."
     import tyro
@@ -373,7 +376,9 @@ def make_app():
     command(app, 'probe', probe_run, ProbeCommand)
     command(app, 'prune', prune_run, PruneCommand)
     for name, scale in SCALES.items():
-        default, note = PretrainConfig(scale.model, scale.train), f'Pretrain: {size[name]}.'
+        batches = (ProbeConfig.paper() if name == 'paper' else ProbeConfig()).n_batches
+        default = PretrainConfig(scale.model, scale.train, probe_batches=batches)
+        note = f'Pretrain: {size[name]}.'
         command(pre, name, pretrain, PretrainConfig, default, note)
         default, note = FinetuneCommand(scale.finetune), f'Finetune: {size[name]}.'
         command(fine, name, finetune_run, FinetuneCommand, default, note)

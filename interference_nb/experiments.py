@@ -8,8 +8,8 @@ __all__ = ['SYSTEMS', 'SCALES', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'RunSpec'
            'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
            'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
 
-# %% ../nbs/07_experiments.ipynb #7a101bb0
-import itertools, json, math, multiprocessing, os, sys, threading, time
+# %% ../nbs/07_experiments.ipynb #9dfd8dee
+import hashlib, itertools, json, math, multiprocessing, os, sys, threading, time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -62,7 +62,7 @@ SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), FinetuneConfig.toy
           'mini': Scale(ModelConfig.mini(8000), TrainConfig.mini(), FinetuneConfig.mini()),
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(), FinetuneConfig.paper())}
 
-# %% ../nbs/07_experiments.ipynb #43193a5b
+# %% ../nbs/07_experiments.ipynb #6806689c
 @dataclass(frozen=True)
 class RunSpec:
     "A system, its languages and a seed, at a scale, on some data."
@@ -91,7 +91,8 @@ class RunSpec:
     def config(self) -> dict:
         "Everything that its numbers depend on, as plain values; of a folder only the name."
         about = dict(about=asdict(SYSTEMS[self.system]), data=Path(self.data).name)
-        return json.loads(json.dumps(asdict(self) | about))
+        used = {k: v for k, v in asdict(self).items() if v or k not in ('probe', 'prune')}
+        return json.loads(json.dumps(used | about))
 
 def plan(systems, langs, seeds: int, scale: Scale, data: str = 'toy',
          tasks=('ner', 'pos')) -> list[RunSpec]:
@@ -121,7 +122,15 @@ def materials(spec: RunSpec, folder,  # of the experiment
     caps = spec.max_sentences or None
     return source, tokenizer, prepare_corpus(source, langs, tokenizer, folder, caps, workers)
 
-# %% ../nbs/07_experiments.ipynb #5f91909e
+# %% ../nbs/07_experiments.ipynb #96395aeb
+def weights_hash(model) -> str:
+    "Name a model's weights, bit for bit."
+    found = hashlib.sha256()
+    for name, t in model.state_dict().items():
+        found.update(name.encode())
+        found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
+
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, path: Path):
     "Train the pair's BPE once; the file's name says what it was trained on."
     about = config_hash(dict(source=source.name, revision=source.revision(), langs=langs,
@@ -132,7 +141,7 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, path: P
         train_tokenizer(source, langs, vocab_size, temperature=temperature).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #09f99151
+# %% ../nbs/07_experiments.ipynb #b3a6d71a
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict]:  # rows of the record
     "Pretrain and finetune one run, or return its record if that is complete. [paper 3.2, App. A]"
@@ -186,6 +195,10 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
     rows = read_record(home/'record.jsonl')
     if not rows or 'run' not in rows[0].get('config', {}):
         raise InputError(f'{home} holds no whole record. Pretrain again into another folder.')
+    if not any(r['kind'] == 'end' for r in rows):
+        at = max(r.get('step', 0) for r in rows)
+        raise InputError(f'{home} is at step {at} of its pretraining. Finish it first, '
+                         'with the command that began it.')
     about = rows[0]['config']['run']
     if Path(data).name != about['data']:
         raise InputError(f"{home} was pretrained on data named '{about['data']}', not "
@@ -211,14 +224,18 @@ def prune_model(model, feed: Feed,
                      'prune')
         return lambda k: model.loss(own.batch(k).to(feed.device))
     path = lambda lang, seed: Path(folder)/f'{lang}-{seed}.safetensors'
+    about = json.loads(json.dumps(dict(config=asdict(cfg), model=weights_hash(model))))
     def done(lang, seed):
         if not path(lang, seed).exists(): return None
-        gates = Gates.load(path(lang, seed), model)
-        return gates if gates.about.get('config') == json.loads(json.dumps(asdict(cfg))) else None
+        gates = Gates.load(path(lang, seed))
+        return gates if gates.about | about == gates.about else None
+    def keep(lang, seed, gates):
+        gates.about |= about
+        gates.save(path(lang, seed))
     start = time.perf_counter()
     study = prune_study(model, {l: loss_of(l) for l in feed.langs},
-                        lambda lang: perplexity(model, dev[lang]), cfg, progress=progress,
-                        done=done, keep=lambda lang, seed, gates: gates.save(path(lang, seed)))
+                        lambda lang: perplexity(model, dev[lang]), cfg,
+                        progress=progress, done=done, keep=keep)
     return study | dict(wall_s=round(time.perf_counter() - start, 3))
 
 def complete(spec: RunSpec, home: Path) -> list[dict] | None:
@@ -232,7 +249,7 @@ def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/07_experiments.ipynb #1903e4ba
+# %% ../nbs/07_experiments.ipynb #96708b47
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
@@ -243,7 +260,9 @@ def cost(spec: RunSpec) -> float:
 def run_all(specs: list[RunSpec], folder, workers: int | None = None,
             ) -> Iterator[tuple[RunSpec, list[dict] | Exception]]:
     "Run side by side what is not complete; give each run's record, or what stopped it, as it ends."
-    todo = []
+    todo, names = [], [s.name for s in specs]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise InputError(f'{twice[0]} is asked for twice. Name each pair and each system once.')
     for spec in specs:
         if rows := complete(spec, Path(folder)/spec.name): yield spec, rows
         else: todo.append(spec)
@@ -384,7 +403,7 @@ def markdown_table(header: list[str], lines: list[list[str]], align: str = '--:'
     show = lambda r: '| ' + ' | '.join(c.strip() for c in r) + ' |'
     return '\n'.join([show(header), show([':--', *[align] * (len(header) - 1)]), *map(show, lines)])
 
-# %% ../nbs/07_experiments.ipynb #08d5d781
+# %% ../nbs/07_experiments.ipynb #33e24ab5
 @dataclass(frozen=True)
 class Claim:
     "A statement of the form: `system` has more (or less) of `metric` than `baseline`."
@@ -446,7 +465,7 @@ def verdicts(results: dict,
              ) -> list[dict]:  # claim, paired difference, verdict
     "Hold each claim against the records."
     out = []
-    for c in claims or CLAIMS:
+    for c in CLAIMS if claims is None else claims:
         if (p := paired(results, c.metric, c.system, c.baseline, c.against)) is None: continue
         low, high = sorted(c.sign * x for x in p.interval)
         verdict = 'shows' if low > 0 else 'the opposite shows' if high < 0 else 'undecided'
@@ -482,7 +501,7 @@ def verdict_table(experiments: dict[str, dict]) -> str:  # {name: results} -> Ma
              for c in CLAIMS if any(c in f for f in found)]
     return markdown_table(['statement', 'paper', 'measured by', *experiments], lines, ':--')
 
-# %% ../nbs/07_experiments.ipynb #a3cb24f5
+# %% ../nbs/07_experiments.ipynb #5c4d398b
 def about_records(folder, names=None) -> str:
     "Say where a folder's records come from: runs, seeds, time, hardware, commit, date."
     records = complete_records(folder, names)
@@ -492,8 +511,9 @@ def about_records(folder, names=None) -> str:
     seconds = sum(r['wall_s'] for r in timed)
     some = lambda key: ', '.join(sorted({s[key] for s in starts}))
     seeds = len({s['config']['run']['seed'] for s in starts})
-    return (f"{len(starts)} runs, {seeds} seed{'s' * (seeds > 1)}, {seconds / 60:.1f} minutes "
-            f"summed over runs, on {some('hardware')}; torch {some('torch')}, "
+    return (f"{len(starts)} runs, {seeds} seed{'s' * (seeds > 1)}; training, finetuning and "
+            f"pruning took {seconds / 60:.1f} minutes summed over runs (probes and evaluation not "
+            f"counted) on {some('hardware')}; torch {some('torch')}, "
             f"commit {some('commit')}, {min(s['date'] for s in starts)[:10]}.")
 
 LEGEND = ('Perplexity (ppl) is per masked token of held-out text, lower is better; NER and POS are '

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CLUES', 'GROUPS', 'HardConcrete', 'plot_hard_concrete', 'Place', 'place', 'Site', 'rows', 'columns',
-           'sites_of', 'gated', 'Gates', 'PruneConfig', 'learn_gates', 'compare', 'similarity', 'mean_gates', 'classes',
-           'prune_study']
+           'sites_of', 'gated', 'Gates', 'PruneConfig', 'learn_gates', 'evaluating', 'compare', 'similarity',
+           'mean_gates', 'classes', 'prune_study']
 
-# %% ../nbs/03_l0_pruning.ipynb #5a61cf70
+# %% ../nbs/03_l0_pruning.ipynb #511ad20c
 import math, re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -167,7 +168,7 @@ def columns(
     "Give every column (or block) of the matching matrices a gate: all weights out of one unit."
     return _find_sites(model, match, 1, n)
 
-# %% ../nbs/03_l0_pruning.ipynb #ba16e208
+# %% ../nbs/03_l0_pruning.ipynb #4bdb2d2e
 GROUPS = {
     'heads': lambda model: columns(model, r'attention\.out\.weight$', model.cfg.n_heads),
     'values': lambda model: columns(model, r'attention\.out\.weight$'),
@@ -183,7 +184,11 @@ def sites_of(
     if unknown := [g for g in groups if g not in GROUPS]:
         raise InputError(f"unknown group '{unknown[0]}'. Use {', '.join(GROUPS)}; "
                          "for other modules, `rows` and `columns`.")
-    return [site for g in groups for site in GROUPS[g](model)]
+    try: return [site for g in groups for site in GROUPS[g](model)]
+    except InputError as e:
+        raise InputError(f"one of the groups {', '.join(groups)} is not shared in this model: {e} "
+                         "Where a sub-layer belongs to a language, leave its groups out: 'values' "
+                         "are of attention, 'neurons' of the feed-forward layers.") from e
 
 # %% ../nbs/03_l0_pruning.ipynb #db4b3da9
 @contextmanager
@@ -205,9 +210,11 @@ def gated(
     finally:
         for module, name, p in homes: module._parameters[name] = p
 
-# %% ../nbs/03_l0_pruning.ipynb #400f732a
+# %% ../nbs/03_l0_pruning.ipynb #f19cc98c
 def _check_sites(model, sites):
-    "Refuse sites that are not this model's."
+    "Refuse sites that are not this model's, or given twice."
+    if len(set(sites)) < len(sites):
+        raise InputError('a group is named twice. Name each one once.')
     params = dict(model.named_parameters(remove_duplicate=False))
     for site in sites:
         there = params.get(site.weight)
@@ -324,7 +331,7 @@ class PruneConfig:
         "The paper's model size; the length of its pruning is not known."
         return cls(**{**dict(steps=5000, warmup=1000, batch_size=128), **kw})
 
-# %% ../nbs/03_l0_pruning.ipynb #7328b9e4
+# %% ../nbs/03_l0_pruning.ipynb #7f7461f6
 def learn_gates(
     model: nn.Module,                   # frozen: nothing in it changes
     loss: Callable[[int], Tensor],      # this model's scalar loss on the k-th batch, in nats
@@ -342,7 +349,7 @@ def learn_gates(
     log_alpha = start.to(device).requires_grad_()   # one leaf for all sites
     opt = torch.optim.Adam([log_alpha], cfg.lr, cfg.betas)
     recent, course = [], []
-    with _evaluating(model), progress_bar(cfg.steps, 0, progress) as bar:
+    with evaluating(model), progress_bar(cfg.steps, 0, progress) as bar:
         for k in range(cfg.steps):
             u = torch.rand(sum(sizes), generator=rng).clamp_(1e-6, 1 - 1e-6).to(device)
             z = concrete.sample(log_alpha, u).split(sizes)
@@ -361,7 +368,7 @@ def learn_gates(
     return Gates(dict(zip(sites, found)), concrete,
                  dict(config=asdict(cfg), seed=seed, course=course))
 
-# %% ../nbs/03_l0_pruning.ipynb #9fa27a16
+# %% ../nbs/03_l0_pruning.ipynb #b6b457d2
 def _check_loss(value, log_alpha):
     "Refuse a loss that the gates cannot change."
     grad = value.requires_grad and torch.autograd.grad(value, log_alpha, retain_graph=True,
@@ -379,7 +386,7 @@ def _course_row(step, recent):
     return dict(step=step, loss=round(loss, 4), open=round(share, 4))
 
 @contextmanager
-def _evaluating(model):
+def evaluating(model):
     "Switch dropout off, and afterwards every module back to the mode it was in."
     modes = [(m, m.training) for m in model.modules()]
     try:
@@ -415,14 +422,14 @@ def similarity(
     return [*(dict(**p._asdict(), **compare([pair])) for p, pair in pairs.items()),
             *(dict(layer=None, kind=k, **compare(of(k))) for k in (*kinds, 'all'))]
 
-# %% ../nbs/03_l0_pruning.ipynb #269377db
+# %% ../nbs/03_l0_pruning.ipynb #e3b8aed2
 def _all_pairs(gates):
-    "Compare each language with itself (two seeds) and with the others (means over seeds)."
+    "Compare each language with itself, and with the others seed by seed; means over seeds."
     found, langs = [], list(gates)
     for i, l in enumerate(langs):
         for m in langs[i:]:
-            runs = ([similarity(gates[l][0], gates[l][1])] if l == m else
-                    [similarity(a, b) for a, b in zip(gates[l], gates[m])])
+            met = combinations(gates[l], 2) if l == m else zip(gates[l], gates[m])
+            runs = [similarity(a, b) for a, b in met]
             for same in zip(*runs):
                 mean = {k: sum(r[k] for r in same) / len(same)
                         for k in ('raw', 'centred', 'permuted', 'permuted_sd')}

@@ -127,7 +127,7 @@ class Feed:
         "A batch of `lang` apart from the training batches: the validation batch of a meta step."
         return self.validation[lang].batch(k * self.world + self.rank).to(self.device)
 
-# %% ../nbs/01a_pretrain.ipynb #e1ab4ba8
+# %% ../nbs/01a_pretrain.ipynb #87476025
 def processes() -> tuple[int, int]:  # rank and number of processes
     "Tell which of how many processes this is: (0, 1) unless `torch.distributed` runs."
     if not (dist.is_available() and dist.is_initialized()): return 0, 1
@@ -136,6 +136,10 @@ def processes() -> tuple[int, int]:  # rank and number of processes
 def mean_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:  # the same list
     "Average tensors over all processes, in place and in one message; alone, do nothing."
     world = processes()[1]
+    if world > 1 and len(tensors) == 1 and tensors[0].is_contiguous():      # needs no copy
+        dist.all_reduce(tensors[0])
+        tensors[0].div_(world)
+        return tensors
     if world > 1 and tensors:
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)

@@ -1,26 +1,75 @@
-"The study of causes on real text, where a folder of it is at hand: the path, not the findings."
+"The study of causes where a notebook does not go: other groups, one layer, three languages, text."
 import os
+from dataclasses import replace
 import pytest
-from interference_nb.causes import Study, causes_page, load_causes, plan_causes
-from interference_nb.experiments import Scale, run
+import torch
+from interference_nb.causes import Study, causes_page, load_causes, of_one_study, plan_causes
+from interference_nb.data import InputError
+from interference_nb.experiments import SCALES, Scale, open_run, plan, prune_model, run, text_of
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.gradient_probes import ProbeConfig
-from interference_nb.l0_pruning import PruneConfig
+from interference_nb.l0_pruning import Gates, PruneConfig
 from interference_nb.pretrain import TrainConfig
 from interference_nb.transformer import ModelConfig
 
 DATA = os.environ.get('INTERFERENCE_DATA')
+TEXT = pytest.mark.skipif(not DATA, reason='needs text: INTERFERENCE_DATA names no folder')
+SHORT = PruneConfig(groups=('heads', 'rows'), steps=6, warmup=2, batch_size=4)
 
-@pytest.mark.skipif(not DATA, reason='needs text: let INTERFERENCE_DATA name a folder with it')
-def test_study_on_real_text(tmp_path):
-    "From parquet files to a page: two languages, two layers, forty steps."
-    scale = Scale(ModelConfig.toy(600), TrainConfig.toy(steps=40, warmup=10, eval_every=40),
-                  FinetuneConfig.toy())
-    study = Study(scale, ProbeConfig(n_batches=1),
-                  (PruneConfig(groups=('heads', 'rows'), steps=10, warmup=2, batch_size=8),))
-    spec, = plan_causes([('en', 'sw')], 1, study, DATA)
+def small(**size):
+    return Scale(ModelConfig.toy(600, **size), TrainConfig.toy(steps=30, warmup=10, eval_every=30),
+                 FinetuneConfig.toy())
+
+@pytest.mark.parametrize('data', ['toy', pytest.param(DATA, marks=TEXT, id='text')])
+def test_study_of_heads_and_rows(tmp_path, data):
+    "From text to a page: one layer, gates on heads and rows; what cannot be measured is left out."
+    study = Study(small(n_layers=1), ProbeConfig(n_batches=1), (SHORT,), ())
+    spec, = plan_causes([('en', 'sw')], 1, study, data)
     rows = run(spec, tmp_path)
     sites = next(r for r in rows if r['kind'] == 'gates')['sites']
     assert {(s['dim'], s['n']) for s in sites} >= {(1, 2), (0, 128)}       # heads, and rows
-    assert 'cosine cross' in load_causes(tmp_path)['en-sw'][0]
-    assert '| en-sw |' in causes_page(tmp_path) and DATA not in causes_page(tmp_path)
+    metrics = load_causes(tmp_path)['en-sw'][0]
+    assert 'cosine cross' in metrics and all(v == v for v in metrics.values())
+    page = causes_page(tmp_path)
+    assert '| en-sw |' in page and 'nan' not in page and str(tmp_path) not in page
+
+def test_three_languages_give_three_pairs(tmp_path):
+    spec, = plan(['joint'], ('en', 'fr', 'ar'), 1, small(), tasks=())
+    run(spec, tmp_path)
+    spec, _, tokenizer, corpora, model = open_run(tmp_path/spec.name, 'toy')
+    study = prune_model(model, *text_of(spec, tokenizer, corpora), replace(SHORT, seeds=3),
+                        tmp_path/'gates')
+    pairs = of_one_study(study, 0)
+    assert list(pairs) == ['en-fr', 'en-ar', 'fr-ar']
+    values = [m[0]['gates raw within (λ=1)'] for m in pairs.values()]
+    assert len(set(values)) == 3            # each of its own two languages, not of all
+
+def test_gates_belong_to_their_weights(tmp_path):
+    "Gates in a folder are learned anew when the weights or the settings are others."
+    spec, = plan(['joint'], ('en', 'fr'), 1, small(), tasks=())
+    run(spec, tmp_path)
+    spec, _, tokenizer, corpora, model = open_run(tmp_path/spec.name, 'toy')
+    feed, dev = text_of(spec, tokenizer, corpora)
+    path = tmp_path/'gates'/'en-0.safetensors'
+    def learned():
+        prune_model(model, feed, dev, SHORT, tmp_path/'gates')
+        return path.stat().st_mtime_ns, Gates.load(path).flat()
+    first, again = learned(), learned()
+    assert first[0] == again[0]
+    with torch.no_grad(): model.blocks[0].ffn.out.weight.mul_(2)
+    other = learned()
+    assert other[0] != first[0] and not torch.equal(other[1], first[1])
+
+def test_unfinished_run_is_not_opened(tmp_path):
+    spec, = plan(['joint'], ('en', 'fr'), 1, small(), tasks=())
+    run(spec, tmp_path)
+    path = tmp_path/spec.name/'record.jsonl'
+    path.write_text(''.join(path.read_text().splitlines(keepends=True)[:-2]))
+    with pytest.raises(InputError, match='is at step 30 of its pretraining'):
+        open_run(tmp_path/spec.name, 'toy')
+
+def test_toy_scale_is_the_demos():
+    "The study and the demo train the same joint models."
+    spec, = plan_causes([('en', 'x3')], 1, Study(SCALES['toy'], ProbeConfig(), (), ()))
+    joint, = plan(['joint'], ('en', 'x3'), 1, SCALES['toy'], tasks=())
+    assert replace(spec, probe=None) == joint
