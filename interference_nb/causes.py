@@ -6,12 +6,12 @@
 __all__ = ['STUDIES', 'DISTANCE', 'OF_GRADIENTS', 'OF_GATES', 'CAUSES_LEGEND', 'VERDICT_LEGEND', 'Cells', 'PAIR_COLOURS', 'Study',
            'plan_causes', 'gradient_metrics', 'gate_metrics', 'similarity_metrics', 'loss_metrics', 'strongest',
            'extremes', 'load_causes', 'of_one_study', 'price', 'prices', 'near_to_far', 'read_probe', 'homes',
-           'claims_about', 'spread', 'gradient_cells', 'gate_cells', 'loss_cells', 'verdict_cells', 'causes_page',
-           'probe_rows', 'plot_conflict', 'legend_above', 'running', 'gate_studies', 'plot_similarity', 'plot_extremes',
-           'plot_pruned']
+           'claims_about', 'spread', 'gradient_cells', 'gate_cells', 'loss_cells', 'verdict_cells', 'in_words',
+           'causes_page', 'probe_rows', 'plot_conflict', 'legend_above', 'running', 'gate_studies', 'plot_similarity',
+           'plot_extremes', 'plot_pruned']
 
-# %% ../nbs/08a_causes.ipynb #11e69832
-import itertools, math
+# %% ../nbs/08a_causes.ipynb #03cf2a00
+import itertools, math, re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,7 +180,7 @@ def homes(folder, names=None) -> list[tuple[Path, list[dict]]]:
     every = [(Path(folder)/rows[-1]['name'], rows) for rows in complete_records(folder, names)]
     return [(home, rows) for home, rows in every if (home/'probe.jsonl').exists()]
 
-# %% ../nbs/08a_causes.ipynb #c7ec3e09
+# %% ../nbs/08a_causes.ipynb #2180fcbc
 OF_GRADIENTS = (    # statement; number, more (+1) or less (-1) than, number; where the paper has it
     ('two languages are less alike than two batches of one', 'cosine cross', -1, 'cosine within',
      '3.3, Fig. 3'),
@@ -197,7 +197,8 @@ OF_GATES = (
      'near perfect', '3.3, Fig. 4a'),
     ('two languages are less alike than two prunings of one', 'gates raw cross', -1,
      'gates raw within', '3.3, Fig. 4a'),
-    ('the same after centring them', 'gates centred cross', -1, 'gates centred within', ''),
+    ('two languages are less alike than two prunings, after centring', 'gates centred cross', -1,
+     'gates centred within', ''),
     ('two languages are more alike than permuted gates', 'gates raw cross', +1,
      'gates permuted cross', ''),
     ('languages are more alike in the lowest layer than in the highest', 'gates raw cross bottom',
@@ -242,7 +243,7 @@ def claims_about(results: dict,  # of `load_causes`
         less_alike(f'gates{end}', f'gates raw cross{end}')
     return tuple(out)
 
-# %% ../nbs/08a_causes.ipynb #0d470a7f
+# %% ../nbs/08a_causes.ipynb #f862def6
 CAUSES_LEGEND = (
     'Cosines over the parameters of the layers, means over training. *Within*: two batches of one '
     'language, which is also the split-half reliability of the estimate; *corrected*: across '
@@ -310,16 +311,34 @@ def verdict_cells(results: dict, what: tuple[str, ...] = ('gradients', 'gates'))
     return ['statement', 'paper', *results], [[*about, *(row.get(p, '–') for p in results)]
                                               for about, row in found.items()]
 
+def in_words(results: dict) -> str:  # Markdown
+    "Say which statements show in every pair and at every lambda, and which do not."
+    found = {}
+    for v in verdicts(results, claims_about(results)):
+        text = re.sub(r' \(λ=[^)]*\)', '', v['claim'].text)
+        source = f"paper {v['claim'].source}" if v['claim'].source else 'our control'
+        found.setdefault(f'{text} ({source})', []).append(v['verdict'])
+    parts = {'shows': 'Shows in every pair and at every λ:',
+             'the opposite shows': 'The opposite shows in every pair and at every λ:',
+             'undecided': 'Undecided in every pair and at every λ:'}
+    said = [(title, [t for t, vs in found.items() if set(vs) == {kind}])
+            for kind, title in parts.items()]
+    count = lambda vs: ', '.join(f'{kind} {vs.count(kind)}' for kind in parts if kind in vs)
+    said.append(('Depends on the pair or on λ (in how many cases):',
+                 [f'{t}: {count(vs)}' for t, vs in found.items() if len(set(vs)) > 1]))
+    return '\n\n'.join('\n'.join([f'**{title}**\n', *(f'- {t}' for t in texts)])
+                       for title, texts in said if texts)
+
 def causes_page(folder, names=None) -> str:  # Markdown
     "Write the page that stands beside a study's records: tables, legend, verdicts, origin."
     results = load_causes(folder, names)
     tables = (gradient_cells(results), gate_cells(results), loss_cells(results))
-    parts = (*(markdown_table(*cells) for cells in tables), CAUSES_LEGEND,
+    parts = (*(markdown_table(*cells) for cells in tables), CAUSES_LEGEND, in_words(results),
              markdown_table(*verdict_cells(results), ':--'), VERDICT_LEGEND,
              about_records(folder, names))
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/08a_causes.ipynb #57ec9516
+# %% ../nbs/08a_causes.ipynb #067fe637
 PAIR_COLOURS = ('#0072B2', '#E69F00', '#D55E00', '#009E73', '#CC79A7', '#56B4E9')
 
 def probe_rows(folder, names=None) -> dict[str, list[list[dict]]]:  # {'en-fr': rows of each seed}
@@ -358,9 +377,9 @@ def legend_above(ax, columns: int):
               borderpad=0, columnspacing=1.2)
 
 def running(values: np.ndarray, window: int) -> np.ndarray:
-    "Average each `window` neighbours; fewer values come out."
+    "Average each `window` neighbours, and give a value for every third of a window."
     window = min(window, len(values))
-    return np.convolve(values, np.ones(window) / window, 'valid')
+    return np.convolve(values, np.ones(window) / window, 'valid')[::max(1, window // 3)]
 
 # %% ../nbs/08a_causes.ipynb #f9db3012
 def gate_studies(folder,
