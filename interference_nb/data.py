@@ -186,7 +186,7 @@ def train_bpe(sentences: Iterable[str],           # the sample to learn from
     except RuntimeError as e: raise InputError(_explain_bpe(str(e), vocab_size)) from None
     return model.getvalue()
 
-# %% ../nbs/00_data.ipynb #251949e1
+# %% ../nbs/00_data.ipynb #1363a0d3
 def _join_words(encoded: list[list[int]]) -> tuple[list[int], list[int]]:
     "Concatenate the ids of words (UNK where a word has none) and say where each word begins."
     ids, first = [], []
@@ -195,6 +195,12 @@ def _join_words(encoded: list[list[int]]) -> tuple[list[int], list[int]]:
         ids.extend(word or [UNK])
     return ids, first
 
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    "Leave out the blanks at both ends of text[start:end]."
+    while start < end and text[start].isspace(): start += 1
+    while start < end and text[end - 1].isspace(): end -= 1
+    return start, end
+
 def _write(path: str | Path, content: bytes) -> None:
     "Write a file whole or not at all: a temporary file beside it, renamed at the end."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +208,7 @@ def _write(path: str | Path, content: bytes) -> None:
     try: temporary.write_bytes(content); os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_data.ipynb #bb583bd9
+# %% ../nbs/00_data.ipynb #4c87ca49
 class Tokenizer:
     "Turn text into subword ids and back, in all languages of a model [paper Section 3.2]."
     def __init__(self,
@@ -231,6 +237,14 @@ class Tokenizer:
         "Turn words into ids and the index of each word's first subword [paper Section 3.2]."
         return _join_words(self._sp.encode(list(words)))
 
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        "Turn text into ids and each one's characters (from, to), without outer blanks."
+        try: found = self._sp.encode(text, out_type='offset_mapping')
+        except RuntimeError:                # SentencePiece before 0.2.2
+            pieces = self._sp.encode(text, out_type='immutable_proto').pieces
+            found = dict(ids=[p.id for p in pieces], offsets=[(p.begin, p.end) for p in pieces])
+        return list(found['ids']), [_trim(text, *span) for span in found['offsets']]
+
     def decode(self, ids: Iterable[int]) -> str:
         "Turn ids into text, leaving out special ids."
         return self._sp.decode([int(i) for i in ids if i > MASK])
@@ -241,7 +255,7 @@ class Tokenizer:
 
     def __reduce__(self): return type(self), (self.model,)
 
-# %% ../nbs/00_data.ipynb #9fc3db5d
+# %% ../nbs/00_data.ipynb #2f957126
 class WordTokenizer:
     "Turn words of a closed vocabulary into ids, split at '·' into a stem and its suffixes."
     def __init__(self,
@@ -262,6 +276,10 @@ class WordTokenizer:
     def encode_words(self, words: list[str]) -> tuple[list[int], list[int]]:
         "Turn words into ids and the index of each word's first piece."
         return _join_words([self._word(w) for w in words])
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        "Turn text into ids and each one's characters (from, to)."
+        return self.encode(text), [m.span() for m in re.finditer(r'·[^\s·]*|[^\s·]+', text)]
 
     def decode(self, ids: Iterable[int]) -> str:
         "Turn ids into text, leaving out special ids."
@@ -542,31 +560,34 @@ class Corpus:
         "Count the ids, borders included."
         return len(self.ids)
 
-# %% ../nbs/00_data.ipynb #6970168a
-def _encode_documents(tokenizer, documents: list[str]) -> tuple:
+# %% ../nbs/00_data.ipynb #95999e3d
+def _encode_documents(tokenizer, pairs: bool, documents: list[str]) -> tuple:
     "Tokenise documents: ids as bytes, then tokens, documents, sentences and unknown subwords."
     out, sentences = [], 0
     for document in documents:
-        out.append(BOS); out.extend(tokenizer.encode(document)); out.append(EOS)
+        out.append(BOS)
+        for part in document.split('\n') if pairs else [document]:
+            out.extend(tokenizer.encode(part)); out.append(EOS)
         sentences += len(split_sentences(document))
     ids = np.array(out, dtype=np.uint16)
     return ids.tobytes(), len(ids), len(documents), sentences, int((ids == UNK).sum())
 
-def _tokenise(documents: Iterable[str], tokenizer, path: Path, workers: int) -> dict[str, int]:
+def _tokenise(documents: Iterable[str], tokenizer, path: Path, workers: int,
+              pairs: bool) -> dict[str, int]:
     "Write the ids of documents to a file, whole or not at all, and count."
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     total = np.zeros(4, dtype=np.int64)
     try:
         with open(temporary, 'wb') as f:
-            encode = functools.partial(_encode_documents, tokenizer)
+            encode = functools.partial(_encode_documents, tokenizer, pairs)
             for ids, *counts in parallel_map(encode, _chunks(documents), workers):
                 f.write(ids); total += counts
         if total[1]: os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
     return dict(zip(('tokens', 'documents', 'sentences', 'unknown'), total.tolist(), strict=True))
 
-# %% ../nbs/00_data.ipynb #0b462635
+# %% ../nbs/00_data.ipynb #7b63a269
 def _text_revision(source: Source, lang: str) -> dict[str, str]:
     "Keep of a source's revision what bears on one language's text."
     return {k: v for k, v in source.revision().items()
@@ -575,7 +596,8 @@ def _text_revision(source: Source, lang: str) -> dict[str, str]:
 def _matches(entry: dict, key: dict) -> bool:
     "Say whether an entry has this key; a commit that cannot be looked up is taken on trust."
     unknown = any('@unknown' in v for v in key['revision'].values())
-    return all(entry.get(k) == v or (k == 'revision' and unknown) for k, v in key.items())
+    return all(entry.get(k) == key.get(k) or (k == 'revision' and unknown)
+               for k in {*key, 'pairs'})
 
 def _read_manifest(folder: Path) -> dict[str, dict]:
     "Read the manifest; where there is none, or a broken one, all is tokenised again."
@@ -589,7 +611,7 @@ def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
         if _matches(entry, key) and path.exists() and path.stat().st_size == 2 * entry['tokens']:
             return path, entry
 
-# %% ../nbs/00_data.ipynb #40ce342a
+# %% ../nbs/00_data.ipynb #391cc258
 def prepare_corpus(source: Source,        # where the text comes from
                    langs: Iterable[str],  # the languages to tokenise
                    tokenizer: Tokenizer | WordTokenizer,  # its vocabulary fits 16 bits
@@ -608,6 +630,7 @@ def prepare_corpus(source: Source,        # where the text comes from
         cap = _cap(max_sentences, lang) if split == 'train' else None
         key = dict(lang=lang, split=split, source=source.name, tokenizer=tokenizer.fingerprint,
                    revision=_text_revision(source, lang), max_sentences=cap, seed=cap and seed)
+        if getattr(source, 'pairs', False): key['pairs'] = True   # two lines, each with its </s>
         found = _find(folder, key) or _prepare(source, key, tokenizer, folder, workers)
         if found is None: continue
         ids, entry = np.memmap(found[0], dtype=np.uint16, mode='r'), found[1]
@@ -615,7 +638,7 @@ def prepare_corpus(source: Source,        # where the text comes from
         corpora.setdefault(lang, {})[split] = corpus
     return corpora
 
-# %% ../nbs/00_data.ipynb #1f8d8539
+# %% ../nbs/00_data.ipynb #9d972dc4
 def _prepare(source: Source, key: dict, tokenizer, folder: Path,
              workers: int) -> tuple[Path, dict] | None:
     "Tokenise one language's split and enter it in the manifest; None where there is no test text."
@@ -627,7 +650,7 @@ def _prepare(source: Source, key: dict, tokenizer, folder: Path,
     documents = cap_sentences(documents, key['max_sentences'], key['seed'] or 0)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     name = f'{lang}/{split}-{digest}.ids'
-    counts = _tokenise(documents, tokenizer, folder / name, workers)
+    counts = _tokenise(documents, tokenizer, folder / name, workers, key.get('pairs', False))
     if not counts['documents']:
         if split == 'test': return None
         raise InputError(f"language {lang!r} has no {split} text. Leave it out, or add text.")

@@ -17,9 +17,10 @@ from matplotlib.ticker import LogLocator
 from .data import InputError
 from .experiments import SYSTEMS, complete_records, load_results, paired
 
-# %% ../nbs/08_figures.ipynb #d64fc3ce
+# %% ../nbs/08_figures.ipynb #298b9b53
 COLOURS = {'mono': '#0072B2', 'joint': '#D55E00', 'joint2x': '#E69F00', 'ffn': '#009E73',
-           'attn': '#999999', 'adpt': '#56B4E9', 'share_adpt': '#B8A900', 'meta_adpt': '#CC79A7'}
+           'attn': '#999999', 'adpt': '#56B4E9', 'share_adpt': '#B8A900', 'meta_adpt': '#CC79A7',
+           'joint_all': '#AA4466', 'pcgrad': '#332288', 'gradvac': '#117733'}
 
 def new_axes(*shape, width: float = 5., height: float = 3.) -> tuple[Figure, np.ndarray]:
     "Make a figure of quiet axes."

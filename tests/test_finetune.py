@@ -1,9 +1,13 @@
 "Finetuning on folders, real and faulty, and through kills: what a notebook cell cannot show."
 import os
+import random
+import re
 import signal
+import string
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,7 +15,8 @@ import torch
 
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import FolderSource, InputError, load_tokenizer, train_tokenizer
-from interference_nb.finetune import FinetuneConfig, finetune, predict, read_data, span_f1, tune
+from interference_nb.finetune import (TASKS, FinetuneConfig, finetune, normalise, predict,
+                                      read_data, score_qa, span_f1, tune, word_f1)
 from interference_nb.pretrain import load_checkpoint
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
@@ -29,15 +34,23 @@ def toy_model(langs=('en', 'x3'), variant='adpt', **kw):
     return MultilingualLM(cfg, langs, variant), tok, source
 
 
-def folder_of(path, rows, splits=('train', 'validation', 'test')):
-    "Write a folder with a line of text and the same NER rows in each split."
+SPLITS = ('train', 'validation', 'test')
+
+
+def folder_of(path, rows, splits=SPLITS, task='ner'):
+    "Write a folder with a line of text and the same rows of a task in each split."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    types = [('tokens', pa.list_(pa.string())), ('ner_tags', pa.list_(pa.int64()))]
-    for kind, table in (('text', pa.table({'text': ['Ada met Bo .']})),
-                        ('ner', pa.Table.from_pylist(rows, pa.schema(types)))):
+    text, ints = pa.string(), pa.int64()
+    answers = pa.struct([('text', pa.list_(text)), ('answer_start', pa.list_(ints))])
+    types = dict(ner=[('tokens', pa.list_(text)), ('ner_tags', pa.list_(ints))],
+                 nli=[('premise', text), ('hypothesis', text), ('label', ints)],
+                 qa=[(c, text) for c in ('id', 'title', 'context', 'question')]
+                 + [('answers', answers)])[task]
+    for kind, table, names in (('text', pa.table({'text': ['Ada met Bo .']}), SPLITS),
+                               (task, pa.Table.from_pylist(rows, pa.schema(types)), splits)):
         (path/kind/'en').mkdir(parents=True)
-        for split in splits: pq.write_table(table, path/kind/'en'/f'{split}.parquet')
+        for split in names: pq.write_table(table, path/kind/'en'/f'{split}.parquet')
     return FolderSource(path)
 
 
@@ -52,6 +65,112 @@ def test_faulty_folder(tmp_path, task, rows, message):
     source = folder_of(tmp_path, rows)
     with pytest.raises(InputError, match=message):
         finetune(model, tok, task, source, 'en', ['en'], CFG)
+
+
+PAIR = dict(premise='Ada met Bo .', hypothesis='Ada met .', label=0)
+ASKED = dict(id='q1', title='', context='Ada met Bo .', question='who met Bo ?',
+             answers=dict(text=['Ada'], answer_start=[0]))
+
+
+@pytest.mark.parametrize('task, row, message', [
+    ('nli', PAIR | dict(label=-1), 'label -1 in a row of nli'),
+    ('nli', PAIR | dict(label=3), 'label 3 in a row of nli, whose labels are 0 to 2'),
+    ('nli', PAIR | dict(label=None), 'label None in a row of nli'),
+    ('qa', ASKED | dict(answers=dict(text=['Ada'], answer_start=[1])), "where 'da ' stands"),
+    ('qa', ASKED | dict(answers=dict(text=['Ada'], answer_start=[-12])), 'at character -12'),
+    ('qa', ASKED | dict(answers=dict(text=['Ada'], answer_start=[99])), "where '' stands"),
+    ('qa', ASKED | dict(answers=dict(text=[''], answer_start=[0])), "the answer '' of question q1"),
+    ('qa', ASKED | dict(answers=dict(text=[], answer_start=[])), 'q1 has 0 answers'),
+    ('qa', ASKED | dict(answers=dict(text=['Ada'], answer_start=[])), '1 answers with 0 places'),
+    ('qa', ASKED | dict(question='who ' * 62), 'q1 has 62 subwords and leaves no room')])
+def test_faulty_pairs(tmp_path, task, row, message):
+    model, tok, _ = toy_model()
+    with pytest.raises(InputError, match=message):
+        finetune(model, tok, task, folder_of(tmp_path, [row], task=task), 'en', ['en'], CFG)
+
+
+def test_nli_has_training_pairs_in_english_only(tmp_path):
+    "As XNLI: another language has validation and test sets, and cannot be trained on."
+    model, tok, _ = toy_model()
+    source = folder_of(tmp_path, [PAIR], task='nli')
+    os.makedirs(tmp_path/'nli'/'x3')
+    for split in SPLITS[1:]:
+        (tmp_path/'nli'/'x3'/f'{split}.parquet').symlink_to(tmp_path/'nli'/'en'/f'{split}.parquet')
+    r = finetune(model, tok, 'nli', source, 'en', ['en', 'x3'], CFG)
+    assert set(r['scores']['x3']) == {'accuracy'}
+    with pytest.raises(InputError, match='no nli/x3/train.parquet.*There is nli train of: en'):
+        finetune(model, tok, 'nli', source, 'x3', ['x3'], CFG)
+
+
+def test_qa_without_a_test_set(tmp_path):
+    "Validation is the test set; some training contexts choose the epoch, none of them trained on."
+    _, tok, _ = toy_model()
+    rows = [ASKED | dict(id=f'q{i}', context=f'Ada met Bo {i // 2}') for i in range(200)]
+    source = folder_of(tmp_path, rows, splits=('train', 'validation'), task='qa')
+    ids, contexts = ([{r[key] for r in read_data('qa', source, 'en', split, tok, 32).rows}
+                      for split in SPLITS] for key in ('id', 'context'))
+    assert len(ids[2]) == 200 and len(ids[0]) + len(ids[1]) == 200 and 4 < len(ids[1]) < 40
+    assert not contexts[0] & contexts[1]
+    with pytest.raises(InputError, match='no qa/x3/validation.parquet'):
+        read_data('qa', source, 'x3', 'test', tok, 32)
+
+
+@pytest.mark.parametrize('task', ['qa', 'nli'])
+def test_short_pieces_of_two_texts(task):
+    "Finetuning works, and batching changes no answer, where texts are cut."
+    model, tok, source = toy_model()
+    tuned, *_ = tune(model, tok, task, source, 'en', replace(CFG, max_len=16))
+    data = read_data(task, source, 'en', 'test', tok, 16)
+    assert (len(data.pieces) > len(data.rows)) == (task == 'qa')
+    assert max(len(p.ids) for p in data.pieces) == 16
+    answers = predict(tuned, data, 'en')
+    assert answers == predict(tuned, data, 'en', size=1)
+    if task == 'qa':
+        for row, (a, b) in zip(data.rows, answers, strict=True):
+            assert 0 <= a < b <= len(row['context']) and row['context'][a:b].strip()
+
+
+def test_a_run_with_pairs(tmp_path):
+    "From text to the numbers of a table."
+    from interference_nb.experiments import SCALES, load_results, plan, run
+    from interference_nb.pretrain import TrainConfig
+    scale = replace(SCALES['toy'], train=TrainConfig.toy(steps=20, warmup=5, eval_every=20),
+                    finetune=CFG)
+    run(plan(['joint'], ('en', 'x3'), 1, scale, tasks=('qa', 'nli'))[0], tmp_path)
+    m = load_results(tmp_path)['joint'][0]
+    assert {'QA within', 'QA zero-shot', 'NLI within', 'NLI zero-shot'} < set(m)
+
+
+def squad_normalise(s):
+    "The normalisation of SQuAD v1.1's evaluate script, written anew from its description."
+    s = re.sub('[' + re.escape(string.punctuation) + ']', '', s.lower())
+    words = re.split(r'\b(?:a|an|the)\b', s)
+    return ' '.join(' '.join(words).split())
+
+
+def squad_f1(said, gold):
+    said, gold = squad_normalise(said).split(), squad_normalise(gold).split()
+    left, same = list(gold), 0
+    for word in said:
+        if word in left: left.remove(word); same += 1
+    if not same: return 0.
+    p, r = same / len(said), same / len(gold)
+    return 100 * 2 * p * r / (p + r)
+
+
+def test_squad_metrics_equal_a_reference():
+    words = 'a an the The AN then x banana 1850 é e\u0301 ال కాదు İ ß « । ’ \u200b _'.split()
+    rng, parts = random.Random(0), [*words, *string.punctuation, ' ', ' ', ' ', '\t', '\n', '\xa0']
+    draw = lambda: ''.join(rng.choice(parts) for _ in range(rng.randint(0, 12)))
+    for _ in range(5000):
+        said, *gold = draw(), draw(), draw()
+        assert normalise(said) == squad_normalise(said)
+        f1 = word_f1(normalise(said), normalise(gold[0]))
+        assert f1 == pytest.approx(squad_f1(said, gold[0]))
+        row = dict(context=said, gold=[(g, 0) for g in gold])
+        assert score_qa([row], [(0, len(said))], TASKS['qa']) == pytest.approx(dict(
+            f1=max(squad_f1(said, g) for g in gold),
+            exact=100 * max(squad_normalise(said) == squad_normalise(g) for g in gold)))
 
 
 def test_folder_of_one_sentence(tmp_path):
@@ -117,6 +236,44 @@ def test_import_is_light():
 
 
 DATA = os.environ.get('INTERFERENCE_DATA')
+
+
+@pytest.mark.skipif(not DATA, reason='needs WikiAnn: let INTERFERENCE_DATA name a folder with it')
+@pytest.mark.parametrize('task', ['qa', 'nli'])
+def test_real_pairs(tmp_path, task):
+    "Windows lose no subword and no answer of real questions; then the path, small and untrained."
+    source = FolderSource(DATA)
+    tok = train_tokenizer(source, ['en', 'sw', 'te'], 3000, sample_sentences=4000)
+    if task == 'qa':
+        for lang in ('en', 'sw', 'te'):
+            data = read_data('qa', source, lang, 'test', tok, 128)
+            kept, found, most = Counter(), Counter(), {}
+            for p in data.pieces:
+                row, shift = data.rows[p.row], p.where[0]
+                assert len(p.ids) <= 128 and len(p.where) == len(p.offsets)
+                assert p.ids[shift:shift + len(p.where)] == [p.ids[i] for i in p.where]
+                kept[p.row] += 1
+                most.setdefault(p.row, set()).update(p.offsets)
+                if p.targets[0]:
+                    text, start = row['gold'][0]
+                    a, b = (p.offsets[t - shift][k] for k, t in enumerate(p.targets))
+                    found[p.row] += 1
+                    assert a <= start and b >= start + len(text.rstrip())   # the answer is in it,
+                    inner = [p.offsets[t - shift] for t in p.targets]       # and no subword more
+                    assert inner[0][1] > start and inner[1][0] < start + len(text)
+            for r, row in enumerate(data.rows):
+                ids, offsets = tok.encode_offsets(row['context'])
+                assert ids == tok.encode(row['context']) and most[r] == set(offsets)
+            assert max(kept.values()) > 4 and len(found) > .97 * len(data.rows)
+    torch.manual_seed(0)
+    model = MultilingualLM(ModelConfig.toy(tok.vocab_size, max_len=128), ('en', 'sw'), 'adpt')
+    cfg = FinetuneConfig.toy(epochs=2, max_train=200, max_dev=50, max_eval=100, max_len=128)
+    r = finetune(model, tok, task, source, 'en', ['en', 'sw'], cfg)
+    assert set(r['scores']['sw']) == ({'f1', 'exact'} if task == 'qa' else {'accuracy'})
+    assert r['dev'][1]['loss'] < r['dev'][0]['loss']
+    if task == 'nli':
+        with pytest.raises(InputError, match='There is nli train of: en'):
+            finetune(model, tok, task, source, 'sw', ['sw'], cfg)
 
 
 @pytest.mark.skipif(not DATA, reason='needs WikiAnn: let INTERFERENCE_DATA name a folder with it')
