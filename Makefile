@@ -45,7 +45,7 @@ demo: $(READY)      ## the main job: 5 minutes on 2 cores; 20 with DATA=folder L
 	$(say) "Pretraining and finetuning small models: about $(if $(DATA),20,5) minutes on 2 cores"
 	interference demo $(if $(DATA),--data '$(DATA)') $(if $(LANGS),--langs '$(LANGS)') $(ARGS)
 
-causes: $(READY)    ## gradients and gates over pairs and seeds: 10 minutes on 2 cores
+causes: $(READY)    ## gradients and gates over pairs and seeds: 15 minutes on 2 cores
 	$(say) "Pretraining, probing and pruning small models"
 	interference causes $(if $(DATA),--data '$(DATA)') $(ARGS)
 

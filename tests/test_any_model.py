@@ -207,7 +207,7 @@ def test_refuses_in_words():
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer)
     bits = bert.state_dict()
     for wrong, says in (
-            (lambda: TextStream(plain, text['en'], 'en', 4, T), 'no mask token'),
+            (lambda: TextStream(plain, text['en'], 'en', 4, T), 'no mask or no padding token'),
             (lambda: TextStream(tok, [], 'en', 4, T), 'no text'),
             (lambda: AnyModel(bert.module, hf_loss, LANGS, adapter_of), "belongs to 'en'"),
             (lambda: AnyModel(bert.module, hf_loss, ()), 'at least one'),
