@@ -507,7 +507,7 @@ def verdict_table(experiments: dict[str, dict]) -> str:  # {name: results} -> Ma
              for c in CLAIMS if any(c in f for f in found)]
     return markdown_table(['statement', 'paper', 'measured by', *experiments], lines, ':--')
 
-# %% ../nbs/07_experiments.ipynb #d8020e97
+# %% ../nbs/07_experiments.ipynb #dcf0f106
 def about_records(folder, names=None) -> str:
     "Say where a folder's records come from: runs, seeds, time, hardware, commit, date."
     records = complete_records(folder, names)
@@ -523,9 +523,9 @@ def about_records(folder, names=None) -> str:
             f"commit {some('commit')}, {min(s['date'] for s in starts)[:10]}.")
 
 LEGEND = ('Perplexity (ppl) is per masked token of held-out text, lower is better; NER, POS and QA '
-          'are F1, NLI is accuracy, in percent, finetuned and tested on one language (within) or on '
-          'the other (zero-shot), means of the languages. First line: mean ± standard deviation over seeds; second: paired '
-          'difference to joint ± its standard error.')
+          'are F1, NLI is accuracy, in percent, finetuned and tested on one language (within) or '
+          'on the other (zero-shot), means of the languages. First line: mean ± standard '
+          'deviation over seeds; second: paired difference to joint ± its standard error.')
 
 def table_page(folder, names=None) -> str:
     "Write the page that stands beside records: table, legend, findings, where they come from."
