@@ -12,7 +12,7 @@ __all__ = ['TARGETS', 'PROBED', 'THIRD', 'SETTINGS', 'SAID', 'EXHIBITS', 'ALIKE'
            'arrange', 'page', 'origin', 'data_name', 'latex', 'latex_table', 'escape', 'as_csv', 'write', 'judged',
            'write_figures', 'write_statistics', 'write_index']
 
-# %% ../nbs/07a_reproduce.ipynb #8b7e8078
+# %% ../nbs/07a_reproduce.ipynb #c08da4d8
 import csv, math, time, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ from .data import (LANGUAGES, TASKS, Batch, InputError, corpus_statistics,
                                   mask_tokens, statistics_table)
 from .pretrain import JointStep, TrainConfig, run_info
 from .adapters import MultilingualLM
+from .transformer import ModelConfig
 from .l0_pruning import PruneConfig
 from .gradient_probes import ProbeConfig
 from .finetune import task_spec
@@ -33,7 +34,7 @@ from .experiments import (SCALES, SYSTEMS, Claim, RunSpec, Scale, Score,
                                          held, held_gates, held_lesson, in_figures, markdown_table,
                                          paired, read_counts, read_scores, verdicts)
 
-# %% ../nbs/07a_reproduce.ipynb #25fe6684
+# %% ../nbs/07a_reproduce.ipynb #1f538eb5
 TARGETS = 'ar', 'fr', 'ru', 'hi', 'sw', 'te'    # English's partners [paper 3.2]
 PROBED = 'ar', 'fr'                             # those of Figures 3 and 4
 THIRD = {'hi': 'mr', 'te': 'kn'}                # a similar language for a trilingual model
@@ -48,20 +49,25 @@ class Setting:
     systems: tuple[str, ...] = tuple(SYSTEMS)  # rows to show, of those that an exhibit has
     tasks: tuple[str, ...] = tuple(TASKS)  # tasks to show
     seeds: int = 3  # how many
-    small: dict[str, int] = field(default_factory=dict)  # sentences of a language cut short
+    small: dict[str, int] = field(default_factory=dict)  # sentences of a language cut short: 'fr_l'
+    caps: dict[str, int] = field(default_factory=dict)  # sentences of a language in every exhibit
     probe: ProbeConfig = field(default_factory=ProbeConfig)  # of joint on the probed pairs
     prune: tuple[PruneConfig, ...] = ()  # of the same
 
 SETTINGS = {
-    'toy': Setting('toy', SCALES['toy'], 'toy:pairs', small={'fr': 300, 'ru': 300},
+    'toy': Setting('toy', Scale(ModelConfig.toy(0, dim=48, n_heads=4, ffn_dim=192),
+                                TrainConfig.toy(steps=450, batch_size=32, seq_len=40, warmup=50,
+                                                eval_every=45, checkpoint_every=450),
+                                SCALES['toy'].finetune),
+                   'toy:pairs', small={'fr': 650, 'ru': 650}, caps={'sw': 650},
                    prune=(PruneConfig.toy(), PruneConfig.toy(l0=3.))),
     'mini': Setting('mini', SCALES['mini'], None, small={'fr': 3000, 'ru': 3000},
-                    probe=ProbeConfig(every=200), prune=(PruneConfig.mini(),)),
+                    probe=ProbeConfig(every=100), prune=(PruneConfig.mini(),)),
     'paper': Setting('paper', replace(SCALES['paper'], train=TrainConfig.paper(accumulate=4)),
                      'hub', small={'fr': 100_000, 'ru': 100_000},
                      probe=ProbeConfig.paper(every=500), prune=(PruneConfig.paper(),))}
 
-# %% ../nbs/07a_reproduce.ipynb #ae8bb0af
+# %% ../nbs/07a_reproduce.ipynb #c2db7029
 @dataclass(frozen=True)
 class Block:
     "Columns of a table: one task in one setting, a column for each of English's partners."
@@ -94,7 +100,7 @@ class Exhibit:
     rows: tuple[str, ...] = ()  # keys of `SYSTEMS`, or 'trilingual'
     claims: tuple[Claim, ...] = ()  # the paper's statements on the cells, and our controls
     baseline: str = 'joint'  # that the other rows are compared with
-    draw: Callable | None = None  # (exhibit, folder, names) -> {figure's name: its plot}
+    draw: Callable | None = None  # (exhibit, setting, folder, names) -> {file: its plot}
     evidence: Callable | None = None  # (folder, names) -> results, claims: besides the cells
 
 # %% ../nbs/07a_reproduce.ipynb #75e14cb6
@@ -155,7 +161,7 @@ def claims_of_size(block: Block) -> tuple[Claim, ...]:
     return (Claim(f'{t}: worse beside Russian than beside French', f'{t} ru', 'joint', 'joint', -1,
                   '3.3', f'{t} fr'), *same)
 
-# %% ../nbs/07a_reproduce.ipynb #62891db8
+# %% ../nbs/07a_reproduce.ipynb #d9c7eced
 def losses_over_time(folder, names) -> dict[str, dict[int, dict]]:  # {system: {seed: metrics}}
     "Read losses in nats: held out early, halfway, at the end; training early. [Fig. 2, 4c]"
     out = {}
@@ -200,14 +206,16 @@ def of_gates(folder, names) -> tuple[dict, tuple[Claim, ...]]:
                     sign, '4.2') for l in PROBED for text, a, b, sign in rows]
     return results | learning, (*causes.claims_about(results, ('gates',)), *claims)
 
-def draw_figure(exhibit: Exhibit, folder, names) -> dict[str, Callable]:  # a plot for each file
+def draw_figure(exhibit: Exhibit, setting: Setting, folder,
+                names) -> dict[str, Callable]:  # a plot for each file
     "Say how the figures of an exhibit are drawn."
     from interference_nb import causes, figures
     langs = exhibit.blocks[0].partners
+    texts = [f'{l}{setting.caps.get(l, "")}' for l in langs]
     if exhibit.name == 'figure1':
         return dict(figure1=lambda: figures.plot_languages(read_scores(folder, names)))
     if exhibit.name == 'figure2':
-        return dict(figure2=lambda: figures.plot_perplexity(folder, names, langs))
+        return dict(figure2=lambda: figures.plot_perplexity(folder, names, texts))
     if exhibit.name == 'figure3':
         return dict(figure3=lambda: causes.plot_conflict(causes.probe_rows(folder, names)))
     gates = lambda l: causes.gate_studies(folder, f'en-{l}', names=names)
@@ -276,7 +284,7 @@ EXHIBITS = {e.name: e for e in (
             (Block('ppl', 'within', PROBED),), ('joint', 'adpt', 'meta_adpt'), draw=draw_figure,
             evidence=of_gates))}
 
-# %% ../nbs/07a_reproduce.ipynb #f25bb4c3
+# %% ../nbs/07a_reproduce.ipynb #cab1d4cf
 def run_of(setting: Setting, row: str, block: Block, partner: str, seed: int) -> RunSpec | None:
     "Name the run behind a cell; None where the cell makes no sense: mono does not transfer."
     system, base = 'joint' if row == 'trilingual' else row, partner.removesuffix('_l')
@@ -284,7 +292,8 @@ def run_of(setting: Setting, row: str, block: Block, partner: str, seed: int) ->
     mono = SYSTEMS[system].mono
     if mono and block.where == 'zero-shot': return None
     langs = (block.lesson(partner)[1],) if mono else pair
-    caps = {base: setting.small[base]} if base != partner and base in langs else {}
+    caps = setting.caps | ({base: setting.small[base]} if base != partner else {})
+    caps = {l: n for l, n in caps.items() if l in langs}
     tasks = () if block.task == 'ppl' else (block.task,)
     spec = RunSpec(system, langs, pair, seed, setting.scale, setting.data, tasks, caps)
     looked_at = row == 'joint' and partner in PROBED
@@ -580,7 +589,7 @@ PAPER_NOTE = ('Of the paper\'s Table 2 one row survives, of adapters, shared ada
               'order of the languages and from the means (84.8; 88.5, of which two digits '
               'survive).')
 
-# %% ../nbs/07a_reproduce.ipynb #7df6c1c6
+# %% ../nbs/07a_reproduce.ipynb #2143b9ee
 def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
              failed: Iterable[str] = ()) -> list[dict]:  # one a cell
     "Work out every cell of an exhibit from the records."
@@ -605,7 +614,8 @@ def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
                 elif v: status = f'{len(v)} of {setting.seeds}'
                 elif partner == 'mean':
                     every = {state(row, block, p) for p in block.partners}
-                    status = next((s for s in ('failed', 'not run') if s in every), every.pop())
+                    order = 'no such cell', 'failed', 'not run', 'no data'
+                    status = next(s for s in order if s in every)
                 else: status = state(row, block, partner)
                 diff = Compared() if row == exhibit.baseline else compare(
                     values, resampled, column, row, exhibit.baseline)
@@ -732,7 +742,7 @@ def as_csv(rows: list[dict], path: Path):
         out.writerows({k: '' if isinstance(v, float) and math.isnan(v) else round(v, 6)
                        if isinstance(v, float) else v for k, v in r.items()} for r in rows)
 
-# %% ../nbs/07a_reproduce.ipynb #d548af4c
+# %% ../nbs/07a_reproduce.ipynb #d0dc5453
 def write(exhibit: Exhibit, setting: Setting, source, folder,
           failed: Iterable[str] = ()) -> list[Path]:  # of the files
     "Write an exhibit's page, tables and figures beside its records."
@@ -742,7 +752,7 @@ def write(exhibit: Exhibit, setting: Setting, source, folder,
     if exhibit.name == 'table1': return write_statistics(exhibit, setting, source, folder)
     names = {s.name for s in specs_of([exhibit], setting, source)}
     rows = cells_of(exhibit, setting, source, folder, failed)
-    files = write_figures(exhibit, folder, names) if exhibit.draw else []
+    files = write_figures(exhibit, setting, folder, names) if exhibit.draw else []
     found = judged(exhibit, setting, source, folder)
     at('md').write_text(page(exhibit, setting, rows, found, files, folder, names), encoding='utf-8')
     if rows: as_csv(rows, at('csv'))
@@ -759,12 +769,13 @@ def judged(exhibit: Exhibit, setting: Setting, source, folder) -> list[dict]:  #
         found += verdicts_of(*exhibit.evidence(folder, names))
     return found
 
-def write_figures(exhibit: Exhibit, folder: Path, names: set[str]) -> list[str]:
+def write_figures(exhibit: Exhibit, setting: Setting, folder: Path,
+                  names: set[str]) -> list[str]:
     "Draw what the records are there for; give the names of the figures."
     from interference_nb.figures import svg
     out = []
     if not complete_records(folder, names): return out
-    for name, plot in exhibit.draw(exhibit, folder, names).items():
+    for name, plot in exhibit.draw(exhibit, setting, folder, names).items():
         try: text = svg(plot(), f'{name}-')
         except InputError: continue             # its runs are not there
         (folder/f'{name}.svg').write_text(text, encoding='utf-8')
@@ -774,7 +785,7 @@ def write_figures(exhibit: Exhibit, folder: Path, names: set[str]) -> list[str]:
 def write_statistics(exhibit: Exhibit, setting: Setting, source, folder: Path) -> list[Path]:
     "Count the text and the labelled rows. [paper Table 1]"
     langs = [l for l in ('en', *setting.targets, *THIRD.values()) if l in source.languages]
-    rows = corpus_statistics(source, langs)
+    rows = corpus_statistics(source, langs, max_sentences=setting.caps)
     for l, n in ((l, n) for l, n in setting.small.items() if l in langs):
         cut, = corpus_statistics(source, [l], max_sentences={l: n})
         rows.append(cut | dict(lang=f'{l}_l', language=f'{cut["language"]}, cut'))
