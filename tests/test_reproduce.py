@@ -19,7 +19,7 @@ MICRO = Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16),
               TrainConfig.toy(steps=10, warmup=2, eval_every=2),
               {'ner': FinetuneConfig.toy('ner', epochs=1, max_train=32, max_dev=16, max_eval=40)})
 TINY = replace(SETTINGS['toy'], scale=MICRO, data='toy', targets=('ar', 'sw'), tasks=('ner',),
-               caps={}, systems=('mono', 'joint'), seeds=1, probe=ProbeConfig(2, 1),
+               systems=('mono', 'joint'), seeds=1, probe=ProbeConfig(2, 1),
                prune=(PruneConfig(steps=4, warmup=1, batch_size=4),))
 
 @pytest.fixture
