@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TARGETS', 'PROBED', 'THIRD', 'TOY', 'SETTINGS', 'SAID', 'EXHIBITS', 'ALIKE', 'PAPER_ROW', 'PAPER_NOTE', 'Cells',
            'LEGENDS', 'LATEX', 'Setting', 'Block', 'Exhibit', 'claims_on', 'claims_of_three', 'claims_of_size',
-           'losses_over_time', 'of_time', 'of_gradients', 'of_gates', 'draw_figure', 'run_of', 'make_setting',
-           'has_data', 'specs_of', 'cells', 'choose', 'narrow', 'work_left', 'pace', 'time_step', 'disk', 'plan_cells',
-           'results_of', 'measure', 'values_of', 'draws', 'resample', 'resampled_of', 'Compared', 'compare', 'best',
-           'seeds_needed', 'power_note', 'verdicts_of', 'verdict_lines', 'cells_of', 'columns_after', 'score_cells',
-           'difference_cells', 'arrange', 'page', 'origin', 'data_name', 'latex', 'latex_table', 'escape', 'as_csv',
-           'write', 'judged', 'write_figures', 'write_statistics', 'write_index']
+           'losses_over_time', 'of_time', 'of_gradients', 'of_gates', 'of_causes', 'draw_figure', 'run_of',
+           'make_setting', 'has_data', 'specs_of', 'cells', 'choose', 'narrow', 'work_left', 'pace', 'time_step',
+           'disk', 'plan_cells', 'results_of', 'measure', 'values_of', 'draws', 'resample', 'resampled_of', 'Compared',
+           'compare', 'best', 'seeds_needed', 'power_note', 'verdicts_of', 'over_shared', 'verdict_lines', 'in_short',
+           'not_run', 'cells_of', 'columns_after', 'score_cells', 'difference_cells', 'arrange', 'page', 'origin',
+           'data_name', 'latex', 'latex_table', 'escape', 'as_csv', 'write', 'judged', 'write_figures',
+           'write_statistics', 'write_index']
 
 # %% ../nbs/07a_reproduce.ipynb #c08da4d8
 import csv, math, time, zlib
@@ -160,7 +161,7 @@ def claims_of_size(block: Block) -> tuple[Claim, ...]:
     return (Claim(f'{t}: worse beside Russian than beside French', f'{t} ru', 'joint', 'joint', -1,
                   '3.3', f'{t} fr'), *same)
 
-# %% ../nbs/07a_reproduce.ipynb #62891db8
+# %% ../nbs/07a_reproduce.ipynb #2d6543de
 def losses_over_time(folder, names) -> dict[str, dict[int, dict]]:  # {system: {seed: metrics}}
     "Read losses in nats: held out early, halfway, at the end; training early. [Fig. 2, 4c]"
     out = {}
@@ -190,20 +191,25 @@ def of_time(folder, names) -> tuple[dict, tuple[Claim, ...]]:
 
 def of_gradients(folder, names) -> tuple[dict, tuple[Claim, ...]]:
     "State what Figure 3 says of gradients. [paper 3.3]"
-    from interference_nb import causes
-    results = causes.load_causes(folder, names)
-    return results, causes.claims_about(results, ('gradients',))
+    return of_causes(folder, names, 'gradients')
 
 def of_gates(folder, names) -> tuple[dict, tuple[Claim, ...]]:
     "State what Figure 4 says of gates, and of how fast adapters learn. [paper 3.3, 4.2]"
-    from interference_nb import causes
-    results, learning = causes.load_causes(folder, names), losses_over_time(folder, names)
+    (results, said), learning = of_causes(folder, names, 'gates'), losses_over_time(folder, names)
     rows = (('adapters learn slower than joint', 'adpt', 'joint', +1),
             ('meta-adapters learn faster than joint', 'meta_adpt', 'joint', -1),
             ('meta-adapters learn faster than adapters', 'meta_adpt', 'adpt', -1))
     claims = [Claim(f'{LANGUAGES[l]}, early training loss: {text}', f'training loss en+{l}', a, b,
                     sign, '4.2') for l in PROBED for text, a, b, sign in rows]
-    return results | learning, (*causes.claims_about(results, ('gates',)), *claims)
+    return results | learning, (*said, *claims)
+
+def of_causes(folder, names, what: str) -> tuple[dict, list[Claim]]:
+    "Take results and statements from the study of causes, each statement with its pair."
+    from interference_nb import causes
+    try: results = causes.load_causes(folder, names)
+    except InputError: return {}, []            # none of its runs is there
+    return results, [replace(c, text=f'{c.system} {c.text}') for c in
+                     causes.claims_about(results, (what,))]
 
 def draw_figure(exhibit: Exhibit, folder, names) -> dict[str, Callable]:  # a plot for each file
     "Say how the figures of an exhibit are drawn."
@@ -234,7 +240,7 @@ SIZES = tuple(Block(task, 'within', ('fr', 'ru', 'fr_l', 'ru_l'), english=englis
               for task in ('ner', 'pos') for english in (True, False))
 each = lambda claims, blocks: tuple(c for b in blocks for c in claims(b))
 
-# %% ../nbs/07a_reproduce.ipynb #27aa1e7f
+# %% ../nbs/07a_reproduce.ipynb #7e024a4f
 EXHIBITS = {e.name: e for e in (
     Exhibit('table1', 'Corpus statistics', 'How much text and how many labelled rows are there?',
             'English and three languages with much text (ar, fr, ru) and three with little '
@@ -246,7 +252,8 @@ EXHIBITS = {e.name: e for e in (
             TAGS, ALL, each(claims_on, TAGS)),
     Exhibit('table3', 'Question answering (F1)', 'The same of TyDiQA-GoldP.',
             'As in Table 2 (3.3, 4.2).', ANSWERS[:2], ALL, each(claims_on, ANSWERS[:2])),
-    Exhibit('table4', 'Three languages', 'Does a third, similar language ease interference?',
+    Exhibit('table4', 'Three languages', 'Does a third, similar language ease interference? '
+            '(joint: two languages.)',
             'Marathi beside Hindi, Kannada beside Telugu: as good within the language, better '
             'at transfer (3.3).', THREE, ('joint', 'trilingual'), each(claims_of_three, THREE)),
     Exhibit('table5', 'Corpus size and distance', 'Does it take a large corpus to interfere, '
@@ -557,7 +564,7 @@ def power_note(baseline: str,  # that the rows are compared with
             f'with a power of 80% takes {seeds_needed(middle)} seeds, and '
             f'{seeds_needed(most):,} in the noisiest cell.')
 
-# %% ../nbs/07a_reproduce.ipynb #274e69af
+# %% ../nbs/07a_reproduce.ipynb #8ed4477e
 ALIKE = 2.  # points within which two scores are called similar
 
 def verdicts_of(results: dict, claims: Iterable[Claim]) -> list[dict]:  # claim, paired, verdict
@@ -570,12 +577,39 @@ def verdicts_of(results: dict, claims: Iterable[Claim]) -> list[dict]:  # claim,
                         if low > ALIKE or high < -ALIKE else 'undecided')
     return out
 
+def over_shared(results: dict, claim: Claim, exhibit: Exhibit) -> tuple[dict, Claim]:
+    "Take a mean over the languages that both rows have, where one of them lacks some."
+    block = next((b for b in exhibit.blocks if claim.metric == f'{b.title} mean'), None)
+    if block is None or paired(results, claim.metric, claim.system, claim.baseline):
+        return results, claim
+    a, b = results.get(claim.system, {}), results.get(claim.baseline, {})
+    columns = {f'{block.title} {p}': p for p in block.partners}
+    seeds = {s: columns.keys() & a[s].keys() & b[s].keys() for s in a.keys() & b.keys()}
+    shared = [c for c in columns if seeds and all(c in there for there in seeds.values())]
+    if not shared: return results, claim
+    means = {row: {s: {claim.metric: float(np.mean([found[s][c] for c in shared]))} for s in seeds}
+             for row, found in ((claim.system, a), (claim.baseline, b))}
+    of = ', '.join(columns[c] for c in shared)
+    return means, replace(claim, text=f'{claim.text} (mean of {of} only)')
+
 def verdict_lines(found: list[dict]) -> tuple[list[str], list[list[str]]]:  # header, lines
-    "Write verdicts as a table."
-    def line(claim, paired, verdict):
-        difference = in_figures(claim.metric, paired) if paired else '–'
-        return [claim.text, claim.source or 'our control', difference, verdict]
-    return ['statement', 'paper', 'difference', 'in these records'], [line(**v) for v in found]
+    "Write the verdicts as a table; what was not run is left to `not_run`."
+    lines = [[c.text, c.source or 'our control', in_figures(c.metric, d), v] for c, d, v in
+             (f.values() for f in found) if d]
+    return ['statement', 'paper', 'difference', 'in these records'], lines
+
+def in_short(found: list[dict]) -> str:
+    "Count the verdicts."
+    n = {v: sum(f['verdict'] == v for f in found) for v in
+         ('shows', 'the opposite shows', 'undecided', 'not run')}
+    return (f"Of {len(found)} statements and controls {n['shows']} show, of "
+            f"{n['the opposite shows']} the opposite shows, {n['undecided']} are undecided and "
+            f"{n['not run']} not run.")
+
+def not_run(found: list[dict]) -> str:
+    "List the statements for which runs are missing."
+    texts = [f['claim'].text for f in found if f['verdict'] == 'not run']
+    return f"Not run: {'; '.join(texts)}." if texts else ''
 
 # %% ../nbs/07a_reproduce.ipynb #0565d2d3
 PAPER_ROW = {'NER within': (86.8, 86.7, 84.3, 88.6, 86.1, 76.0), 'POS within':
@@ -585,7 +619,7 @@ PAPER_NOTE = ('Of the paper\'s Table 2 one row survives, of adapters, shared ada
               'order of the languages and from the means (84.8; 88.5, of which two digits '
               'survive).')
 
-# %% ../nbs/07a_reproduce.ipynb #2143b9ee
+# %% ../nbs/07a_reproduce.ipynb #4acb6bdc
 def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
              failed: Iterable[str] = ()) -> list[dict]:  # one a cell
     "Work out every cell of an exhibit from the records."
@@ -600,6 +634,8 @@ def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
         if runs[0] is None: return 'no such cell'
         if not has_data(source, block, partner): return 'no data'
         return 'failed' if any(r.name in failed for r in runs) else 'not run'
+    def lost(row, block, partner):
+        return ', failed' * (partner != 'mean' and state(row, block, partner) == 'failed')
     out = []
     for block in exhibit.blocks:
         for row in exhibit.rows:
@@ -607,7 +643,7 @@ def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
                 column = f'{block.title} {partner}'
                 v = [f[column] for f in values[row].values() if column in f]
                 if len(v) == setting.seeds: status = ''
-                elif v: status = f'{len(v)} of {setting.seeds}'
+                elif v: status = f'{len(v)} of {setting.seeds}' + lost(row, block, partner)
                 elif partner == 'mean':
                     every = {state(row, block, p) for p in block.partners}
                     order = 'no such cell', 'failed', 'not run', 'no data'
@@ -624,8 +660,8 @@ def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
 
 def columns_after(block: Block) -> tuple[str, ...]:
     "Give a block its mean, if that means something: of several languages, none of them twice."
-    return ('mean',) * (len({p.removesuffix('_l') for p in block.partners}) > 1
-                        and not any(p.endswith('_l') for p in block.partners))
+    cut = any(p.endswith('_l') for p in block.partners)
+    return ('mean',) * (block.task != 'ppl' and len(block.partners) > 1 and not cut)
 
 # %% ../nbs/07a_reproduce.ipynb #21024e4b
 Cells = tuple[list[str], list[list[str]]]   # header, lines
@@ -655,7 +691,7 @@ def arrange(rows: list[dict], title: str, show: Callable, end: str = '') -> Cell
     return [title, *columns], [[row, *cells] for row, cells in lines.items()
                                if any(c != '–' for c in cells)]
 
-# %% ../nbs/07a_reproduce.ipynb #29d45c72
+# %% ../nbs/07a_reproduce.ipynb #b1d81edc
 LEGENDS = {
     'ppl': 'Perplexity per masked token of held-out text at the end of the training, of the '
            'partner: mean ± standard deviation over seeds.',
@@ -663,6 +699,8 @@ LEGENDS = {
              'seeds ± standard errors. Bold: better than every other row of its column by a paired '
              't test over seeds (p < 0.05) and by 95% of 1000 resamples of the test sentences. '
              'Nothing bold: these records name no best.',
+    'matched': 'Not in the paper: joint2x takes twice the steps, so that each language gets as '
+               'many batches as in mono; joint6x takes as many passes as meta_adpt.',
     'verdicts': f'A statement shows, or its opposite, if the 95% interval of the paired '
                 f'difference over seeds lies on one side of zero; "as good" shows if it lies '
                 f'within {ALIKE:g} points. Not corrected for the number of statements.'}
@@ -686,20 +724,22 @@ def page(exhibit: Exhibit, setting: Setting, rows: list[dict], found: list[dict]
         difference = difference_cells(rows, title, exhibit.baseline)
         if difference[1]: parts.append(markdown_table(*difference))
     if any(r['task'] != 'ppl' for r in rows):
-        parts += [LEGENDS['cells'], power_note(exhibit.baseline, rows)]
+        matched = LEGENDS['matched'] if 'joint6x' in exhibit.rows else ''
+        parts += [LEGENDS['cells'], matched, power_note(exhibit.baseline, rows)]
     if exhibit.name == 'table2': parts.append(PAPER_NOTE)
     parts += ['## What the paper says', exhibit.paper]
-    if found: parts += [markdown_table(*verdict_lines(found), ':--'), LEGENDS['verdicts']]
-    done = bool(complete_records(folder, names))
-    parts += ['## Where this comes from', origin(setting, names) +
-              (about_records(folder, names) if done else 'None of them has been run.')]
+    if found: parts.append(in_short(found))
+    if any(v['paired'] for v in found):
+        parts += [markdown_table(*verdict_lines(found), ':--'), LEGENDS['verdicts']]
+    parts += [not_run(found), '## Where this comes from', origin(setting, folder, names)]
     return '\n\n'.join(p for p in parts if p) + '\n'
 
-def origin(setting: Setting, names: set[str]) -> str:
-    "Say which records an exhibit asks for."
-    if not names: return f"Counted in the text and the labelled rows of '{data_name(setting)}'. "
-    return (f"Scale {setting.name}, data '{data_name(setting)}', {setting.seeds} seeds; it asks "
-            f'for {len(names)} runs, whose records lie beside this page. Of these: ')
+def origin(setting: Setting, folder, names: set[str]) -> str:
+    "Say which records an exhibit asks for, and what is there."
+    asked = (f"Scale {setting.name}, data '{data_name(setting)}', {setting.seeds} seeds: "
+             f'{len(names)} runs, with their records beside this page. ')
+    if not complete_records(folder, names): return asked + 'None of them has been run.'
+    return f'{asked}There are {about_records(folder, names)}'
 
 def data_name(setting: Setting) -> str:
     "Name the data without its place."
@@ -738,7 +778,7 @@ def as_csv(rows: list[dict], path: Path):
         out.writerows({k: '' if isinstance(v, float) and math.isnan(v) else round(v, 6)
                        if isinstance(v, float) else v for k, v in r.items()} for r in rows)
 
-# %% ../nbs/07a_reproduce.ipynb #d548af4c
+# %% ../nbs/07a_reproduce.ipynb #e137d758
 def write(exhibit: Exhibit, setting: Setting, source, folder,
           failed: Iterable[str] = ()) -> list[Path]:  # of the files
     "Write an exhibit's page, tables and figures beside its records."
@@ -760,10 +800,9 @@ def judged(exhibit: Exhibit, setting: Setting, source, folder) -> list[dict]:  #
     "Hold an exhibit's statements against the records."
     names = {s.name for s in specs_of([exhibit], setting, source)}
     results = values_of(exhibit, setting, source, read_scores(folder, names))
-    found = verdicts_of(results, exhibit.claims)
-    if exhibit.evidence and complete_records(folder, names):
-        found += verdicts_of(*exhibit.evidence(folder, names))
-    return found
+    shared = (over_shared(results, c, exhibit) for c in exhibit.claims)
+    found = [v for results, c in shared for v in verdicts_of(results, [c])]
+    return found + (verdicts_of(*exhibit.evidence(folder, names)) if exhibit.evidence else [])
 
 def write_figures(exhibit: Exhibit, folder: Path, names: set[str]) -> list[str]:
     "Draw what the records are there for; give the names of the figures."
@@ -790,7 +829,8 @@ def write_statistics(exhibit: Exhibit, setting: Setting, source, folder: Path) -
     note = 'Rows of a task: train / validation / test. "_l": cut short, as in Table 5.'
     parts = (f'# Table 1. {exhibit.title}', exhibit.question, text, note,
              '## What the paper says', exhibit.paper, '## Where this comes from',
-             origin(setting, set()))
+             f"Counted in '{data_name(setting)}' at scale {setting.name}"
+             + (', the text of seed 0.' if source.name == 'toy' else '.'))
     paths = [folder/f'table1.{end}' for end in ('md', 'csv', 'tex')]
     paths[0].write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
     splits = ('train', 'validation', 'test')
