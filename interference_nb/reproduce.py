@@ -35,7 +35,7 @@ from .experiments import (SCALES, SYSTEMS, Claim, RunSpec, Scale, Score,
                                          held, held_gates, held_lesson, in_figures, markdown_table,
                                          paired, read_counts, read_scores, verdicts)
 
-# %% ../nbs/07a_reproduce.ipynb #7af74b83
+# %% ../nbs/07a_reproduce.ipynb #b1afcda9
 TARGETS = 'ar', 'fr', 'ru', 'hi', 'sw', 'te'    # English's partners [paper 3.2]
 PROBED = 'ar', 'fr'                             # those of Figures 3 and 4
 THIRD = {'hi': 'mr', 'te': 'kn'}                # a similar language for a trilingual model
@@ -59,7 +59,7 @@ TOY = Scale(ModelConfig.toy(0, dim=48, n_heads=4, ffn_dim=192),     # one model 
             SCALES['toy'].finetune)
 
 SETTINGS = {
-    'toy': Setting('toy', TOY, 'toy:pairs', small={'fr': 300, 'ru': 300},
+    'toy': Setting('toy', TOY, 'toy:pairs', small={'fr': 600, 'ru': 600},
                    prune=(PruneConfig.toy(), PruneConfig.toy(l0=3.))),
     'mini': Setting('mini', SCALES['mini'], None, small={'fr': 3000, 'ru': 3000},
                     probe=ProbeConfig(every=200), prune=(PruneConfig.mini(),)),
@@ -691,7 +691,7 @@ def arrange(rows: list[dict], title: str, show: Callable, end: str = '') -> Cell
     return [title, *columns], [[row, *cells] for row, cells in lines.items()
                                if any(c != '–' for c in cells)]
 
-# %% ../nbs/07a_reproduce.ipynb #b1d81edc
+# %% ../nbs/07a_reproduce.ipynb #cb550848
 LEGENDS = {
     'ppl': 'Perplexity per masked token of held-out text at the end of the training, of the '
            'partner: mean ± standard deviation over seeds.',
@@ -714,7 +714,7 @@ def page(exhibit: Exhibit, setting: Setting, rows: list[dict], found: list[dict]
     for title in dict.fromkeys(r['block'] for r in rows):
         header, lines = score_cells(rows, title)
         survives = PAPER_ROW.get(title, ()) if exhibit.name == 'table2' else ()
-        if len(survives) == len(header) - 2:
+        if survives and len(survives) == len(header) - 2:
             lines = [*lines, ['*paper, "... adpt"*', *(f'*{v}*' for v in survives),
                               f'*{np.mean(survives):.1f}*']]
         if title.startswith('ppl'):
