@@ -12,7 +12,7 @@ __all__ = ['TARGETS', 'PROBED', 'THIRD', 'TOY', 'SETTINGS', 'SAID', 'EXHIBITS', 
            'difference_cells', 'arrange', 'page', 'origin', 'data_name', 'latex', 'latex_table', 'escape', 'as_csv',
            'write', 'judged', 'write_figures', 'write_statistics', 'write_index']
 
-# %% ../nbs/07a_reproduce.ipynb #4096ecce
+# %% ../nbs/07a_reproduce.ipynb #c08da4d8
 import csv, math, time, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from .data import (LANGUAGES, TASKS, Batch, InputError, corpus_statistics,
                                   mask_tokens, statistics_table)
-from .transformer import ModelConfig
 from .pretrain import JointStep, TrainConfig, run_info
 from .adapters import MultilingualLM
+from .transformer import ModelConfig
 from .l0_pruning import PruneConfig
 from .gradient_probes import ProbeConfig
 from .finetune import task_spec
@@ -34,7 +34,7 @@ from .experiments import (SCALES, SYSTEMS, Claim, RunSpec, Scale, Score,
                                          held, held_gates, held_lesson, in_figures, markdown_table,
                                          paired, read_counts, read_scores, verdicts)
 
-# %% ../nbs/07a_reproduce.ipynb #79a01d9b
+# %% ../nbs/07a_reproduce.ipynb #7af74b83
 TARGETS = 'ar', 'fr', 'ru', 'hi', 'sw', 'te'    # English's partners [paper 3.2]
 PROBED = 'ar', 'fr'                             # those of Figures 3 and 4
 THIRD = {'hi': 'mr', 'te': 'kn'}                # a similar language for a trilingual model
@@ -49,7 +49,7 @@ class Setting:
     systems: tuple[str, ...] = tuple(SYSTEMS)  # rows to show, of those that an exhibit has
     tasks: tuple[str, ...] = tuple(TASKS)  # tasks to show
     seeds: int = 3  # how many
-    small: dict[str, int] = field(default_factory=dict)  # sentences of a language cut short
+    small: dict[str, int] = field(default_factory=dict)  # sentences of a language cut short: 'fr_l'
     probe: ProbeConfig = field(default_factory=ProbeConfig)  # of joint on the probed pairs
     prune: tuple[PruneConfig, ...] = ()  # of the same
 
@@ -66,7 +66,7 @@ SETTINGS = {
                      'hub', small={'fr': 100_000, 'ru': 100_000},
                      probe=ProbeConfig.paper(every=500), prune=(PruneConfig.paper(),))}
 
-# %% ../nbs/07a_reproduce.ipynb #ae8bb0af
+# %% ../nbs/07a_reproduce.ipynb #9621bf81
 @dataclass(frozen=True)
 class Block:
     "Columns of a table: one task in one setting, a column for each of English's partners."
@@ -99,7 +99,7 @@ class Exhibit:
     rows: tuple[str, ...] = ()  # keys of `SYSTEMS`, or 'trilingual'
     claims: tuple[Claim, ...] = ()  # the paper's statements on the cells, and our controls
     baseline: str = 'joint'  # that the other rows are compared with
-    draw: Callable | None = None  # (exhibit, folder, names) -> {figure's name: its plot}
+    draw: Callable | None = None  # (exhibit, folder, names) -> {file: its plot}
     evidence: Callable | None = None  # (folder, names) -> results, claims: besides the cells
 
 # %% ../nbs/07a_reproduce.ipynb #75e14cb6
@@ -585,7 +585,7 @@ PAPER_NOTE = ('Of the paper\'s Table 2 one row survives, of adapters, shared ada
               'order of the languages and from the means (84.8; 88.5, of which two digits '
               'survive).')
 
-# %% ../nbs/07a_reproduce.ipynb #7df6c1c6
+# %% ../nbs/07a_reproduce.ipynb #2143b9ee
 def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
              failed: Iterable[str] = ()) -> list[dict]:  # one a cell
     "Work out every cell of an exhibit from the records."
@@ -610,7 +610,8 @@ def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
                 elif v: status = f'{len(v)} of {setting.seeds}'
                 elif partner == 'mean':
                     every = {state(row, block, p) for p in block.partners}
-                    status = next((s for s in ('failed', 'not run') if s in every), every.pop())
+                    order = 'no such cell', 'failed', 'not run', 'no data'
+                    status = next(s for s in order if s in every)
                 else: status = state(row, block, partner)
                 diff = Compared() if row == exhibit.baseline else compare(
                     values, resampled, column, row, exhibit.baseline)
