@@ -34,7 +34,7 @@ from .experiments import (SCALES, SYSTEMS, Claim, RunSpec, Scale, Score,
                                          held, held_gates, held_lesson, in_figures, markdown_table,
                                          paired, read_counts, read_scores, verdicts)
 
-# %% ../nbs/07a_reproduce.ipynb #7af74b83
+# %% ../nbs/07a_reproduce.ipynb #b1afcda9
 TARGETS = 'ar', 'fr', 'ru', 'hi', 'sw', 'te'    # English's partners [paper 3.2]
 PROBED = 'ar', 'fr'                             # those of Figures 3 and 4
 THIRD = {'hi': 'mr', 'te': 'kn'}                # a similar language for a trilingual model
@@ -58,7 +58,7 @@ TOY = Scale(ModelConfig.toy(0, dim=48, n_heads=4, ffn_dim=192),     # one model 
             SCALES['toy'].finetune)
 
 SETTINGS = {
-    'toy': Setting('toy', TOY, 'toy:pairs', small={'fr': 300, 'ru': 300},
+    'toy': Setting('toy', TOY, 'toy:pairs', small={'fr': 600, 'ru': 600},
                    prune=(PruneConfig.toy(), PruneConfig.toy(l0=3.))),
     'mini': Setting('mini', SCALES['mini'], None, small={'fr': 3000, 'ru': 3000},
                     probe=ProbeConfig(every=200), prune=(PruneConfig.mini(),)),
