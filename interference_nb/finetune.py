@@ -285,7 +285,7 @@ def read_data(
                          f'limit {limit}). Give it rows, or choose another language or task.')
     return data
 
-# %% ../nbs/06_finetune.ipynb #393c0705
+# %% ../nbs/06_finetune.ipynb #dc85d6ba
 @dataclass(frozen=True)
 class FinetuneConfig:
     "Say how to finetune; `paper(task)` is one point of the paper's grid [paper App. A]."
@@ -313,7 +313,7 @@ class FinetuneConfig:
     def toy(cls, task='ner', **kw):     # any other name: as 'ner'
         "Make the setting for toy languages: seconds of CPU time a run."
         own = dict(qa=dict(epochs=5, lr=4e-3, head_lr=4e-3, max_train=1000),
-                   nli=dict(epochs=4, lr=3e-3, head_lr=1e-3, max_train=2000)).get(task, {})
+                   nli=dict(batch_size=16, lr=3e-3, head_lr=1e-3, max_train=2000)).get(task, {})
         return cls(**dict(epochs=8, lr=2e-3, head_lr=6e-3, max_len=64, max_train=300,
                           max_dev=200, max_eval=400) | own | kw)
 
