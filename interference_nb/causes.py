@@ -9,7 +9,7 @@ __all__ = ['STUDIES', 'OF_GRADIENTS', 'OF_GATES', 'CAUSES_LEGEND', 'VERDICT_LEGE
            'in_words', 'causes_page', 'probe_rows', 'plot_conflict', 'gate_studies', 'plot_similarity', 'plot_extremes',
            'plot_pruned']
 
-# %% ../nbs/08a_causes.ipynb #03cf2a00
+# %% ../nbs/08a_causes.ipynb #d5638e45
 import itertools, math, re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,13 +21,12 @@ from .transformer import ModelConfig
 from .pretrain import TrainConfig, read_record
 from .l0_pruning import PruneConfig
 from .gradient_probes import ProbeConfig, conflict
-from .finetune import FinetuneConfig
 from .experiments import (SCALES, Claim, RunSpec, Scale, about_records,
                                          complete_records, in_figures, markdown_table, plan,
                                          verdicts)
 from .figures import new_axes
 
-# %% ../nbs/08a_causes.ipynb #33e269d2
+# %% ../nbs/08a_causes.ipynb #0c4b37a1
 @dataclass(frozen=True)
 class Study:
     "How large the models are and how they are looked at. [paper 3.1]"
@@ -41,8 +40,7 @@ STUDIES = {'toy': Study(SCALES['toy'], ProbeConfig(), (PruneConfig.toy(), PruneC
            'text': Study(Scale(ModelConfig.mini(2000, dim=96, ffn_dim=384, dropout=0.,
                                                 attention_dropout=0.),
                                TrainConfig.toy(steps=5000, batch_size=16, seq_len=32, lr=2e-3,
-                                               warmup=500, eval_every=500),
-                               FinetuneConfig.mini()),
+                                               warmup=500, eval_every=500)),
                          ProbeConfig(every=100),
                          (PruneConfig(steps=300, warmup=75, batch_size=32, l0=.2),),
                          ('en,fr', 'en,ar', 'en,sw'))}

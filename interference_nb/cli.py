@@ -8,10 +8,11 @@ __all__ = ['DEMO_SYSTEMS', 'DemoConfig', 'interference_demo', 'PrepareConfig', '
            'PruneCommand', 'CausesConfig', 'probe_run', 'probe_cells', 'prune_run', 'interference_causes', 'make_app',
            'main']
 
-# %% ../nbs/09_cli.ipynb #f90b7f16
+# %% ../nbs/09_cli.ipynb #57d9189f
 import sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from .data import InputError, corpus_statistics, statistics_table
@@ -19,7 +20,7 @@ from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cos
                                          findings, load_results, materials, metrics, open_run,
                                          plan, prune_model, run, run_all, table_cells, table_page,
                                          text_of, text_table)
-from .finetune import FinetuneConfig, finetune
+from .finetune import FinetuneConfig, search
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
@@ -147,7 +148,7 @@ def draw(folder: Path, **plots):
     for name, plot in plots.items():
         (folder/f'{name}.svg').write_text(svg(plot()), encoding='utf-8')
 
-# %% ../nbs/09_cli.ipynb #204e77a4
+# %% ../nbs/09_cli.ipynb #5c12fe6e
 @dataclass(frozen=True)
 class PrepareConfig:
     "Train the vocabulary of some languages and tokenise their text, once."
@@ -182,15 +183,16 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class FinetuneCommand:
-    "Finetune a pretrained model on a task in one language and test it in several."
+    "Finetune a pretrained model in one language and test it in several."
     finetune: FinetuneConfig
     run: Path = Path('runs/pretrain/joint-en+x3-0')  # folder that `interference pretrain` made
-    task: str = 'ner'
     train_lang: str = 'en'
     test_langs: tuple[str, ...] = ()  # all of the model's if not given
     data: str = 'toy'  # what the run was pretrained on
+    search: bool = False  # try the scale's values of batch size and learning rates; take the best
+    workers: int = 1  # trials side by side, one on each GPU in turn
 
-# %% ../nbs/09_cli.ipynb #9da46e18
+# %% ../nbs/09_cli.ipynb #fca659d0
 def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
     "Describe what a command works on as a run without tasks."
     if system not in SYSTEMS:
@@ -226,7 +228,7 @@ def statistics(cfg: StatisticsConfig):
 def pretrain(cfg: PretrainConfig):
     "Pretrain a run and say where it is."
     own = None if cfg.meta == MetaConfig() else cfg.meta
-    spec = spec_of(cfg, Scale(cfg.model, cfg.train, FinetuneConfig()), cfg.system, meta=own)
+    spec = spec_of(cfg, Scale(cfg.model, cfg.train), cfg.system, meta=own)
     if cfg.probe_every:
         spec = replace(spec, probe=ProbeConfig(cfg.probe_every, cfg.probe_batches))
     home = cfg.out/spec.name
@@ -238,19 +240,23 @@ def pretrain(cfg: PretrainConfig):
     perplexities = ', '.join(f'{l} perplexity {p:.2f}' for l, p in end['ppl'].items())
     print(f"{perplexities}; {end['tokens_per_s']:,} tokens/s")
 
-def finetune_run(cfg: FinetuneCommand):
+def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
     "Finetune the model of a run, print its scores and write them to a record of their own."
+    if cfg.search and not grid:
+        raise InputError('this scale has no values to search. Leave --search out, or name '
+                         "'paper' as the scale.")
     _, source, tokenizer, _, model = open_run(cfg.run, cfg.data)
     langs = split_commas(cfg.test_langs) or model.langs
-    folder = cfg.run/f'finetune-{cfg.task}-{cfg.train_lang}'
-    result = finetune(model, tokenizer, cfg.task, source, cfg.train_lang, langs, cfg.finetune,
-                      folder, progress=True)
+    folder = cfg.run/f'finetune-{task}-{cfg.train_lang}'
+    result = search(model, tokenizer, task, source, cfg.train_lang, langs, cfg.finetune,
+                    grid if cfg.search else None, folder, cfg.workers, progress=True)
+    result.pop('counts')
     anew = Record(folder/'record.jsonl', keep=lambda row: False)
     anew.write('finetune', **result)
     for lang, scores in result['scores'].items():
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
-        print(f'{cfg.task} {cfg.train_lang} to {lang} ({where}): {numbers}')
+        print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
 
 # %% ../nbs/09_cli.ipynb #bebd03a8
 @dataclass(frozen=True)
@@ -355,7 +361,7 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
           f'records: {out}/*/record.jsonl')
     return out
 
-# %% ../nbs/09_cli.ipynb #423995d1
+# %% ../nbs/09_cli.ipynb #a024673a
 def make_app():
     "Assemble the program from its commands."
     import tyro
@@ -380,8 +386,12 @@ def make_app():
         default = PretrainConfig(scale.model, scale.train, probe_batches=batches)
         note = f'Pretrain: {size[name]}.'
         command(pre, name, pretrain, PretrainConfig, default, note)
-        default, note = FinetuneCommand(scale.finetune), f'Finetune: {size[name]}.'
-        command(fine, name, finetune_run, FinetuneCommand, default, note)
+        tasks = tyro.extras.SubcommandApp()
+        for task, default in scale.finetune.items():
+            call = partial(finetune_run, task=task, grid=scale.search.get(task, {}))
+            command(tasks, task, call, FinetuneCommand, FinetuneCommand(default),
+                    f'Finetune on {task.upper()}: {size[name]}.')
+        fine.command(tasks, name=name)
     app.command(data, name='data')
     app.command(pre, name='pretrain')
     app.command(fine, name='finetune')

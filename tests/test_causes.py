@@ -6,7 +6,6 @@ import torch
 from interference_nb.causes import Study, causes_page, load_causes, of_one_study, plan_causes
 from interference_nb.data import InputError
 from interference_nb.experiments import SCALES, Scale, open_run, plan, prune_model, run, text_of
-from interference_nb.finetune import FinetuneConfig
 from interference_nb.gradient_probes import ProbeConfig
 from interference_nb.l0_pruning import Gates, PruneConfig
 from interference_nb.pretrain import TrainConfig
@@ -17,8 +16,7 @@ TEXT = pytest.mark.skipif(not DATA, reason='needs text: INTERFERENCE_DATA names 
 SHORT = PruneConfig(groups=('heads', 'rows'), steps=6, warmup=2, batch_size=4)
 
 def small(**size):
-    return Scale(ModelConfig.toy(600, **size), TrainConfig.toy(steps=30, warmup=10, eval_every=30),
-                 FinetuneConfig.toy())
+    return Scale(ModelConfig.toy(600, **size), TrainConfig.toy(steps=30, warmup=10, eval_every=30))
 
 @pytest.mark.parametrize('data', ['toy', pytest.param(DATA, marks=TEXT, id='text')])
 def test_study_of_heads_and_rows(tmp_path, data):

@@ -16,7 +16,7 @@ import torch
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import FolderSource, InputError, load_tokenizer, train_tokenizer
 from interference_nb.finetune import (TASKS, FinetuneConfig, finetune, normalise, predict,
-                                      read_data, score_qa, span_f1, tune, word_f1)
+                                      read_data, score_qa, search, span_f1, tune, word_f1)
 from interference_nb.pretrain import load_checkpoint
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
@@ -218,6 +218,67 @@ def test_killed_from_outside(tmp_path):
     assert again[1:] == whole[1:]
     a, b = again[0].state_dict(), whole[0].state_dict()
     assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+RATES = dict(batch_size=(16, 32), lr=(2e-3, 1e-2))
+
+
+def timeless(result):
+    "Leave out of a search's result what a clock has measured; counts become lists."
+    own = dict(counts={l: c.tolist() for l, c in result['counts'].items()}, wall_s=0,
+               trials=[t | dict(wall_s=0) for t in result['trials']])
+    return result | own
+
+
+@pytest.mark.parametrize('task', ['ner', 'nli'])
+def test_search_side_by_side(tmp_path, task):
+    "Two processes end as one does; what they leave in the folder is not done again."
+    torch.set_num_threads(1)
+    model, tok, source = toy_model(dropout=.1)
+    look = lambda **kw: search(model, tok, task, source, 'en', ['en', 'x3'], CFG, RATES, **kw)
+    alone = timeless(look())
+    assert timeless(look(workers=2, folder=tmp_path)) == alone
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob('*/*')}
+    assert len(before) == 4 * 3
+    assert timeless(look(folder=tmp_path)) == alone
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob('*/*')}
+
+
+def test_search_with_a_task_of_ones_own():
+    model, tok, source = toy_model()
+    spec = replace(TASKS['pos'], name='mine')
+    r = search(model, tok, spec, source, 'en', ['en'], CFG, dict(freeze_specific=(False, True)))
+    assert [t['freeze_specific'] for t in r['trials']] == [False, True]
+    with pytest.raises(InputError, match='cannot send this search to other processes'):
+        search(model, tok, spec, source, 'en', ['en'], CFG, RATES, workers=2)
+
+
+SEARCH = '''
+import sys; sys.path.insert(0, sys.argv[2])
+from test_finetune import CFG, RATES, replace, search, toy_model
+model, tok, source = toy_model(dropout=.1)
+search(model, tok, 'pos', source, 'en', ['en'], replace(CFG, epochs=12), RATES, sys.argv[1], 2)
+'''
+
+
+def test_search_killed_from_outside(tmp_path):
+    "The processes end with their parent, and a second call ends as an undisturbed one."
+    torch.set_num_threads(1)
+    here = os.path.dirname(__file__)
+    child = subprocess.Popen([sys.executable, '-c', SEARCH, str(tmp_path/'cut'), here])
+    while not [*tmp_path.glob('cut/*/last.safetensors')] and child.poll() is None: time.sleep(.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    time.sleep(1)
+    state = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.glob('cut/*/*')}
+    then = state()
+    time.sleep(1)
+    assert then == state() and not all('"done"' in p.read_text()
+                                       for p in tmp_path.glob('cut/*/record.jsonl'))
+    model, tok, source = toy_model(dropout=.1)
+    again, whole = (search(model, tok, 'pos', source, 'en', ['en'], replace(CFG, epochs=12), RATES,
+                           folder) for folder in (tmp_path/'cut', None))
+    assert timeless(again) == timeless(whole)
 
 
 def test_cut_checkpoint(tmp_path):
