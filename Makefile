@@ -20,15 +20,18 @@ export UV_TORCH_BACKEND ?= auto
 endif
 
 # make demo DATA=folder LANGS=en,sw ARGS='--seeds 5'
-DATA  ?=
-LANGS ?=
-ARGS  ?=
+# make reproduce SCALE=mini DATA=folder EXHIBIT='table2 figure1' ARGS=--dry-run
+DATA    ?=
+LANGS   ?=
+ARGS    ?=
+SCALE   ?= toy
+EXHIBIT ?= all
 
 say := @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: help demo causes test slow docs lab prepare clean
+.PHONY: help demo causes reproduce test slow docs lab prepare clean
 help:      ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 11
 
 $(READY): settings.ini setup.py pyproject.toml
 	$(say) "Installing into $(VENV), once: about a minute and a 1.5 GB folder"
@@ -48,6 +51,10 @@ demo: $(READY)      ## the main job: 5 minutes on 2 cores; 20 with DATA=folder L
 causes: $(READY)    ## gradients and gates over pairs and seeds: 15 minutes on 2 cores
 	$(say) "Pretraining, probing and pruning small models"
 	interference causes $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+reproduce: $(READY) ## the paper's tables and figures: an hour on 2 cores at SCALE=toy
+	$(say) "Planning, running and writing: $(EXHIBIT) at scale $(SCALE)"
+	interference reproduce $(EXHIBIT) --scale $(SCALE) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 test: $(READY)      ## every notebook's tests, and those in tests/: 8 minutes
 	$(say) "Running the notebooks and the tests: about 8 minutes on 2 cores"

@@ -18,7 +18,7 @@ setup(
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split()
-                    for extra in ('dev', 'transformers')},
+                    for extra in ('dev', 'transformers', 'slurm')},
     entry_points={'console_scripts': [line.strip() for line in lines],
                   'nbdev': [f'{lib}={lib}._modidx:d']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',

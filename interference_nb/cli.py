@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['DEMO_SYSTEMS', 'DemoConfig', 'interference_demo', 'PrepareConfig', 'StatisticsConfig', 'PretrainConfig',
            'FinetuneCommand', 'spec_of', 'prepare', 'statistics', 'pretrain', 'finetune_run', 'ProbeCommand',
-           'PruneCommand', 'CausesConfig', 'probe_run', 'probe_cells', 'prune_run', 'interference_causes', 'make_app',
-           'main']
+           'PruneCommand', 'CausesConfig', 'probe_run', 'probe_cells', 'prune_run', 'interference_causes',
+           'ReproduceConfig', 'interference_reproduce', 'executor_of', 'make_app', 'main']
 
-# %% ../nbs/09_cli.ipynb #57d9189f
+# %% ../nbs/09_cli.ipynb #516fa37a
 import sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
-from .data import InputError, corpus_statistics, statistics_table
+from .data import InputError, corpus_statistics, cpu_count, statistics_table
 from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cost,
                                          findings, load_results, materials, metrics, open_run,
                                          plan, prune_model, run, run_all, table_cells, table_page,
                                          text_of, text_table)
+from .reproduce import (choose, make_setting, plan_cells, specs_of, write,
+                                       write_index)
 from .finetune import FinetuneConfig, search
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
@@ -71,7 +73,7 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
           f'figure: {out/"figure.svg"}, records: {out}/*/record.jsonl')
     return out
 
-# %% ../nbs/09_cli.ipynb #7c70a21d
+# %% ../nbs/09_cli.ipynb #ec89e031
 def demo_scale(cfg: DemoConfig):
     "Choose the scale of a demo: toy for toy data, pocket for text, unless told otherwise."
     name = cfg.scale or ('toy' if cfg.data.startswith('toy') else 'pocket')
@@ -92,16 +94,26 @@ def check_counts(cfg):
 
 def run_with_bar(specs: list[RunSpec], out: Path, workers: int | None) -> set[str]:  # their names
     "Run what is missing and show how far it is; raise if a run failed, when all others are done."
-    failed = []
-    with work_bar(sum(map(cost, specs))) as bar, watching(out, bar):
-        for spec, rows in run_all(specs, out, workers):
-            bar.update(cost(spec))
-            if isinstance(rows, Exception): failed.append(f'{spec.name}: {rows}')
-            bar.write(one_line(spec, rows))
-    if failed:
-        raise InputError(f'{len(failed)} of {len(specs)} runs failed; the others are kept. '
-                         f'First: {failed[0]}')
+    tell_failed(run_missing(specs, out, workers), specs)
     return {s.name for s in specs}
+
+def run_missing(specs: list[RunSpec], out: Path, workers: int | None,
+                executor=None) -> dict[str, Exception]:  # what stopped the runs that failed
+    "Run what is missing and show how far it is."
+    failed = {}
+    work = lambda spec: round(cost(spec))
+    with work_bar(sum(map(work, specs))) as bar, watching(out, bar):
+        for spec, rows in run_all(specs, out, workers, executor):
+            bar.update(work(spec))
+            if isinstance(rows, Exception): failed[spec.name] = rows
+            bar.write(one_line(spec, rows))
+    return failed
+
+def tell_failed(failed: dict[str, Exception], specs: list[RunSpec]):
+    "Raise if runs failed: how many, and what stopped the first."
+    for name, error in failed.items():
+        raise InputError(f'{len(failed)} of {len(specs)} runs failed; the others are kept. '
+                         f'First: {name}: {error}')
 
 def work_bar(total: float):
     "A text bar over all runs, weighted by their work, with the time left."
@@ -361,14 +373,66 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
           f'records: {out}/*/record.jsonl')
     return out
 
-# %% ../nbs/09_cli.ipynb #a024673a
+# %% ../nbs/09_cli.ipynb #ad302ef8
+@dataclass(frozen=True)
+class ReproduceConfig:
+    "Make the paper's tables and figures: plan, run what is missing, write them."
+    exhibits: tuple[str, ...]  # table1 to table7, figure1 to figure4, or all
+    scale: str = 'toy'  # toy: minutes to an hour; mini: real text, hours; paper: GPU months
+    data: str | None = None  # a folder in the hub's schemas, 'hub', or the scale's own if not given
+    targets: tuple[str, ...] = ()  # of ar fr ru hi sw te; all if not given
+    systems: tuple[str, ...] = ()  # rows to show; all that an exhibit has if not given
+    tasks: tuple[str, ...] = ()  # of ner pos qa nli; all if not given
+    seeds: int | None = None  # how many; the scale's own number if not given
+    steps: int | None = None  # of pretraining, in place of the scale's own
+    out: Path | None = None  # folder of records and pages; runs/reproduce-<scale> if not given
+    workers: int | None = None  # runs side by side; one a core if not given
+    engine: str = 'local'  # 'slurm': a job a run, by submitit
+    slurm: dict[str, str] = field(default_factory=dict)  # settings of its jobs: timeout_min 600
+    dry_run: bool = False  # print the plan and stop
+
+def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, tables, figures
+    "Plan, run and write; a run that fails is told at the end."
+    setting = make_setting(cfg.scale, cfg.data, cfg.steps, seeds=cfg.seeds,
+                           targets=split_commas(cfg.targets), systems=split_commas(cfg.systems),
+                           tasks=split_commas(cfg.tasks))
+    if cfg.seeds is not None: check_counts(cfg)
+    exhibits = choose(split_commas(cfg.exhibits), setting)
+    out, source = cfg.out or Path('runs')/f'reproduce-{cfg.scale}', open_source(setting.data)
+    workers = cfg.workers or cpu_count()
+    *cells, note = plan_cells(exhibits, setting, source, out, workers)
+    print(f'{setting.seeds} seeds on {setting.data}; records in {out}/\n\n'
+          f'{text_table(*cells)}\n\n{note}\n', flush=True)
+    if cfg.dry_run: return out
+    t0, specs = time.time(), specs_of(exhibits, setting, source)
+    failed = run_missing(specs, out, workers, executor_of(cfg, out)) if specs else {}
+    for e in exhibits: print(*write(e, setting, source, out, failed))
+    print(f'{(time.time() - t0) / 60:.1f} minutes. All exhibits: '
+          f'{write_index(setting, source, out)}')
+    tell_failed(failed, specs)
+    return out
+
+def executor_of(cfg: ReproduceConfig, out: Path):
+    "Give what runs the runs: None for this machine's processes, or SLURM jobs."
+    if cfg.engine == 'local': return None
+    if cfg.engine != 'slurm':
+        raise InputError(f"unknown engine '{cfg.engine}'. Use local or slurm.")
+    try: import submitit
+    except ImportError:
+        raise InputError("SLURM jobs need submitit. Install it with "
+                         "pip install 'interference_nb[slurm]'.") from None
+    executor = submitit.AutoExecutor(out/'slurm', cluster='slurm')
+    executor.update_parameters(name='interference', cpus_per_task=1, **cfg.slurm)
+    return executor
+
+# %% ../nbs/09_cli.ipynb #801b02a5
 def make_app():
     "Assemble the program from its commands."
     import tyro
-    flat = tyro.conf.arg(name='')
+    flat, bare = tyro.conf.arg(name=''), tyro.conf.PositionalRequiredArgs
     def command(app, name, function, config, default=None, note=''):
         def call(cfg): return function(cfg)
-        call.__annotations__['cfg'] = Annotated[config, flat]
+        call.__annotations__['cfg'] = Annotated[config, flat, bare]
         call.__doc__ = note or config.__doc__
         if default is not None: call.__defaults__ = (default,)
         app.command(call, name=name)
@@ -379,6 +443,7 @@ def make_app():
     command(data, 'prepare', prepare, PrepareConfig)
     command(data, 'statistics', statistics, StatisticsConfig)
     command(app, 'causes', interference_causes, CausesConfig)
+    command(app, 'reproduce', interference_reproduce, ReproduceConfig)
     command(app, 'probe', probe_run, ProbeCommand)
     command(app, 'prune', prune_run, PruneCommand)
     for name, scale in SCALES.items():
