@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHOWN', 'new_axes', 'Curve', 'read_curves', 'over_seeds', 'draw_curves', 'plot_curves', 'held_out',
            'plot_perplexity', 'gaps', 'plot_sizes', 'plot_convergence', 'of_pairs', 'by_seed', 'plot_languages',
-           'plot_transfer', 'comparable', 'plot_differences', 'difference_in_words', 'plot_summary', 'svg', 'slider',
-           'live', 'drawn', 'MetaStepByHand', 'meta_by_hand', 'plot_meta_step']
+           'plot_transfer', 'seed_means', 'comparable', 'plot_differences', 'difference_in_words', 'plot_summary',
+           'svg', 'slider', 'live', 'drawn', 'MetaStepByHand', 'meta_by_hand', 'plot_meta_step']
 
 # %% ../nbs/08_figures.ipynb #6e715aa5
 import io, re
@@ -233,17 +233,20 @@ def by_seed(scores: Iterable[Score], task: str = 'ner',
                      for seed, own in sorted(found[system].items())}
             for system in COLOURS if system in found}
 
-# %% ../nbs/08_figures.ipynb #dc97995c
+# %% ../nbs/08_figures.ipynb #f8f0db91
 def plot_languages(scores: Iterable[Score], task: str = 'ner', where: str = 'within',
-                   langs: Iterable[str] | None = None,  # None: all
+                   langs: Iterable[str] | None = None,  # None: all but one that is in every pair
                    systems: Iterable[str] = ('mono', 'joint', 'xlm'),
                    source: str | None = None,  # as in `by_seed`
                    ax=None) -> Figure:
     "Draw scores of each language, a bar for a system: mean ± sd over seeds. [paper Fig. 1]"
+    scores = list(scores)
     found = {s: v for s, v in by_seed(scores, task, where, langs, source).items() if s in systems}
     if not found: raise InputError(f'no {task} score {where} of {", ".join(systems)}.')
+    pairs = [set(pair.split('+')) for pair in {s.pair for s in scores}]
+    common = set.intersection(*pairs) if len(pairs) > 1 else set()
     every = [l for seeds in found.values() for own in seeds.values() for l in own]
-    langs = list(langs or dict.fromkeys(every))
+    langs = list(langs or dict.fromkeys(l for l in every if l not in common))
     fig, ax = (ax.figure, ax) if ax else new_axes(width=1.5 + .8 * len(langs))
     width, lows = .8 / len(found), []
     for i, (system, seeds) in enumerate(found.items()):
@@ -268,7 +271,7 @@ def metric_name(task: str) -> str:
     metric = task_spec(task).metric
     return f"{'F1' if metric == 'f1' else metric}, %"
 
-# %% ../nbs/08_figures.ipynb #90e9d21f
+# %% ../nbs/08_figures.ipynb #63fb7fd0
 def plot_transfer(scores: Iterable[Score], task: str = 'ner',
                   langs: Iterable[str] | None = None,  # tested on; None: all
                   source: str | None = None,  # language that zero-shot starts from; None: any
@@ -280,7 +283,7 @@ def plot_transfer(scores: Iterable[Score], task: str = 'ner',
     if not right and source:
         right, home = by_seed(scores, task, langs=[source]), f'in {source}'
     both = [s for s in right if s in up]
-    right, up = means(right, both), means(up, both)
+    right, up = seed_means(right, both), seed_means(up, both)
     for system in both:
         seeds = sorted(right[system].keys() & up[system].keys())
         xy = np.array([[right[system][s], up[system][s]] for s in seeds])
@@ -293,9 +296,10 @@ def plot_transfer(scores: Iterable[Score], task: str = 'ner',
            ylabel=f'{task.upper()} zero-shot, {metric_name(task)}')
     return fig
 
-# %% ../nbs/08_figures.ipynb #70ec22e7
-def means(found: dict,  # of `by_seed`
-          systems: list[str]) -> dict[str, dict[int, float]]:
+# %% ../nbs/08_figures.ipynb #aa2bf161
+def seed_means(found: dict,  # of `by_seed`
+               systems: Iterable[str],
+               ) -> dict[str, dict[int, float]]:
     "Average over languages the seeds that have all the languages that any of the systems has."
     every = {l for s in systems for own in found[s].values() for l in own}
     return {s: {seed: float(np.mean(list(own.values()))) for seed, own in found[s].items()
