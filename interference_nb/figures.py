@@ -360,17 +360,21 @@ def plot_summary(folder, names=None) -> Figure:
     for ax in axes[1, len(shown):]: ax.remove()
     return fig
 
-# %% ../nbs/08_figures.ipynb #e75e1bf1
+# %% ../nbs/08_figures.ipynb #8cf22a52
 def svg(fig: Figure,
         prefix: str = '',  # keeps the ids of several figures on one page apart
         ) -> str:
     "Give a figure as an SVG element and close it."
     out = io.StringIO()
-    with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix}):
-        fig.savefig(out, format='svg', metadata={'Date': None})
+    plain = {'svg.fonttype': 'none', 'svg.hashsalt': prefix, 'font.sans-serif': ['DejaVu Sans']}
+    with plt.rc_context(plain): fig.savefig(out, format='svg', metadata={'Date': None})
     plt.close(fig)
     text = out.getvalue()
-    text = re.sub(r'(id="|url\(#|href="#)', rf'\g<1>{prefix}', text[text.index('<svg'):])
+    text = re.sub(r'(?s)<metadata>.*?</metadata>', '', text[text.index('<svg'):])
+    text = re.sub(r'\s+', ' ', text.replace('> <', '><'))    # a third of it is blank or not needed
+    text = re.sub(r'<g id="[^"]*"', '<g', text)
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r'(\.\d\d)\d+', r'\1', path[0]), text)
+    text = re.sub(r'(id="|url\(#|href="#)', rf'\g<1>{prefix}', text)
     return re.sub(r'(width="[\d.]+pt") height="[\d.]+pt"', r'\1 style="max-width:100%;height:auto"',
                   text, count=1)
 
