@@ -37,7 +37,7 @@ DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt'
 @dataclass(frozen=True)
 class DemoConfig:
     "Compare systems on two languages: see interference, and its treatment."
-    data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
+    data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     langs: tuple[str, ...] = ('en', 'x3')  # the pair (spaces or commas between)
     systems: tuple[str, ...] = DEMO_SYSTEMS  # also: attn, share_adpt, joint_all, pcgrad, gradvac
     tasks: tuple[str, ...] = ('ner', 'pos')  # finetuned in each language, tested in both
@@ -165,7 +165,7 @@ def draw(folder: Path, **plots):
 class PrepareConfig:
     "Train the vocabulary of some languages and tokenise their text, once."
     langs: tuple[str, ...] = ('en', 'x3')
-    data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
+    data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     vocab_size: int = 32_000  # BPE pieces shared by the languages (toy text has its own)
     temperature: float = 5.  # T of the sample that the vocabulary is trained on
     max_sentences: dict[str, int] = field(default_factory=dict)  # caps, the paper's: fr 100000
@@ -175,7 +175,7 @@ class PrepareConfig:
 class StatisticsConfig:
     "Print the corpus statistics of Table 1."
     langs: tuple[str, ...] = ('en', 'x3')
-    data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
+    data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     temperature: float = 5.  # T of the language sampling P
     max_sentences: dict[str, int] = field(default_factory=dict)  # caps by language
 
@@ -187,7 +187,7 @@ class PretrainConfig:
     meta: MetaConfig = field(default_factory=MetaConfig)  # for meta_adpt
     system: str = 'joint'  # a key of SYSTEMS: mono, joint, ffn, adpt, meta_adpt, pcgrad, ...
     langs: tuple[str, ...] = ('en', 'x3')
-    data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
+    data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     max_sentences: dict[str, int] = field(default_factory=dict)  # caps by language
     probe_every: int = 0  # steps between two comparisons of the languages' gradients; 0: none
     probe_batches: int = 8  # behind each of those gradients
@@ -289,7 +289,7 @@ class PruneCommand:
 @dataclass(frozen=True)
 class CausesConfig:
     "Look for the causes of interference: gradients and gates of pairs of languages, over seeds."
-    data: str = 'toy'  # 'toy', 'toy:big', 'hub', or a folder in the hub's schemas
+    data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     pairs: tuple[str, ...] = ()  # with a comma: en,fr en,ar; the study's own if not given
     seeds: int = 5  # how many; three at least for a standard error worth the name
     steps: int | None = None  # of pretraining, in place of the study's own
