@@ -6,8 +6,8 @@
 __all__ = ['STUDIES', 'OF_GRADIENTS', 'OF_GATES', 'CAUSES_LEGEND', 'VERDICT_LEGEND', 'Cells', 'PAIR_COLOURS', 'Study',
            'plan_causes', 'gradient_metrics', 'gate_metrics', 'similarity_metrics', 'loss_metrics', 'strongest',
            'extremes', 'load_causes', 'claims_about', 'gradient_cells', 'gate_cells', 'loss_cells', 'verdict_cells',
-           'in_words', 'causes_page', 'probe_rows', 'plot_conflict', 'gate_studies', 'plot_similarity', 'plot_extremes',
-           'plot_pruned']
+           'in_words', 'causes_page', 'probe_rows', 'plot_conflict', 'plot_groups', 'gate_studies', 'plot_similarity',
+           'plot_extremes', 'plot_overlap', 'plot_pruned']
 
 # %% ../nbs/08a_causes.ipynb #d5638e45
 import itertools, math, re
@@ -109,12 +109,18 @@ def loss_metrics(study: dict, langs: tuple[str, str]) -> dict[str, float]:
             harm[name].append(math.log(found[after][l] / ppl['whole'][l]))
     return out | {name: float(np.mean(h)) for name, h in harm.items() if h}
 
-# %% ../nbs/08a_causes.ipynb #10549218
-def strongest(study: dict, langs: tuple[str, str], kind: str | None = None):
+# %% ../nbs/08a_causes.ipynb #0ca4592b
+def strongest(study: dict, langs: tuple[str, str], kind: str | None = None,
+              layer: int | None = None):  # None: all of them
     "Give log alpha of a kind's groups in both languages, means over seeds; neurons, if gated."
     kinds = [s['kind'] for s in study['sites']]
     kind = kind or ('ffn' if 'ffn' in kinds else kinds[0])
-    which = np.concatenate([np.full(s['n'], s['kind'] == kind) for s in study['sites']])
+    which = np.concatenate([np.full(s['n'], s['kind'] == kind and layer in (None, s['layer']))
+                            for s in study['sites']])
+    if not which.any():
+        layers = sorted({s['layer'] for s in study['sites']})
+        raise InputError(f"no gates of kind '{kind}' in layer {layer}. There are the kinds "
+                         f"{', '.join(sorted(set(kinds)))}, in the layers {layers}.")
     return kind, [np.mean(study['log_alpha'][l], 0)[which] for l in langs]
 
 def extremes(study: dict, langs: tuple[str, str], share: float = .1) -> dict[str, float]:
@@ -339,7 +345,7 @@ def spread(results: dict, pair: str, metric: str, percent: bool = False) -> str:
     digits = 0 if percent else 2
     return f'{v.mean():.{digits}f}' + (f' ±{v.std(ddof=1):.{digits}f}' if len(v) > 1 else '')
 
-# %% ../nbs/08a_causes.ipynb #903a2487
+# %% ../nbs/08a_causes.ipynb #f053a879
 PAIR_COLOURS = ('#0072B2', '#E69F00', '#D55E00', '#009E73', '#CC79A7', '#56B4E9')
 
 def probe_rows(folder, names=None) -> dict[str, list[list[dict]]]:  # {'en-fr': rows of each seed}
@@ -353,11 +359,13 @@ def probe_rows(folder, names=None) -> dict[str, list[list[dict]]]:  # {'en-fr': 
 def plot_conflict(probes: dict,  # of `probe_rows`
                   group: str = 'encoder',  # of `groups_of`: a kind, 'layer 0', 'all', ...
                   window: int = 9,  # probes in the running mean
+                  upto: float = math.inf,  # leave out what comes from this step on
                   ax=None) -> Figure:
     "Draw cosines within and across languages over training: mean ± se over seeds. [paper Fig. 3]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=6.)
     for (pair, seeds), colour in zip(probes.items(), PAIR_COLOURS, strict=False):
         a, b = pair.split('-')
+        seeds = [[r for r in rows if r['step'] < upto] for rows in seeds]
         steps = running(np.array([r['step'] for r in seeds[0]]), window)
         for name, style, which in (('within', '--', (f'{a}-{a}', f'{b}-{b}')), ('', '-', (pair,))):
             runs = [running(np.array([np.mean([r['cos'][w].get(group, np.nan) for w in which])
@@ -382,6 +390,36 @@ def running(values: np.ndarray, window: int) -> np.ndarray:
     "Average each `window` neighbours, and give a value for every third of a window."
     window = min(window, len(values))
     return np.convolve(values, np.ones(window) / window, 'valid')[::max(1, window // 3)]
+
+# %% ../nbs/08a_causes.ipynb #7583db1c
+def plot_groups(probes: dict,  # of `probe_rows`
+                step: int = 0,  # the first step to count
+                width: int = 200,  # steps to average over
+                groups: Iterable[str] | None = None,  # None: what the probe has, less the sums
+                ax=None) -> Figure:
+    "Draw cosines within and across languages by group at a time of training: mean ± se."
+    rows = next(iter(probes.values()))[0]
+    known = [g for g in next(iter(rows[0]['cos'].values())) if g not in ('all', 'encoder')]
+    groups = list(groups or sorted(known, key=lambda g: (g.startswith('layer'), g)))
+    conflict(rows, groups[0], step, step + width)           # a wrong step is refused before a plot
+    fig, ax = (ax.figure, ax) if ax else new_axes(width=1.5 + .8 * len(groups))
+    shift = .8 / len(probes)
+    for i, ((pair, seeds), colour) in enumerate(zip(probes.items(), PAIR_COLOURS, strict=False)):
+        a, b = pair.split('-')
+        found = [[conflict(s, g, step, step + width) for g in groups] for s in seeds]
+        x = np.arange(len(groups)) + (i - (len(probes) - 1) / 2) * shift
+        across = np.array([[f[pair]['mean'] for f in row] for row in found])
+        within = [[(f[f'{a}-{a}']['mean'] + f[f'{b}-{b}']['mean']) / 2 for f in r] for r in found]
+        se = across.std(0, ddof=1) / len(seeds)**.5 if len(seeds) > 1 else None
+        ax.bar(x, across.mean(0), shift * .9, yerr=se, color=colour, label=pair,
+               error_kw=dict(lw=1))
+        ax.plot(x, np.mean(within, 0), '_', color=colour, ms=10)
+    ax.axhline(0, color='0.6', lw=.8, zorder=0)
+    ax.set(xticks=range(len(groups)), ylim=(-.6, 1.), ylabel='cosine of gradients',
+           xlabel=f'steps {step:,} to {step + width:,}; dash: within a language')
+    ax.set_xticklabels(groups)
+    legend_above(ax, len(probes))
+    return fig
 
 # %% ../nbs/08a_causes.ipynb #f9db3012
 def gate_studies(folder,
@@ -421,16 +459,17 @@ def plot_similarity(studies: list[dict],  # of `prune_study`, one a seed
     legend_above(np.atleast_1d(axes)[0], 2)
     return np.atleast_1d(axes)[0].figure
 
-# %% ../nbs/08a_causes.ipynb #4086cf7f
+# %% ../nbs/08a_causes.ipynb #d367ffa3
 def plot_extremes(study: dict,  # of `prune_study`
                   langs: tuple[str, str] | None = None,  # None: the study's first two
                   kind: str | None = None,  # None: 'ffn' if its neurons have gates
                   top: int = 60,  # gates on each side
+                  layer: int | None = None,  # None: all of them
                   ax=None) -> Figure:
     "Draw the strongest gates of the second language beside the first's. [paper Fig. 4b]"
-    fig, ax = (ax.figure, ax) if ax else new_axes(width=6., height=2.8)
     langs = langs or tuple(study['ppl']['whole'])[:2]
-    kind, mean = strongest(study, langs, kind)
+    kind, mean = strongest(study, langs, kind, layer)
+    fig, ax = (ax.figure, ax) if ax else new_axes(width=6., height=2.8)
     order = np.argsort(mean[1])
     n = min(top, len(order) // 2)
     order = np.r_[order[:n], order[-n:]]
@@ -440,6 +479,31 @@ def plot_extremes(study: dict,  # of `prune_study`
     ax.set(xlabel=f'{n} most pruned and {n} most kept {kind} groups of {langs[1]}',
            ylabel='log alpha', xticks=[])
     legend_above(ax, 2)
+    return fig
+
+# %% ../nbs/08a_causes.ipynb #7e1bfd61
+def plot_overlap(study: dict,  # of `prune_study`
+                 layer: int | None = None,  # None: all of them
+                 threshold: float = 0.,  # log alpha above which a group counts as kept
+                 kind: str | None = None,  # None: 'ffn' if its neurons have gates
+                 langs: tuple[str, str] | None = None,  # None: the study's first two
+                 ax=None) -> Figure:
+    "Draw each group's gate in two languages, and which of them keep it. [paper 3.1]"
+    a, b = langs = langs or tuple(study['ppl']['whole'])[:2]
+    kind, (x, y) = strongest(study, langs, kind, layer)
+    fig, ax = (ax.figure, ax) if ax else new_axes(width=3.6, height=3.6)
+    A, B = x > threshold, y > threshold
+    keeps = {'both': A & B, f'only {a}': A & ~B, f'only {b}': ~A & B, 'neither': ~A & ~B}
+    for (name, which), colour in zip(keeps.items(), ('#009E73', '#0072B2', '#E69F00', '#BBBBBB'),
+                                     strict=True):
+        ax.scatter(x[which], y[which], s=12, lw=0, color=colour,
+                   label=f'{name} {which.mean():.0%}')
+    ax.axhline(threshold, color='0.6', lw=.8, zorder=0)
+    ax.axvline(threshold, color='0.6', lw=.8, zorder=0)
+    where = 'all layers' if layer is None else f'layer {layer}'
+    ax.set(xlabel=f'log alpha of {a}, {kind}, {where}', ylabel=f'log alpha of {b}')
+    ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower left', bbox_to_anchor=(0, 1),
+              borderpad=0, columnspacing=1.)
     return fig
 
 # %% ../nbs/08a_causes.ipynb #69dd2326
