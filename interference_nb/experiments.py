@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
-           'run', 'pretrained', 'teach_one', 'lessons', 'text_of', 'open_run', 'prune_model', 'complete', 'held',
-           'held_gates', 'held_lesson', 'check_format', 'device', 'cost', 'run_all', 'metrics', 'Score', 'read_scores',
-           'read_counts', 'complete_records', 'load_results', 'Paired', 'paired', 'table_columns', 'table_cells',
-           'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings', 'verdict_table',
-           'about_records', 'table_page']
+           'run', 'run_hub', 'teach', 'pretrained', 'teach_one', 'lessons', 'text_of', 'open_run', 'prune_model',
+           'complete', 'held', 'held_gates', 'held_lesson', 'check_format', 'device', 'cost', 'run_all', 'metrics',
+           'Score', 'read_scores', 'read_counts', 'complete_records', 'load_results', 'Paired', 'paired',
+           'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures',
+           'findings', 'verdict_table', 'about_records', 'table_page']
 
-# %% ../nbs/07_experiments.ipynb #8d0511af
-import hashlib, itertools, json, math, multiprocessing, os, shutil, sys, threading, time
+# %% ../nbs/07_experiments.ipynb #64f537eb
+import hashlib, itertools, json, math, multiprocessing, shutil, time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -25,16 +25,17 @@ from .data import (InputError, Stream, check_languages, cpu_count, dev_batches,
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig
 from .pretrain import (Feed, JointStep, Record, TrainConfig, config_hash,
-                                      load_checkpoint, perplexity, read_record, same_config,
-                                      save_checkpoint, train)
+                                      load_checkpoint, perplexity, read_record, run_info,
+                                      same_config, save_checkpoint, train)
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep
-from .finetune import (GRIDS, TASKS, FinetuneConfig, has_rows, search,
-                                      task_spec)
+from .finetune import (GRIDS, TASKS, FinetuneConfig, be_worker, has_rows, no_main,
+                                      search, task_spec)
+from .pretrained_xlm import XLM_100, load_pretrained
 
-# %% ../nbs/07_experiments.ipynb #1cfa71a6
+# %% ../nbs/07_experiments.ipynb #3e93fba4
 @dataclass(frozen=True)
 class System:
     "One row of the tables: what the model is made of and how it learns. [paper 3.2, 3.3, 4.2]"
@@ -43,13 +44,14 @@ class System:
     meta: MetaConfig | None = None  # train the specific parts by Algorithm 1
     steps: int = 1  # multiple of the scale's steps
     combine: str | None = None  # a step takes all languages' gradients: 'mean', 'pcgrad', 'gradvac'
+    hub: dict[str, str] | None = None  # a finished model of the hub, only finetuned
 
 SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps=2),
            'joint6x': System(steps=6),
            'ffn': System('ffn'), 'attn': System('attn'), 'adpt': System('adpt'),
            'share_adpt': System('share_adpt'), 'meta_adpt': System('adpt', meta=MetaConfig()),
            'joint_all': System(combine='mean'), 'pcgrad': System(combine='pcgrad'),
-           'gradvac': System(combine='gradvac')}
+           'gradvac': System(combine='gradvac'), 'xlm': System(mono=True, hub=XLM_100)}
 
 # %% ../nbs/07_experiments.ipynb #09e445a8
 @dataclass(frozen=True)
@@ -173,14 +175,15 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, path: P
         train_tokenizer(source, langs, vocab_size, temperature=temperature).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #8ef5b475
+# %% ../nbs/07_experiments.ipynb #cbe111d7
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict]:  # rows of the record
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
     home = Path(folder)/spec.name
     if (rows := complete(spec, home)): return rows
+    if SYSTEMS[spec.system].hub: return run_hub(spec, home, progress)
     source, tokenizer, corpora = materials(spec, folder)
-    teach = lessons(spec, source)
+    lessons(spec, source)                               # refuses tasks without rows
     meta = SYSTEMS[spec.system].meta and (spec.meta or SYSTEMS[spec.system].meta)
     feed, dev = text_of(spec, tokenizer, corpora, meta)
     model = pretrained(spec, home, source, tokenizer, feed, dev, meta, progress)
@@ -189,10 +192,22 @@ def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of it
         if not any(held_gates(prune, r) for r in record.rows):
             folder = home/f'gates-{config_hash(asdict(prune))}'
             record.write('gates', **prune_model(model, feed, dev, prune, folder, progress))
-    for task, lang in itertools.product(spec.tasks, spec.langs):
+    return teach(spec, home, model, tokenizer, source, record, progress)
+
+def run_hub(spec: RunSpec, home: Path, progress: bool) -> list[dict]:
+    "Finetune a model of the hub under the same protocol. [paper Fig. 1]"
+    model, tokenizer = load_pretrained(**SYSTEMS[spec.system].hub)
+    record = Record(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
+    if not record.rows: record.write('start', config=dict(run=spec.config), **run_info())
+    return teach(spec, home, model.to(device()), tokenizer, open_source(spec.data, spec.seed),
+                 record, progress)
+
+def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: Record, progress: bool):
+    "Finetune on what a record lacks, and finish it."
+    for (task, lang), tests in lessons(spec, source).items():
         if any(held_lesson(task, lang, r) for r in record.rows): continue
-        if (tests := teach[task, lang]): teach_one(spec, home, model, tokenizer, source, task,
-                                                   lang, tests, record, progress)
+        if tests: teach_one(spec, home, model, tokenizer, source, task, lang, tests, record,
+                            progress)
         else: record.write('no lesson', task=task, train_lang=lang)
     record.write('done', name=spec.name)
     return record.rows
@@ -348,11 +363,11 @@ def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/07_experiments.ipynb #8b035b7f
+# %% ../nbs/07_experiments.ipynb #5561c60d
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
-    work = steps * (K + 4 if system.meta else K if system.combine else 1)
+    work = steps * (0 if system.hub else K + 4 if system.meta else K if system.combine else 1)
     if spec.probe: work += -(-steps // spec.probe.every) * 2 * K * spec.probe.n_batches
     for task in spec.tasks:
         cfg = spec.scale.finetune[task]
@@ -375,14 +390,15 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     if len(todo) > 2: todo.insert(1, todo.pop())     # a short one early: a first number to look at
     data = lambda s: (s.data, s.pair, s.seed, *sorted(s.max_sentences.items()),
                       s.scale.model.vocab_size, s.scale.train.temperature)
-    for spec in {data(s): s for s in todo}.values(): materials(spec, folder, workers=None)
+    trained = (s for s in todo if not SYSTEMS[s.system].hub)
+    for spec in {data(s): s for s in trained}.values(): materials(spec, folder, workers=None)
     if not todo: return
     if executor: yield from as_they_end(executor, todo, folder)
     else:
         workers = min(workers or cpu_count(), len(todo))
         with local_workers(workers) as pool: yield from as_they_end(pool, todo, folder)
 
-# %% ../nbs/07_experiments.ipynb #c6c2b916
+# %% ../nbs/07_experiments.ipynb #b46ca9f3
 def as_they_end(executor, specs: list[RunSpec], folder) -> Iterator:
     "Submit runs; give each with its record, or what stopped it, when it ends."
     jobs = {executor.submit(run, s, Path(folder)): s for s in specs}
@@ -397,44 +413,31 @@ def local_workers(n: int):
     spawn = multiprocessing.get_context('spawn')
     numbers = spawn.Queue()
     for i in range(n): numbers.put(i)
-    with no_main(), ProcessPoolExecutor(n, spawn, be_worker, (numbers,)) as pool: yield pool
+    with no_main(), ProcessPoolExecutor(n, spawn, take_turn, (numbers,)) as pool: yield pool
 
-def be_worker(numbers):
-    "Keep a worker to its core and GPU; end it with its parent: a killed command writes no more."
-    torch.set_num_threads(1)
+def take_turn(numbers):
+    "Keep a worker to its core and, where there are GPUs, to one of them."
+    be_worker()
     if n := torch.cuda.device_count(): torch.cuda.set_device(numbers.get() % n)
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-@contextmanager
-def no_main():
-    "Keep workers from running the caller's script or notebook again: they need this package only."
-    main = sys.modules['__main__']
-    kept = {k: main.__dict__.pop(k) for k in ('__file__', '__spec__') if k in main.__dict__}
-    main.__spec__ = None
-    try: yield
-    finally: main.__dict__.update(kept)
-
-# %% ../nbs/07_experiments.ipynb #7b6fa0c7
+# %% ../nbs/07_experiments.ipynb #d64c44e7
 def metrics(records: list[list[dict]],  # of one system and seed: one record, or mono's several
             ) -> dict[str, float]:
     "Read the numbers of one system and seed from its records."
     out, scores = {}, {}
     for rows in records:
-        end = next(r for r in rows if r['kind'] == 'end')
-        out |= {f'ppl {l}': p for l, p in end['ppl'].items()}
-        seconds = end['cpu_s' if rows[0]['hardware'].startswith('CPU') else 'wall_s']
-        out['s/step'], out['passes/step'] = seconds / end['step'], end['passes'] / end['step']
-        out['work'] = out.get('work', 0) + end['passes']
+        for end in (r for r in rows if r['kind'] == 'end'):     # none where nothing was trained
+            out |= {f'ppl {l}': p for l, p in end['ppl'].items()}
+            seconds = end['cpu_s' if rows[0]['hardware'].startswith('CPU') else 'wall_s']
+            out['s/step'], out['passes/step'] = seconds / end['step'], end['passes'] / end['step']
+            out['work'] = out.get('work', 0) + end['passes']
         for r in (r for r in rows if r['kind'] == 'finetune'):
             main = task_spec(r['task']).metric
             for lang, score in r['scores'].items():
                 where = 'within' if lang == r['train_lang'] else 'zero-shot'
                 scores.setdefault(f"{r['task'].upper()} {where}", []).append(score[main])
-    out['loss'] = float(np.mean([math.log(v) for k, v in out.items() if k.startswith('ppl ')]))
+    losses = [math.log(v) for k, v in out.items() if k.startswith('ppl ')]
+    if losses: out['loss'] = float(np.mean(losses))
     return out | {k: float(np.mean(v)) for k, v in scores.items()}
 
 class Score(NamedTuple):
@@ -461,8 +464,8 @@ def read_scores(folder,
                        max_sentences=r['max_sentences'])
         whole = replace(spec, langs=spec.pair)
         made = spec.system, spec.model, whole.model, spec.seed
-        end = next(r for r in rows if r['kind'] == 'end')
-        out += [Score(*made, 'ppl', '', l, 'ppl', v, spec.name) for l, v in end['ppl'].items()]
+        out += [Score(*made, 'ppl', '', l, 'ppl', v, spec.name)
+                for end in rows if end['kind'] == 'end' for l, v in end['ppl'].items()]
         out += [Score(*made, r['task'], r['train_lang'], l, metric, v, spec.name)
                 for r in rows if r['kind'] == 'finetune'
                 for l, found in r['scores'].items() for metric, v in found.items()]

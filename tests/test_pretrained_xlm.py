@@ -1,11 +1,14 @@
 "Models of the hub under finetuning: several processes, and kin of XLM."
 import json, subprocess, sys
+from dataclasses import replace
 import pytest
 import torch
 
 transformers = pytest.importorskip('transformers')
 pytest.importorskip('sacremoses')
 
+from interference_nb import experiments
+from interference_nb.experiments import SCALES, RunSpec, System, for_tasks, read_scores, run
 from interference_nb.finetune import FinetuneConfig, finetune, search
 from interference_nb.pretrained_xlm import HubEncoder, HubTokenizer, load_pretrained
 from interference_nb.toy_languages import ToySource
@@ -41,6 +44,19 @@ def test_search_side_by_side(xlm, source):
                        workers=n) for n in (1, 2))
     assert (one['scores'], one['dev'], one['finetune']) == (two['scores'], two['dev'],
                                                            two['finetune'])
+
+
+def test_it_is_a_system(xlm, tmp_path, monkeypatch):
+    "Figure 1's third bar: a run without pretraining, held like any other."
+    monkeypatch.setitem(experiments.SYSTEMS, 'xlm', System(mono=True, hub=dict(name=str(xlm))))
+    brief = dict(epochs=1, max_train=64, max_dev=32, max_eval=32)
+    scale = replace(SCALES['toy'], finetune=for_tasks(FinetuneConfig.toy, **brief))
+    spec = RunSpec('xlm', ('x3',), ('x3',), 0, scale, 'toy', ('ner',))
+    rows = run(spec, tmp_path)
+    assert [r['kind'] for r in rows] == ['start', 'finetune', 'done']
+    assert {(s.system, s.train, s.test) for s in read_scores(tmp_path)} == {('xlm', 'x3', 'x3')}
+    assert run(spec, tmp_path) == rows
+    assert 'NER within' in experiments.load_results(tmp_path)['xlm'][0]
 
 
 def test_vocabulary_has_a_fingerprint(xlm, tmp_path):

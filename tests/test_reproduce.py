@@ -115,6 +115,14 @@ def test_languages_without_rows_are_no_data(tmp_path):
     within = {r['column']: r['state'] for r in rows if r['block'] == 'NER within'}
     assert within == {'ar': 'not run', 'hi': 'no data', 'te': 'no data', 'mean': 'not run'}
 
+def test_the_hub_model_stands_in_figure_1_of_the_paper_scale():
+    figure = {name: choose(['figure1'], SETTINGS[name])[0] for name in ('toy', 'paper')}
+    assert figure['toy'].rows == ('mono', 'joint')
+    assert figure['paper'].rows == ('mono', 'joint', 'xlm')
+    paper = SETTINGS['paper']
+    names = {s.name for s in specs_of([figure['paper']], paper, open_source('toy:pairs'))}
+    assert 'xlm-hi-of-en+hi-2' in names
+
 def test_nothing_run_is_said_so(tmp_path):
     exhibit, = choose(['table2'], TINY)
     source = open_source('toy')
@@ -136,6 +144,7 @@ def test_resamples_agree_with_a_plain_loop():
 
 def test_each_paper_statement_has_a_place():
     "Every claim speaks of a column and of rows that its exhibit has."
+    assert len(EXHIBITS) == 11
     for e in EXHIBITS.values():
         columns = {f'{b.title} {p}' for b in e.blocks for p in (*b.partners, 'mean')}
         for c in e.claims:
