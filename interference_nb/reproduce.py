@@ -384,7 +384,7 @@ def narrow(exhibit: Exhibit, setting: Setting) -> Exhibit:
                    and {c.metric, c.against or c.metric} <= columns)
     return replace(exhibit, blocks=blocks, rows=rows, claims=claims)
 
-# %% ../nbs/07a_reproduce.ipynb #636688a4
+# %% ../nbs/07a_reproduce.ipynb #1c5afe3d
 def work_left(spec: RunSpec, folder) -> float:  # in plain steps, as `cost`
     "Estimate what a run's record lacks; raises `InputError` if it is of an older format."
     rows = held(spec, Path(folder)/spec.name)
@@ -445,9 +445,9 @@ def plan_cells(exhibits: list[Exhibit], setting: Setting, source, folder,
     def line(name, specs):
         todo = [s for s in specs if s.name in missing]
         hours = sum(left[s.name] for s in todo) * seconds / 3600
-        return [name, f'{len(specs)}', f'{len(specs) - len(todo)}', f'{len(todo)}',
-                f'{sum(s.train.steps for s in todo if s.system in OURS):,}', f'{hours:,.1f}', f'{hours / workers:,.1f}',
-                f'{sum(map(disk, todo)) / 1e9:,.2f}']
+        steps = sum(s.train.steps for s in todo if s.system in OURS)
+        return [name, f'{len(specs)}', f'{len(specs) - len(todo)}', f'{len(todo)}', f'{steps:,}',
+                f'{hours:,.1f}', f'{hours / workers:,.1f}', f'{sum(map(disk, todo)) / 1e9:,.2f}']
     lines = [line(e.name, specs_of([e], setting, source)) for e in exhibits]
     how = ('as finished runs took here' if measured else 'timed just now on a few steps')
     note = (f'Exhibits share runs: the last line counts each once. A plain step takes '
