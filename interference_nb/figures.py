@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHOWN', 'new_axes', 'Curve', 'read_curves', 'over_seeds', 'draw_curves', 'plot_curves', 'held_out',
            'plot_perplexity', 'gaps', 'plot_sizes', 'plot_convergence', 'of_pairs', 'by_seed', 'plot_languages',
-           'plot_transfer', 'seed_means', 'comparable', 'plot_differences', 'difference_in_words', 'plot_summary',
-           'svg', 'slider', 'live', 'drawn', 'MetaStepByHand', 'meta_by_hand', 'plot_meta_step']
+           'plot_transfer', 'seed_means', 'comparable', 'plot_differences', 'sides', 'plot_summary', 'svg', 'slider',
+           'live', 'drawn', 'MetaStepByHand', 'meta_by_hand', 'plot_meta_step']
 
 # %% ../nbs/08_figures.ipynb #6e715aa5
 import io, re
@@ -37,7 +37,7 @@ def new_axes(*shape, width: float = 5., height: float = 3.) -> tuple[Figure, np.
         ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
     return fig, axes
 
-# %% ../nbs/08_figures.ipynb #b139b597
+# %% ../nbs/08_figures.ipynb #383b90f8
 class Curve(NamedTuple):
     "The loss of one run over its training."
     system: str
@@ -64,6 +64,7 @@ def read_curves(folder,  # of records
             at = (np.array([r[k] for r in found]) for k in ('step', 'passes'))
             curves.append(Curve(*head, text, sentences, *at, np.array(loss)))
         evals = [r for r in rows if r['kind'] == 'eval']
+        if not evals: continue                               # a model of the hub: not trained here
         for l in about['langs']:
             add(called[l], sizes.get(l), evals, np.log([r['ppl'][l] for r in evals]))
         steps = [r for r in rows if r['kind'] in ('step', 'eval') and 'loss' in r]
@@ -155,7 +156,7 @@ def plot_perplexity(folder, names=None,
     np.atleast_1d(axes)[0].legend(frameon=False, fontsize=8)
     return np.atleast_1d(axes)[0].figure
 
-# %% ../nbs/08_figures.ipynb #fed6ddfc
+# %% ../nbs/08_figures.ipynb #7e1c71aa
 def gaps(folder, names=None,
          share: float = 1.,  # of training; the last evaluation before it
          system: str = 'joint',
@@ -174,7 +175,9 @@ def gaps(folder, names=None,
         if gap: out[text] = own[0].sentences, np.array([np.mean(g) for g in gap.values()])
     return dict(sorted(out.items(), key=lambda item: (item[1][0] or np.inf, item[0])))
 
-def plot_sizes(folder, names=None, share: float = 1., system: str = 'joint', ax=None) -> Figure:
+def plot_sizes(folder, names=None, share: float = 1., system: str = 'joint',
+               ylim: tuple[float, float] | None = None,  # of the axis, to compare pictures
+               ax=None) -> Figure:
     "Draw what a joint model costs each language, by the size of its corpus: ± sd over seeds."
     found = gaps(folder, names, share, system)
     fig, ax = (ax.figure, ax) if ax else new_axes(width=1.5 + .6 * len(found), height=2.8)
@@ -184,7 +187,7 @@ def plot_sizes(folder, names=None, share: float = 1., system: str = 'joint', ax=
                     color=COLOURS[system], lw=1)
     ax.axhline(0, color='0.6', lw=.8, zorder=0)
     ax.set(xticks=range(len(found)), xlim=(-.6, len(found) - .4), xlabel='language, sentences',
-           ylabel=f'loss of {system}\nless mono, nats', title=f'{share:.0%} of training')
+           ylabel=f'loss of {system}\nless mono, nats', title=f'{share:.0%} of training', ylim=ylim)
     ax.title.set_size(9)
     ax.set_xticklabels([t if n is None else f'{t}\n{n:,}' for t, (n, _) in found.items()])
     return fig
@@ -335,16 +338,19 @@ def plot_differences(results: dict, metrics: Iterable[str] = SHOWN,
         ax.set_yticklabels(systems if ax is np.atleast_1d(axes)[0] else [])
     return np.atleast_1d(axes)[0].figure
 
-# %% ../nbs/08_figures.ipynb #08e9c6ec
-def difference_in_words(differences: Iterable[float],  # paired, one a seed
-             unit: str = 'points') -> str:
-    "Say a mean difference ± its standard error, and whether its 95% interval leaves zero."
-    d = np.array(list(differences))
-    p = Paired(float(d.mean()), float(d.std(ddof=1) / len(d)**.5) if len(d) > 1 else np.nan, len(d))
-    low, high = p.interval
-    side = 'above zero' if low > 0 else 'below zero' if high < 0 else 'undecided'
-    seeds = f'± {p.se:.2f} {unit}, {p.n} seeds' if p.n > 1 else f'{unit}, one seed'
-    return f'{p.delta:+.2f} {seeds}: {side}'
+# %% ../nbs/08_figures.ipynb #3db03e11
+def sides(differences: dict[str, Iterable[float]],  # {name: paired differences, one a seed}
+          unit: str = 'points') -> str:
+    "Sort differences by the side of zero that their 95% intervals lie on; ± standard errors."
+    found = {'above zero': [], 'below zero': [], 'undecided': []}
+    for name, d in differences.items():
+        d = np.array(list(d))
+        p = Paired(float(d.mean()), float(d.std(ddof=1) / len(d)**.5) if len(d) > 1 else 0, len(d))
+        low, high = p.interval
+        side = 'above zero' if low > 0 else 'below zero' if high < 0 else 'undecided'
+        found[side].append(f'{name} {p.delta:+.2f}' + f' ± {p.se:.2f}' * (p.n > 1))
+    said = [f'{side}: {", ".join(names)}' for side, names in found.items() if names]
+    return f'{"; ".join(said)} ({unit})' if said else 'nothing to compare'
 
 # %% ../nbs/08_figures.ipynb #3813f818
 def plot_summary(folder, names=None) -> Figure:
@@ -441,7 +447,7 @@ def meta_by_hand(beta: float = .5,  # rate of the inner step
     miss = bend * (eps / np.linalg.norm(v))**2 * v**3        # of the finite difference
     return MetaStepByHand(c, f(-c), theta, direct, second, second - beta * miss)
 
-# %% ../nbs/08_figures.ipynb #ba950e62
+# %% ../nbs/08_figures.ipynb #601beedd
 def plot_meta_step(beta: float = .5, angle: float = 120., eps: float = .01, bend: float = 0.,
                    axes=None) -> Figure:
     "Draw a meta step worked out by hand: the inner step, and what it does to phi. [paper Eq. 3-4]"
@@ -453,14 +459,14 @@ def plot_meta_step(beta: float = .5, angle: float = 120., eps: float = .01, bend
     for i, colour in enumerate(('#0072B2', '#E69F00')):
         for r in (.25, .5, .75):
             axes[0].add_patch(plt.Circle(m.targets[i], r, color=colour, fill=False, alpha=.5))
-        arrow(axes[0], -m.gradients[i], colour, f'$-\\nabla_\\theta$ of language {i + 1}')
-    axes[0].plot(*m.theta, 'o', color='black', ms=7, label="$\\theta'$")
+        arrow(axes[0], -m.gradients[i], colour, f'pull of language {i + 1}')
+    axes[0].plot(*m.theta, 'o', color='black', ms=7, label='θ′')
     arrow(axes[1], -m.direct, '#56B4E9', 'direct')
     arrow(axes[1], -m.second, '#D55E00', 'second order')
     arrow(axes[1], -m.direct - m.second, '#CC79A7', 'both')
     axes[1].plot(*-(m.direct + m.difference), 'x', color='black', ms=8, label='both, with eps')
     axes[0].set(title=f'{angle:g}° between the gradients', xlim=(-1.9, 1.9), ylim=(-.9, 1.9))
-    axes[1].set(title='steps of $\\phi_1$, downhill', xlim=(-1.3, 1.3), ylim=(-1.2, .7))
+    axes[1].set(title='steps of φ, downhill', xlim=(-.5, 1.4), ylim=(-.85, .55))
     for ax in axes:
         ax.set_aspect('equal'); ax.title.set_size(9)
         ax.legend(frameon=False, fontsize=7, loc='lower left', ncols=2, borderpad=0)
