@@ -625,7 +625,7 @@ PAPER_NOTE = ('Of the paper\'s Table 2 one row survives, of adapters, shared ada
               'order of the languages and from the means (84.8; 88.5, of which two digits '
               'survive).')
 
-# %% ../nbs/07a_reproduce.ipynb #4acb6bdc
+# %% ../nbs/07a_reproduce.ipynb #e502f08a
 def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
              failed: Iterable[str] = ()) -> list[dict]:  # one a cell
     "Work out every cell of an exhibit from the records."
@@ -662,7 +662,8 @@ def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
                     column=partner, n=len(v), mean=float(np.mean(v)) if v else math.nan,
                     sd=float(np.std(v, ddof=1)) if len(v) > 1 else math.nan,
                     **diff._asdict(), best=firsts.get(column) == row, state=status))
-    return out
+    open_columns = {(r['block'], r['column']) for r in out if r['state'] in ('not run', 'failed')}
+    return [r | dict(best=r['best'] and (r['block'], r['column']) not in open_columns) for r in out]
 
 def columns_after(block: Block) -> tuple[str, ...]:
     "Give a block its mean, if that means something: of several languages, none of them twice."
@@ -697,13 +698,14 @@ def arrange(rows: list[dict], title: str, show: Callable, end: str = '') -> Cell
     return [title, *columns], [[row, *cells] for row, cells in lines.items()
                                if any(c != '–' for c in cells)]
 
-# %% ../nbs/07a_reproduce.ipynb #cb550848
+# %% ../nbs/07a_reproduce.ipynb #049c038f
 LEGENDS = {
     'ppl': 'Perplexity per masked token of held-out text at the end of the training, of the '
            'partner: mean ± standard deviation over seeds.',
     'cells': 'Mean ± standard deviation over seeds, in percent; below, paired differences within '
              'seeds ± standard errors. Bold: better than every other row of its column by a paired '
-             't test over seeds (p < 0.05) and by 95% of 1000 resamples of the test sentences. '
+             't test over seeds (p < 0.05) and by the 95% interval over 1000 resamples of the test '
+             'sentences, where every row has been run. '
              'Nothing bold: these records name no best.',
     'matched': 'Not in the paper: joint2x takes twice the steps, so that each language gets as '
                'many batches as in mono; joint6x takes as many passes as meta_adpt.',

@@ -100,6 +100,22 @@ def test_runs_through_submitit(tmp_path):
     (spec, rows), = run_all(specs, tmp_path, executor=executor)
     assert spec.name == 'joint-en+sw-0' and rows[-1]['kind'] == 'done'
 
+def test_no_best_where_a_row_is_missing(tmp_path, monkeypatch):
+    "Bold needs every other row of its column, and those that lose in seeds and sentences."
+    setting = replace(TINY, systems=('mono', 'joint', 'ffn'), seeds=3)
+    exhibit, = choose(['table2'], setting)
+    level = {'mono': 70., 'joint': 60., 'ffn': 50.}
+    def bold(rows):
+        arranged = lambda v: {r: {s: {'NER within ar': v(r, s)} for s in range(3)} for r in rows}
+        values = dict.fromkeys(exhibit.rows, {}) | arranged(lambda r, s: level[r] + s)
+        resampled = arranged(lambda r, s: np.full(9, level[r]))
+        monkeypatch.setattr(reproduce, 'values_of', lambda *_: values)
+        monkeypatch.setattr(reproduce, 'resampled_of', lambda *_: resampled)
+        return [r['row'] for r in reproduce.cells_of(exhibit, setting, open_source('toy'), tmp_path)
+                if r['best']]
+    assert bold(['mono', 'joint', 'ffn']) == ['mono']
+    assert bold(['mono', 'joint']) == []
+
 def test_languages_without_rows_are_no_data(tmp_path):
     "A source that lacks a language or a task leaves cells open, and no run asks for it."
     class Little:
