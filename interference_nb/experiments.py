@@ -10,11 +10,11 @@ __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale',
            'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures',
            'findings', 'verdict_table', 'about_records', 'table_page']
 
-# %% ../nbs/07_experiments.ipynb #64f537eb
+# %% ../nbs/07_experiments.ipynb #e3b1d05d
 import hashlib, itertools, json, math, multiprocessing, shutil, time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -364,7 +364,7 @@ def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/07_experiments.ipynb #5561c60d
+# %% ../nbs/07_experiments.ipynb #b351fc72
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
@@ -391,18 +391,31 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     if len(todo) > 2: todo.insert(1, todo.pop())     # a short one early: a first number to look at
     data = lambda s: (s.data, s.pair, s.seed, *sorted(s.max_sentences.items()),
                       s.scale.model.vocab_size, s.scale.train.temperature)
-    trained = (s for s in todo if not SYSTEMS[s.system].hub)
-    for spec in {data(s): s for s in trained}.values(): materials(spec, folder, workers=None)
+    for same in grouped((s for s in todo if not SYSTEMS[s.system].hub), data):
+        try: materials(same[0], folder, workers=None)
+        except Exception as e:
+            if len(same) == len(todo): raise
+            for spec in same:
+                todo.remove(spec)
+                yield spec, e
     if not todo: return
     if executor: yield from as_they_end(executor, todo, folder)
     else:
         workers = min(workers or cpu_count(), len(todo))
         with local_workers(workers) as pool: yield from as_they_end(pool, todo, folder)
 
-# %% ../nbs/07_experiments.ipynb #b46ca9f3
+# %% ../nbs/07_experiments.ipynb #73a03b40
+def grouped(specs: Iterable[RunSpec], key) -> list[list[RunSpec]]:
+    "Put runs with the same key together, in their order."
+    out = {}
+    for s in specs: out.setdefault(key(s), []).append(s)
+    return list(out.values())
+
 def as_they_end(executor, specs: list[RunSpec], folder) -> Iterator:
     "Submit runs; give each with its record, or what stopped it, when it ends."
-    jobs = {executor.submit(run, s, Path(folder)): s for s in specs}
+    batch = getattr(executor, 'batch', nullcontext)         # submitit: one array of jobs
+    with batch(): submitted = [executor.submit(run, s, Path(folder)) for s in specs]
+    jobs = dict(zip(submitted, specs, strict=True))
     while jobs:
         for job in [j for j in jobs if j.done()]:
             yield jobs.pop(job), job.exception() or job.result()
