@@ -21,6 +21,7 @@ endif
 
 # make demo DATA=folder LANGS=en,sw ARGS='--seeds 5'
 # make reproduce SCALE=mini DATA=folder EXHIBIT='table2 figure1' ARGS=--dry-run
+# make reproduce SCALE=mini DATA=folder ARGS=--write-only     the pages of what has been run so far
 DATA    ?=
 LANGS   ?=
 ARGS    ?=

@@ -455,7 +455,7 @@ def plot_similarity(studies: list[dict],  # of `prune_study`, one a seed
                    color=('#BBBBBB', '#D55E00')[i], error_kw=dict(lw=1))
         ax.axhline(0, color='0.6', lw=.8)
         ax.set(xticks=layers, xlabel=f'layer, {kind}', ylim=(min(-.2, ax.get_ylim()[0]), 1.05))
-    np.atleast_1d(axes)[0].set_ylabel(f'cosine of gates, {measure}')
+    np.atleast_1d(axes)[0].set_ylabel(f'cosine of gates, {measure}{price(studies[0])}')
     legend_above(np.atleast_1d(axes)[0], 2)
     return np.atleast_1d(axes)[0].figure
 
@@ -477,7 +477,7 @@ def plot_extremes(study: dict,  # of `prune_study`
         ax.scatter(np.arange(2 * n), values[order], s=12, color=colour, label=lang, lw=0)
     ax.axhline(0, color='0.6', lw=.8, zorder=0); ax.axvline(n - .5, color='0.8', lw=.8, zorder=0)
     ax.set(xlabel=f'{n} most pruned and {n} most kept {kind} groups of {langs[1]}',
-           ylabel='log alpha', xticks=[])
+           ylabel=f'log alpha{price(study)}', xticks=[])
     legend_above(ax, 2)
     return fig
 
@@ -501,7 +501,7 @@ def plot_overlap(study: dict,  # of `prune_study`
     ax.axhline(threshold, color='0.6', lw=.8, zorder=0)
     ax.axvline(threshold, color='0.6', lw=.8, zorder=0)
     where = 'all layers' if layer is None else f'layer {layer}'
-    ax.set(xlabel=f'log alpha of {a}, {kind}, {where}', ylabel=f'log alpha of {b}')
+    ax.set(xlabel=f'log alpha of {a}, {kind}, {where}', ylabel=f'log alpha of {b}{price(study)}')
     ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower left', bbox_to_anchor=(0, 1),
               borderpad=0, columnspacing=1.)
     return fig

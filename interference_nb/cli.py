@@ -8,7 +8,7 @@ __all__ = ['DEMO_SYSTEMS', 'DemoConfig', 'interference_demo', 'PrepareConfig', '
            'PruneCommand', 'CausesConfig', 'probe_run', 'probe_cells', 'prune_run', 'interference_causes',
            'ReproduceConfig', 'interference_reproduce', 'executor_of', 'make_app', 'main']
 
-# %% ../nbs/09_cli.ipynb #516fa37a
+# %% ../nbs/09_cli.ipynb #a71e0f21
 import sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,8 +20,8 @@ from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cos
                                          findings, load_results, materials, metrics, open_run,
                                          plan, prune_model, run, run_all, table_cells, table_page,
                                          text_of, text_table)
-from .reproduce import (choose, make_setting, plan_cells, specs_of, write,
-                                       write_index)
+from .reproduce import (check_records, choose, make_setting, plan_cells,
+                                       specs_of, write, write_index)
 from .finetune import FinetuneConfig, search
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
@@ -73,7 +73,7 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
           f'figure: {out/"figure.svg"}, records: {out}/*/record.jsonl')
     return out
 
-# %% ../nbs/09_cli.ipynb #ec89e031
+# %% ../nbs/09_cli.ipynb #21d80ca5
 def demo_scale(cfg: DemoConfig):
     "Choose the scale of a demo: toy for toy data, pocket for text, unless told otherwise."
     name = cfg.scale or ('toy' if cfg.data.startswith('toy') else 'pocket')
@@ -88,7 +88,8 @@ def demo_scale(cfg: DemoConfig):
 
 def check_counts(cfg):
     "Refuse a number of seeds or workers with which nothing runs."
-    if cfg.seeds < 1: raise InputError(f'{cfg.seeds} seeds make no run. Use --seeds 3.')
+    if cfg.seeds is not None and cfg.seeds < 1:
+        raise InputError(f'{cfg.seeds} seeds make no run. Use --seeds 3.')
     if cfg.workers is not None and cfg.workers < 1:
         raise InputError(f'{cfg.workers} workers do no work. Use --workers 2.')
 
@@ -373,7 +374,7 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
           f'records: {out}/*/record.jsonl')
     return out
 
-# %% ../nbs/09_cli.ipynb #62316177
+# %% ../nbs/09_cli.ipynb #30cd6879
 @dataclass(frozen=True)
 class ReproduceConfig:
     "Make the paper's tables and figures: plan, run what is missing, write them."
@@ -390,25 +391,30 @@ class ReproduceConfig:
     engine: str = 'local'  # 'slurm': a job a run, by submitit
     slurm: dict[str, str] = field(default_factory=dict)  # settings of its jobs: timeout_min 600
     dry_run: bool = False  # print the plan and stop
+    write_only: bool = False  # run nothing: write what the records that are there show
 
 def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, tables, figures
     "Plan, run and write; a run that fails is told at the end."
+    check_counts(cfg)
     setting = make_setting(cfg.scale, cfg.data, cfg.steps, seeds=cfg.seeds,
                            targets=split_commas(cfg.targets), systems=split_commas(cfg.systems),
                            tasks=split_commas(cfg.tasks))
-    if cfg.seeds is not None: check_counts(cfg)
     if cfg.engine not in ('local', 'slurm'):
         raise InputError(f"unknown engine '{cfg.engine}'. Use local or slurm.")
     exhibits = choose(split_commas(cfg.exhibits), setting)
     out, source = cfg.out or Path('runs')/f'reproduce-{cfg.scale}', open_source(setting.data)
-    workers = cfg.workers or cpu_count()
-    *cells, note = plan_cells(exhibits, setting, source, out, workers)
-    n = setting.seeds
-    print(f'{n} seed{"s" * (n > 1)} on {setting.data}; records in {out}/\n\n'
-          f'{text_table(*cells)}\n\n{note}\n', flush=True)
-    if cfg.dry_run: return out
     t0, specs = time.time(), specs_of(exhibits, setting, source)
-    failed = run_missing(specs, out, workers, executor_of(cfg, out)) if specs else {}
+    workers, failed = cfg.workers or cpu_count(), check_records(specs, out)
+    if cfg.dry_run or not cfg.write_only:
+        *cells, note = plan_cells(exhibits, setting, source, out, workers)
+        n = setting.seeds
+        print(f'{n} seed{"s" * (n > 1)} on {setting.data}; records in {out}/\n\n'
+              f'{text_table(*cells)}\n\n{note}\n', flush=True)
+    if cfg.dry_run: return out
+    if cfg.write_only:
+        for error in failed.values(): raise error
+    elif todo := [s for s in specs if s.name not in failed]:
+        failed |= run_missing(todo, out, workers, executor_of(cfg, out))
     for e in exhibits: print(*write(e, setting, source, out, failed))
     print(f'{(time.time() - t0) / 60:.1f} minutes. All exhibits: '
           f'{write_index(setting, source, out)}')

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
-           'run', 'run_hub', 'teach', 'pretrained', 'teach_one', 'lessons', 'text_of', 'open_run', 'prune_model',
-           'complete', 'held', 'held_gates', 'held_lesson', 'check_format', 'device', 'cost', 'run_all', 'metrics',
-           'Score', 'read_scores', 'read_counts', 'complete_records', 'load_results', 'Paired', 'paired',
-           'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures',
-           'findings', 'verdict_table', 'about_records', 'table_page']
+           'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'keep_lessons', 'alone', 'teach_one', 'lessons',
+           'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
+           'check_format', 'device', 'cost', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts',
+           'complete_records', 'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table',
+           'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records',
+           'table_page']
 
-# %% ../nbs/07_experiments.ipynb #e3b1d05d
+# %% ../nbs/07_experiments.ipynb #da73240d
 import hashlib, itertools, json, math, multiprocessing, shutil, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,8 +33,8 @@ from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep
-from .finetune import (GRIDS, TASKS, FinetuneConfig, be_worker, has_rows, no_main,
-                                      search, task_spec)
+from .finetune import (GRIDS, TASKS, FinetuneConfig, be_worker, no_main, search,
+                                      task_rows, task_spec)
 from .pretrained_xlm import XLM_100, load_pretrained
 
 # %% ../nbs/07_experiments.ipynb #3e93fba4
@@ -141,22 +143,22 @@ def plan(systems, langs, seeds: int, scale: Scale, data: str = 'toy',
     return [RunSpec(s, own, langs, seed, scale, str(data), tuple(tasks))
             for seed in range(seeds) for s in systems for own in models(s)]
 
-# %% ../nbs/07_experiments.ipynb #7f5e779c
+# %% ../nbs/07_experiments.ipynb #be65e85c
 def materials(spec: RunSpec, folder,  # of the experiment
               workers: int | None = 1):  # -> source, tokenizer, {lang: {split: Corpus}}
     "Open the data of a run: source, vocabulary of the pair, tokenised text."
-    toy = spec.data.startswith('toy')
+    toy = spec.data.split(':')[0] == 'toy'
     source = open_source(spec.data, seed=spec.seed if toy else 0)
     langs = check_languages(source, spec.pair)
     capped = ''.join(f'-{l}{n}' for l, n in sorted(spec.max_sentences.items()))
     folder = Path(folder)/'data'/('+'.join(spec.pair) + capped + (f'-{spec.seed}' if toy else ''))
+    caps = spec.max_sentences or None
     if toy: tokenizer = toy_tokenizer(source, langs)
     else: tokenizer = cached_tokenizer(source, langs, spec.scale.model.vocab_size,
-                                       spec.scale.train.temperature, folder/'tokenizer')
-    caps = spec.max_sentences or None
+                                       spec.scale.train.temperature, caps, folder/'tokenizer')
     return source, tokenizer, prepare_corpus(source, langs, tokenizer, folder, caps, workers)
 
-# %% ../nbs/07_experiments.ipynb #96395aeb
+# %% ../nbs/07_experiments.ipynb #101ca16a
 def weights_hash(model) -> str:
     "Name a model's weights, bit for bit."
     found = hashlib.sha256()
@@ -165,28 +167,34 @@ def weights_hash(model) -> str:
         found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:12]
 
-def cached_tokenizer(source, langs, vocab_size: int, temperature: float, path: Path):
+def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path):
     "Train the pair's BPE once; the file's name says what it was trained on."
     about = config_hash(dict(source=source.name, revision=source.revision(), langs=langs,
-                             V=vocab_size, T=temperature))
+                             V=vocab_size, T=temperature, **(dict(caps=caps) if caps else {})))
     path = path.with_name(f'tokenizer-{about}')
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(source, langs, vocab_size, temperature=temperature).save(path)
+        train_tokenizer(source, langs, vocab_size, temperature=temperature,
+                        max_sentences=caps).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #7f91a794
+# %% ../nbs/07_experiments.ipynb #d6ecb691
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict]:  # rows of the record
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
     home = Path(folder)/spec.name
     if (rows := complete(spec, home)): return rows
-    if SYSTEMS[spec.system].hub: return run_hub(spec, home, progress)
+    with alone(home):
+        if SYSTEMS[spec.system].hub: return run_hub(spec, home, progress)
+        return run_own(spec, folder, home, progress)
+
+def run_own(spec: RunSpec, folder, home: Path, progress: bool) -> list[dict]:
+    "Pretrain, prune and finetune one of our models."
     source, tokenizer, corpora = materials(spec, folder)
     lessons(spec, source)                               # refuses tasks without rows
     meta = SYSTEMS[spec.system].meta and (spec.meta or SYSTEMS[spec.system].meta)
     feed, dev = text_of(spec, tokenizer, corpora, meta)
-    model = pretrained(spec, home, source, tokenizer, feed, dev, meta, progress)
+    model = pretrained(spec, home, source, tokenizer, corpora, feed, dev, meta, progress)
     record = Record(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     for prune in spec.prune:
         if not any(held_gates(prune, r) for r in record.rows):
@@ -205,19 +213,23 @@ def run_hub(spec: RunSpec, home: Path, progress: bool) -> list[dict]:
 def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: Record, progress: bool):
     "Finetune on what a record lacks, and finish it."
     for (task, lang), tests in lessons(spec, source).items():
-        if any(held_lesson(task, lang, r) for r in record.rows): continue
+        if any(held_lesson(task, lang, r) for r in record.rows):
+            shutil.rmtree(home/f'{task}-{lang}', ignore_errors=True)    # a kill may have left it
+            continue
         if tests: teach_one(spec, home, model, tokenizer, source, task, lang, tests, record,
                             progress)
         else: record.write('no lesson', task=task, train_lang=lang)
     record.write('done', name=spec.name)
     return record.rows
 
-def pretrained(spec: RunSpec, home: Path, source, tokenizer, feed: Feed,
+def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed: Feed,
                dev: dict[str, list], meta: MetaConfig | None, progress: bool):  # -> model
     "Give the run's pretrained model: from its checkpoint, else trained, from where it was cut."
     at, system, cfg = home/'checkpoint.safetensors', SYSTEMS[spec.system], spec.train
-    ended = any(r['kind'] == 'end' for r in held(spec, home))
-    if ended and at.exists(): return load_model(at, tokenizer, device=device())
+    path, before = home/'record.jsonl', home/'record-before.jsonl'
+    if any(r['kind'] == 'end' for r in held(spec, home)):
+        if at.exists(): return load_model(at, tokenizer, device=device())
+        path.replace(before)                # a record without its checkpoint: train once more
     torch.manual_seed(cfg.seed)
     model_cfg = replace(spec.scale.model, vocab_size=tokenizer.vocab_size)
     model = MultilingualLM(model_cfg, spec.langs, system.variant).to(device())
@@ -227,10 +239,35 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, feed: Feed,
     revision = {k: v for k, v in source.revision().items()
                 if '/' not in k or k.split('/')[1] in spec.pair}
     about = dict(run=spec.config, variant=system.variant, tokenizer=tokenizer.fingerprint,
-                 source=source.name, revision=revision)
+                 source=source.name, revision=revision,
+                 sentences={l: corpora[l]['train'].n_sentences for l in spec.langs})
     probe = [GradientProbe(spec.probe, home)] if spec.probe else []
     train(model, feed, cfg, dev, step, probe, home, about, progress)
+    if before.exists(): keep_lessons(before, path)
     return model
+
+def keep_lessons(before: Path, path: Path):
+    "Take over what an older record of the same weights holds: they have the same perplexities."
+    end = lambda rows: next(r['ppl'] for r in rows if r['kind'] == 'end')
+    old, record = read_record(before), Record(path)
+    if end(old) == end(record.rows):
+        for row in old:
+            if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
+    before.unlink()
+
+@contextmanager
+def alone(home: Path):
+    "Hold a run's folder while it is worked on; raises `InputError` if another process does."
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home/'lock', 'w') as f:
+        try:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError: pass                                        # not on this system
+        except OSError as e:
+            raise InputError(f'another process works on {home}. Wait for it, or name another '
+                             'folder with --out.') from e
+        yield
 
 def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, lang: str,
               tests: list[str], record: Record, progress: bool):
@@ -249,17 +286,24 @@ def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, la
 
 def lessons(spec: RunSpec, source) -> dict[tuple[str, str], list[str]]:
     "List the languages to test in for each task and training language. [paper 3.2]"
-    has = lambda task, split: [l for l in spec.langs if has_rows(task_spec(task), source, l, split)]
     out = {}
     for task in spec.tasks:
-        train = has(task, 'train')
-        if not train:
-            raise InputError(f'{source.name} has no {task} rows to train on in '
-                             f'{", ".join(spec.langs)}. Leave the task out, or add the rows.')
+        has = lambda split, task=task: [l for l in spec.langs if usable(task, source, l, split)]
+        train, dev, tests = has('train'), has('validation'), has('test')
         if task == 'nli' and 'en' in train: train = ['en']      # as XNLI, on any data
-        tests = has(task, 'test')
+        if not train or not tests:
+            raise InputError(f'{source.name} has no {task} rows to {"test" if train else "train"} '
+                             f'on in {", ".join(spec.langs)}. Leave the task out, or add the rows.')
+        if late := [l for l in train if l not in dev]:
+            raise InputError(f'{source.name} has {task} rows to train on in {late[0]!r}, but its '
+                             'development set is empty. Add rows, or leave the task out.')
         out |= {(task, l): tests if l in train else [] for l in spec.langs}
     return out
+
+def usable(task: str, source, lang: str, split: str) -> bool:
+    "Say whether there are rows, or rows that stand in for them."
+    try: return len(task_rows(task_spec(task), source, lang, split)) > 0
+    except InputError: return False
 
 def text_of(spec: RunSpec, tokenizer, corpora: dict,
             meta: MetaConfig | None = None):  # -> Feed, {language: held-out batches}
@@ -364,17 +408,19 @@ def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/07_experiments.ipynb #b351fc72
+# %% ../nbs/07_experiments.ipynb #26a6b783
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
     work = steps * (0 if system.hub else K + 4 if system.meta else K if system.combine else 1)
-    if spec.probe: work += -(-steps // spec.probe.every) * 2 * K * spec.probe.n_batches
+    many = spec.scale.train.accumulate      # batches that a plain step takes
+    if spec.probe: work += -(-steps // spec.probe.every) * 2 * K * spec.probe.n_batches / many
     for task in spec.tasks:
         cfg = spec.scale.finetune[task]
         trials = math.prod(map(len, spec.scale.search.get(task, {}).values()))
         rows = cfg.epoch_rows or cfg.max_train or 10_000
-        work += K * trials * cfg.epochs * rows / spec.scale.train.batch_size
+        langs = 1 if task == 'nli' else K
+        work += langs * trials * cfg.epochs * rows / spec.scale.train.batch_size / many
     return work + sum(c.steps * c.seeds * K for c in spec.prune)
 
 def run_all(specs: list[RunSpec], folder, workers: int | None = None,
@@ -385,7 +431,9 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     if twice := [n for n in names if names.count(n) > 1]:
         raise InputError(f'{twice[0]} is asked for twice. Name each pair and each system once.')
     for spec in specs:
-        if rows := complete(spec, Path(folder)/spec.name): yield spec, rows
+        try: rows = complete(spec, Path(folder)/spec.name)
+        except InputError as e: rows = e                        # another config's
+        if rows: yield spec, rows
         else: todo.append(spec)
     todo.sort(key=cost, reverse=True)
     if len(todo) > 2: todo.insert(1, todo.pop())     # a short one early: a first number to look at
@@ -394,31 +442,35 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     for same in grouped((s for s in todo if not SYSTEMS[s.system].hub), data):
         try: materials(same[0], folder, workers=None)
         except Exception as e:
-            if len(same) == len(todo): raise
             for spec in same:
                 todo.remove(spec)
                 yield spec, e
     if not todo: return
-    if executor: yield from as_they_end(executor, todo, folder)
-    else:
-        workers = min(workers or cpu_count(), len(todo))
-        with local_workers(workers) as pool: yield from as_they_end(pool, todo, folder)
+    if executor: return (yield from as_they_end(executor, todo, folder, []))
+    while todo:                             # once, unless a worker is killed
+        waiting = []
+        with local_workers(min(workers or cpu_count(), len(todo))) as pool:
+            yield from as_they_end(pool, todo, folder, waiting)
+        todo = waiting
 
-# %% ../nbs/07_experiments.ipynb #73a03b40
+# %% ../nbs/07_experiments.ipynb #a0cacd58
 def grouped(specs: Iterable[RunSpec], key) -> list[list[RunSpec]]:
     "Put runs with the same key together, in their order."
     out = {}
     for s in specs: out.setdefault(key(s), []).append(s)
     return list(out.values())
 
-def as_they_end(executor, specs: list[RunSpec], folder) -> Iterator:
-    "Submit runs; give each with its record, or what stopped it, when it ends."
+def as_they_end(executor, specs: list[RunSpec], folder, waiting: list[RunSpec]) -> Iterator:
+    "Submit runs; give each as it ends; list those that a killed worker kept from starting."
     batch = getattr(executor, 'batch', nullcontext)         # submitit: one array of jobs
     with batch(): submitted = [executor.submit(run, s, Path(folder)) for s in specs]
-    jobs = dict(zip(submitted, specs, strict=True))
+    jobs, started = dict(zip(submitted, specs, strict=True)), set()
     while jobs:
         for job in [j for j in jobs if j.done()]:
-            yield jobs.pop(job), job.exception() or job.result()
+            spec, failed = jobs.pop(job), job.exception()
+            if isinstance(failed, BrokenProcessPool) and job not in started: waiting.append(spec)
+            else: yield spec, failed or job.result()
+        if isinstance(executor, ProcessPoolExecutor): started |= {j for j in jobs if j.running()}
         time.sleep(.2)
 
 @contextmanager
@@ -427,14 +479,17 @@ def local_workers(n: int):
     spawn = multiprocessing.get_context('spawn')
     numbers = spawn.Queue()
     for i in range(n): numbers.put(i)
-    with no_main(), ProcessPoolExecutor(n, spawn, take_turn, (numbers,)) as pool: yield pool
+    with no_main():
+        pool = ProcessPoolExecutor(n, spawn, take_turn, (numbers,))
+        try: yield pool
+        finally: pool.shutdown(cancel_futures=True)
 
 def take_turn(numbers):
     "Keep a worker to its core and, where there are GPUs, to one of them."
     be_worker()
     if n := torch.cuda.device_count(): torch.cuda.set_device(numbers.get() % n)
 
-# %% ../nbs/07_experiments.ipynb #d64c44e7
+# %% ../nbs/07_experiments.ipynb #c309612c
 def metrics(records: list[list[dict]],  # of one system and seed: one record, or mono's several
             ) -> dict[str, float]:
     "Read the numbers of one system and seed from its records."
@@ -470,9 +525,9 @@ class Score(NamedTuple):
 def read_scores(folder,
                 names=None,  # of runs; all that are there if not given
                 ) -> list[Score]:
-    "Read every number of the complete records under a folder."
+    "Read every number of the records under a folder, also of runs that lack some."
     out = []
-    for rows in complete_records(folder, names):
+    for rows in complete_records(folder, names, whole=False):
         r = rows[0]['config']['run']
         spec = RunSpec(r['system'], tuple(r['langs']), tuple(r['pair']), r['seed'], None,
                        max_sentences=r['max_sentences'])
@@ -492,11 +547,13 @@ def read_counts(folder, run: str) -> dict[str, np.ndarray]:  # {'task/train/test
 
 def complete_records(folder,
                      names=None,  # of runs; all that are there if not given
-                     ) -> list[list[dict]]:  # the rows of each complete record
+                     whole: bool = True,  # leave out those to which something is being added
+                     ) -> list[list[dict]]:  # the rows of each record
     "Read the complete records under a folder."
     paths = sorted(Path(folder).glob('*/record.jsonl'))
     records = [read_record(p) for p in paths if names is None or p.parent.name in names]
-    return [rows for rows in records if rows and rows[-1]['kind'] == 'done']
+    last = ('done',) if whole else ('end', 'gates', 'finetune', 'no lesson', 'done')
+    return [rows for rows in records if rows and rows[-1]['kind'] in last]
 
 def load_results(folder,
                  names=None,  # as above

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHOWN', 'new_axes', 'Curve', 'read_curves', 'over_seeds', 'draw_curves', 'plot_curves', 'held_out',
            'plot_perplexity', 'gaps', 'plot_sizes', 'plot_convergence', 'of_pairs', 'by_seed', 'plot_languages',
-           'plot_transfer', 'seed_means', 'comparable', 'plot_differences', 'sides', 'plot_summary', 'svg', 'slider',
-           'live', 'drawn', 'MetaStepByHand', 'meta_by_hand', 'plot_meta_step']
+           'plot_transfer', 'both_ways', 'seed_means', 'on_targets', 'comparable', 'plot_differences', 'sides',
+           'plot_summary', 'svg', 'slider', 'live', 'drawn', 'MetaStepByHand', 'meta_by_hand', 'plot_meta_step']
 
 # %% ../nbs/08_figures.ipynb #6e715aa5
 import io, re
@@ -56,7 +56,8 @@ def read_curves(folder,  # of records
     "Read every run's loss over training: held out, for each language, and on its own batches."
     curves = []
     for rows in complete_records(folder, names):
-        about, sizes = rows[0]['config']['run'], corpus_sizes(rows[0]['config'])
+        about = rows[0]['config']['run']
+        sizes = rows[0]['config'].get('sentences', about['max_sentences'])
         called = {l: f"{l}{about['max_sentences'].get(l, '')}" for l in about['pair']}
         names_of = lambda langs, called=called: '+'.join(called[l] for l in langs)
         head = about['system'], names_of(about['langs']), names_of(about['pair']), about['seed']
@@ -70,14 +71,6 @@ def read_curves(folder,  # of records
         steps = [r for r in rows if r['kind'] in ('step', 'eval') and 'loss' in r]
         add('train', None, steps, [r['loss'] for r in steps])
     return curves
-
-# %% ../nbs/08_figures.ipynb #f957c519
-def corpus_sizes(config: dict) -> dict[str, int]:
-    "Tell on how many sentences a run was trained, for the languages whose record says it."
-    caps, said = config['run']['max_sentences'], config.get('revision', {})
-    whole = {k.removeprefix('text/'): int(v.split()[0]) for k, v in said.items()
-             if k.startswith('text/') and re.fullmatch(r'\d+ documents', str(v))}
-    return {l: min(whole.get(l, n), caps.get(l, n)) for l, n in (whole | caps).items()}
 
 # %% ../nbs/08_figures.ipynb #5f33eef6
 def over_seeds(curves: list[Curve],
@@ -281,10 +274,8 @@ def plot_transfer(scores: Iterable[Score], task: str = 'ner',
                   ax=None) -> Figure:
     "Draw zero-shot over within-language scores, ± standard errors. [paper Tables 2, 3 and 6]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=4)
-    scores, home = list(scores), 'within language'
-    right, up = (by_seed(scores, task, where, langs, source) for where in ('within', 'zero-shot'))
-    if not right and source:
-        right, home = by_seed(scores, task, langs=[source]), f'in {source}'
+    right, up = both_ways(scores, task, langs, source)
+    home = f'in {source}' if task == 'nli' and source else 'within language'
     both = [s for s in right if s in up]
     right, up = seed_means(right, both), seed_means(up, both)
     for system in both:
@@ -300,6 +291,13 @@ def plot_transfer(scores: Iterable[Score], task: str = 'ner',
     return fig
 
 # %% ../nbs/08_figures.ipynb #aa2bf161
+def both_ways(scores: Iterable[Score], task: str, langs=None, source: str | None = None,
+              ) -> tuple[dict, dict]:  # of `by_seed`: within a language; zero-shot
+    "Sort a task's scores both ways; NLI is taught in the source language only. [paper 3.2]"
+    scores, taught = list(scores), [source] if task == 'nli' and source else langs
+    return (by_seed(scores, task, 'within', taught),
+            by_seed(scores, task, 'zero-shot', langs, source))
+
 def seed_means(found: dict,  # of `by_seed`
                systems: Iterable[str],
                ) -> dict[str, dict[int, float]]:
@@ -307,6 +305,20 @@ def seed_means(found: dict,  # of `by_seed`
     every = {l for s in systems for own in found[s].values() for l in own}
     return {s: {seed: float(np.mean(list(own.values()))) for seed, own in found[s].items()
                 if own.keys() == every} for s in systems}
+
+def on_targets(scores: Iterable[Score], tasks: Iterable[str], langs: Iterable[str],
+               source: str | None = None,  # as in `by_seed`
+               ) -> dict[str, dict[int, dict[str, float]]]:  # {system: {seed: {metric: percent}}}
+    "Average scores over the same languages in every system, as `plot_differences` takes them."
+    scores, out = list(scores), {}
+    for task in tasks:
+        for where, found in zip(('within', 'zero-shot'), both_ways(scores, task, langs, source),
+                                strict=True):
+            for system, seeds in seed_means(found, found).items():
+                for seed, value in seeds.items():
+                    own = out.setdefault(system, {}).setdefault(seed, {})
+                    own[f'{task.upper()} {where}'] = value
+    return out
 
 # %% ../nbs/08_figures.ipynb #2fd7379a
 SHOWN = ('NER within', 'NER zero-shot', 'POS zero-shot')     # POS within is near its ceiling
@@ -316,7 +328,8 @@ def comparable(results: dict, metrics: Iterable[str] = SHOWN, baseline: str = 'j
     others = [s for s in results if s != baseline]
     return [m for m in metrics if any(paired(results, m, s, baseline) for s in others)]
 
-def plot_differences(results: dict, metrics: Iterable[str] = SHOWN,
+def plot_differences(results: dict,  # of `on_targets` or `load_results`
+                     metrics: Iterable[str] = SHOWN,
                      baseline: str = 'joint', axes=None) -> Figure:
     "Draw paired differences to the baseline with their 95% intervals, a panel for each metric."
     systems = [s for s in results if s != baseline][::-1]

@@ -6,14 +6,15 @@
 __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'SETTINGS', 'SAID', 'EXHIBITS', 'VERDICTS', 'ALIKE', 'PAPER_ROW',
            'PAPER_NOTE', 'Cells', 'LEGENDS', 'LATEX', 'Setting', 'Block', 'Exhibit', 'claims_on', 'claims_on_mono',
            'claims_of_three', 'claims_of_size', 'losses_over_time', 'of_time', 'of_gradients', 'of_gates', 'of_causes',
-           'draw_figure', 'run_of', 'make_setting', 'has_data', 'specs_of', 'cells', 'choose', 'narrow', 'work_left',
-           'pace', 'time_step', 'disk', 'plan_cells', 'results_of', 'measure', 'values_of', 'draws', 'resample',
-           'resampled_of', 'Compared', 'compare', 'best', 'seeds_needed', 'power_note', 'verdicts_of', 'over_shared',
-           'verdict_lines', 'in_short', 'not_run', 'cells_of', 'columns_after', 'score_cells', 'difference_cells',
-           'arrange', 'page', 'origin', 'data_name', 'latex', 'latex_table', 'escape', 'as_csv', 'write', 'judged',
-           'write_figures', 'write_statistics', 'write_index']
+           'draw_figure', 'gates_of', 'run_of', 'make_setting', 'has_data', 'specs_of', 'cells', 'choose', 'narrow',
+           'refused', 'check_records', 'finished', 'work_left', 'pace', 'time_step', 'disk', 'trials', 'parameters',
+           'plan_cells', 'results_of', 'measure', 'values_of', 'draws', 'resample', 'resampled_of', 'Compared',
+           'compare', 'best', 'seeds_needed', 'power_note', 'verdicts_of', 'over_shared', 'verdict_lines', 'in_short',
+           'not_run', 'cells_of', 'own_names', 'columns_after', 'score_cells', 'difference_cells', 'arrange', 'page',
+           'caption', 'untested', 'origin', 'about_setting', 'data_name', 'latex', 'latex_table', 'escape', 'as_csv',
+           'write', 'judged', 'write_figures', 'write_statistics', 'write_index']
 
-# %% ../nbs/07a_reproduce.ipynb #c08da4d8
+# %% ../nbs/07a_reproduce.ipynb #a6d7f8a8
 import csv, math, time, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,16 +25,17 @@ import numpy as np
 import torch
 from .data import (LANGUAGES, TASKS, Batch, InputError, corpus_statistics,
                                   mask_tokens, statistics_table)
-from .pretrain import JointStep, TrainConfig, run_info
+from .pretrain import JointStep, TrainConfig, read_record, run_info
 from .adapters import MultilingualLM
 from .transformer import ModelConfig
 from .l0_pruning import PruneConfig
 from .gradient_probes import ProbeConfig
 from .finetune import task_spec
 from .experiments import (SCALES, SYSTEMS, Claim, RunSpec, Scale, Score,
-                                         about_records, complete, complete_records, cost, device,
-                                         held, held_gates, held_lesson, in_figures, markdown_table,
-                                         paired, read_counts, read_scores, verdicts)
+                                         about_records, check_format, complete, complete_records,
+                                         cost, device, held, held_gates, held_lesson,
+                                         in_figures, markdown_table, paired, read_counts,
+                                         read_scores, verdicts)
 
 # %% ../nbs/07a_reproduce.ipynb #655f0de7
 TARGETS = 'ar', 'fr', 'ru', 'hi', 'sw', 'te'    # English's partners [paper 3.2]
@@ -104,7 +106,7 @@ class Exhibit:
     draw: Callable | None = None  # (exhibit, folder, names) -> {file: its plot}
     evidence: Callable | None = None  # (folder, names) -> results, claims: besides the cells
 
-# %% ../nbs/07a_reproduce.ipynb #6a9b5d52
+# %% ../nbs/07a_reproduce.ipynb #364f19f2
 SAID = (  # statement; where; system, more (+1) or less (-1) than, system; section
     ("a language's own feed-forward layers help within it", 'within', 'ffn', +1, 'joint', '3.3'),
     ("a language's own attention layers help within it", 'within', 'attn', +1, 'joint', '3.3'),
@@ -122,8 +124,7 @@ SAID = (  # statement; where; system, more (+1) or less (-1) than, system; secti
     ('meta-adapters are better than shared ones', 'within', 'meta_adpt', +1, 'share_adpt', '4.2'),
     ('meta-adapters are better than shared ones', 'zero-shot', 'meta_adpt', +1, 'share_adpt',
      '4.2'),
-    ('mono is better than joint with as many batches a language', 'within', 'mono', +1, 'joint2x',
-     ''),
+    ('mono is better than joint of twice the steps', 'within', 'mono', +1, 'joint2x', ''),
     ('meta-adapters are better than joint of as many passes', 'within', 'meta_adpt', +1, 'joint6x',
      ''),
     ('meta-adapters are better than joint of as many passes', 'zero-shot', 'meta_adpt', +1,
@@ -168,20 +169,24 @@ def claims_of_size(block: Block) -> tuple[Claim, ...]:
     return (Claim(f'{t}: worse beside Russian than beside French', f'{t} ru', 'joint', 'joint', -1,
                   '3.3', f'{t} fr'), *same)
 
-# %% ../nbs/07a_reproduce.ipynb #2d6543de
+# %% ../nbs/07a_reproduce.ipynb #3e0d01f0
 def losses_over_time(folder, names) -> dict[str, dict[int, dict]]:  # {system: {seed: metrics}}
-    "Read losses in nats: held out early, halfway, at the end; training early. [Fig. 2, 4c]"
+    "Read losses in nats: the partner's held out early, halfway, last; training early. [Fig. 2, 4c]"
     out = {}
     for rows in complete_records(folder, names):
         about, evals = rows[0]['config']['run'], [r for r in rows if r['kind'] == 'eval']
         evals += [r for r in rows if r['kind'] == 'end']
-        last = evals[-1]['step']
+        last, partner = evals[-1]['step'], about['pair'][1]
         found = out.setdefault(about['system'], {}).setdefault(about['seed'], {})
         for when, share in (('early', .2), ('halfway', .5), ('end', 1)):
             near = min(evals, key=lambda r, at=share * last: abs(r['step'] - at))
-            found |= {f'loss {l} {when}': math.log(p) for l, p in near['ppl'].items()}
-        early = [r['loss'] for r in rows if r['kind'] == 'step' and r['step'] <= last / 5]
-        if early: found[f'training loss en+{about["pair"][1]}'] = float(np.mean(early))
+            if partner in near['ppl']:          # English's own would be that of every pair
+                found[f'loss {partner} {when}'] = math.log(near['ppl'][partner])
+        early = [r for r in rows if r['kind'] in ('step', 'eval') and 'loss' in r
+                 and r['step'] <= last / 5]     # each a mean since the one before
+        covers = np.diff([0, *(r['step'] for r in early)])
+        if early: found[f'training loss en+{partner}'] = float(
+            np.average([r['loss'] for r in early], weights=covers))
     return out
 
 def of_time(folder, names) -> tuple[dict, tuple[Claim, ...]]:
@@ -206,8 +211,10 @@ def of_gates(folder, names) -> tuple[dict, tuple[Claim, ...]]:
     rows = (('adapters learn slower than joint', 'adpt', 'joint', +1),
             ('meta-adapters learn faster than joint', 'meta_adpt', 'joint', -1),
             ('meta-adapters learn faster than adapters', 'meta_adpt', 'adpt', -1))
-    claims = [Claim(f'{LANGUAGES[l]}, early training loss: {text}', f'training loss en+{l}', a, b,
-                    sign, '4.2') for l in PROBED for text, a, b, sign in rows]
+    claims = [Claim(f'{LANGUAGES[l]}, early {what} loss: {text}', metric, a, b, sign, source)
+              for l in PROBED for what, metric, source in
+              (('training', f'training loss en+{l}', '4.2'), ('held-out', f'loss {l} early', ''))
+              for text, a, b, sign in rows]
     return results | learning, (*said, *claims)
 
 def of_causes(folder, names, what: str) -> tuple[dict, list[Claim]]:
@@ -228,10 +235,27 @@ def draw_figure(exhibit: Exhibit, folder, names) -> dict[str, Callable]:  # a pl
         return dict(figure2=lambda: figures.plot_perplexity(folder, names, langs))
     if exhibit.name == 'figure3':
         return dict(figure3=lambda: causes.plot_conflict(causes.probe_rows(folder, names)))
-    gates = lambda l: causes.gate_studies(folder, f'en-{l}', names=names)
-    near = {f'figure4a-{l}': lambda l=l: causes.plot_similarity(gates(l)) for l in langs}
-    return near | dict(figure4b=lambda: causes.plot_extremes(gates(langs[0])[0]),
-                       figure4c=lambda: figures.plot_convergence(folder, names))
+    def titled(fig, title):
+        fig.suptitle(title, fontsize=9)
+        return fig
+    near, strong = {}, {}
+    for l in langs:
+        for price, studies in gates_of(folder, names, l).items():
+            title = f'en-{l}, λ = {price:g}'
+            near[f'figure4a-{l}-l{price:g}'] = (
+                lambda s=studies, t=title: titled(causes.plot_similarity(s), t))
+            if l == langs[0]: strong[f'figure4b-{l}-l{price:g}'] = (
+                lambda s=studies, t=title: titled(causes.plot_extremes(s[0]), f'{t}, first seed'))
+    return near | strong | dict(figure4c=lambda: figures.plot_convergence(folder, names))
+
+def gates_of(folder, names, lang: str) -> dict[float, list[dict]]:  # {lambda: a study a seed}
+    "Sort the pruning studies of English and a language by lambda."
+    out = {}
+    for rows in complete_records(folder, names):
+        if rows[0]['config']['run']['langs'] != ['en', lang]: continue
+        for r in (r for r in rows if r['kind'] == 'gates'):
+            out.setdefault(r['config']['l0'], []).append(r)
+    return dict(sorted(out.items()))
 
 # %% ../nbs/07a_reproduce.ipynb #89bcbef9
 ALL = 'mono', 'joint', 'joint2x', 'joint6x', 'ffn', 'attn', 'adpt', 'share_adpt', 'meta_adpt'
@@ -384,7 +408,30 @@ def narrow(exhibit: Exhibit, setting: Setting) -> Exhibit:
                    and {c.metric, c.against or c.metric} <= columns)
     return replace(exhibit, blocks=blocks, rows=rows, claims=claims)
 
-# %% ../nbs/07a_reproduce.ipynb #1c5afe3d
+# %% ../nbs/07a_reproduce.ipynb #f48bdfef
+def refused(specs: Iterable[RunSpec], folder) -> dict[str, InputError]:  # {run: why}
+    "List the runs whose folder holds a record of other settings."
+    out = {}
+    for s in specs:
+        try: held(s, Path(folder)/s.name)
+        except InputError as e: out[s.name] = e
+    return out
+
+def check_records(specs: list[RunSpec], folder) -> dict[str, InputError]:  # of `refused`
+    "Refuse a folder with a record of an older format, or with none of these settings."
+    out = refused(specs, folder)
+    record = lambda name: Path(folder)/name/'record.jsonl'
+    for name in out: check_format(read_record(record(name)), Path(folder)/name)
+    there = sum(record(s.name).exists() for s in specs)
+    for error in out.values():
+        if len(out) == there: raise error
+    return out
+
+def finished(specs: list[RunSpec], folder) -> set[str]:
+    "Name the runs whose records hold all that is asked of them."
+    other = refused(specs, folder)
+    return {s.name for s in specs if s.name not in other and complete(s, Path(folder)/s.name)}
+
 def work_left(spec: RunSpec, folder) -> float:  # in plain steps, as `cost`
     "Estimate what a run's record lacks; raises `InputError` if it is of an older format."
     rows = held(spec, Path(folder)/spec.name)
@@ -408,7 +455,7 @@ def pace(specs: Iterable[RunSpec], folder) -> float | None:  # seconds for a pla
     return seconds / work if work else None
 
 def time_step(scale: Scale) -> float:  # seconds
-    "Time a plain step of this size on one core or GPU: a few, of fewer rows, scaled by tokens."
+    "Time a plain step of this size on one core or GPU: the quickest of a few, of fewer rows."
     cfg, V, rng = scale.train, scale.model.vocab_size or 300, np.random.default_rng(0)
     tokens = 512 if device() == 'cpu' else 16_384
     n_rows = max(1, min(cfg.batch_size, tokens // cfg.seq_len))
@@ -416,43 +463,60 @@ def time_step(scale: Scale) -> float:  # seconds
     batch = Batch(*map(torch.from_numpy, hidden), 'en').to(device())
     step = JointStep(MultilingualLM(replace(scale.model, vocab_size=V), ('en',)).to(device()), cfg)
     threads, times = torch.get_num_threads(), []
+    clock = time.process_time if device() == 'cpu' else time.perf_counter   # others may be at work
     torch.set_num_threads(1)
     try:
         while len(times) < 5 and sum(times[1:]) < 2:
-            start = time.perf_counter()
+            start = clock()
             step(0, SimpleNamespace(train=lambda k: [batch]), 0.)
             if batch.tokens.is_cuda: torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     finally: torch.set_num_threads(threads)
-    return float(np.median(times[1:])) * cfg.accumulate * cfg.batch_size / n_rows
+    return min(times[1:]) * cfg.accumulate * cfg.batch_size / n_rows
 
-def disk(spec: RunSpec) -> float:  # bytes
-    "Count a run's checkpoint: weights and Adam's two moments."
-    if SYSTEMS[spec.system].hub: return 0.
+def disk(specs: Iterable[RunSpec], workers: int = 1) -> float:  # bytes
+    "Count each run's checkpoint, and the trials of as many runs as are at work at once."
+    sizes = [(parameters(s), trials(s)) for s in specs]
+    passing = sorted((16. * n * k for n, k in sizes), reverse=True)     # weights, best, two moments
+    return sum(12. * n for n, _ in sizes) + sum(passing[:workers])      # weights, two moments
+
+def trials(spec: RunSpec) -> int:
+    "Count the checkpoints that a run's largest search keeps till it ends; on toy data none."
+    if spec.data.startswith('toy'): return 0
+    return max((math.prod(map(len, spec.scale.search.get(t, {}).values())) for t in spec.tasks),
+               default=0)
+
+def parameters(spec: RunSpec) -> int:
+    "Count a run's weights; those of the hub are not kept with it."
+    if SYSTEMS[spec.system].hub: return 0
     size = replace(spec.scale.model, vocab_size=spec.scale.model.vocab_size or 300)
     variant = SYSTEMS[spec.system].variant
     with torch.device('meta'): model = MultilingualLM(size, spec.langs, variant)
-    return 12. * sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.parameters())
 
 def plan_cells(exhibits: list[Exhibit], setting: Setting, source, folder,
                workers: int = 1) -> tuple[list[str], list[list[str]], str]:  # header, lines, note
     "Write the plan of exhibits: runs, those held, what the missing ones take."
     every = specs_of(exhibits, setting, source)
-    measured = pace(every, folder)
+    other = check_records(every, folder)
+    ours = [s for s in every if s.name not in other]
+    measured, done = pace(ours, folder), finished(ours, folder)
     seconds = measured or time_step(setting.scale)
-    left = {s.name: 0. if complete(s, Path(folder)/s.name) else work_left(s, folder) for s in every}
-    missing = {s.name for s in every if not complete(s, Path(folder)/s.name)}
+    left = {s.name: work_left(s, folder) for s in ours if s.name not in done}
     def line(name, specs):
-        todo = [s for s in specs if s.name in missing]
+        todo = [s for s in specs if s.name in left]
         hours = sum(left[s.name] for s in todo) * seconds / 3600
         steps = sum(s.train.steps for s in todo if s.system in OURS)
-        return [name, f'{len(specs)}', f'{len(specs) - len(todo)}', f'{len(todo)}', f'{steps:,}',
-                f'{hours:,.1f}', f'{hours / workers:,.1f}', f'{sum(map(disk, todo)) / 1e9:,.2f}']
+        there = sum(s.name in done for s in specs)
+        return [name, f'{len(specs)}', f'{there}', f'{len(todo)}', f'{steps:,}', f'{hours:,.1f}',
+                f'{hours / workers:,.1f}', f'{disk(todo, workers) / 1e9:,.2f}']
     lines = [line(e.name, specs_of([e], setting, source)) for e in exhibits]
-    how = ('as finished runs took here' if measured else 'timed just now on a few steps')
+    how = ('as finished runs took here' if measured else 'the quickest of a few timed just now')
     note = (f'Exhibits share runs: the last line counts each once. A plain step takes '
             f'{seconds * 1000:,.1f} ms, {how}; probes, gates and finetuning counted in such steps. '
-            'GB: checkpoints, without the text.')
+            f'GB: checkpoints, and those of the trials of {workers} runs at once; not the text.')
+    if other: note += (f' Not to be run, for their folders hold other settings: '
+                       f'{", ".join(other)}.')
     header = ['exhibit', 'runs', 'held', 'missing', 'steps', 'hours', f'by {workers} workers', 'GB']
     return header, [*lines, line('together', every)], note
 
@@ -625,12 +689,11 @@ PAPER_NOTE = ('Of the paper\'s Table 2 one row survives, of adapters, shared ada
               'order of the languages and from the means (84.8; 88.5, of which two digits '
               'survive).')
 
-# %% ../nbs/07a_reproduce.ipynb #e502f08a
+# %% ../nbs/07a_reproduce.ipynb #ed9176e0
 def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
              failed: Iterable[str] = ()) -> list[dict]:  # one a cell
     "Work out every cell of an exhibit from the records."
-    names = {s.name for s in specs_of([exhibit], setting, source)}
-    scores = read_scores(folder, names)
+    scores = read_scores(folder, own_names(specs_of([exhibit], setting, source), folder))
     values = values_of(exhibit, setting, source, scores)
     resampled = resampled_of(exhibit, setting, source, folder, {s.run for s in scores})
     firsts = {f'{b.title} {p}': best(values, resampled, f'{b.title} {p}') for b in exhibit.blocks
@@ -662,8 +725,13 @@ def cells_of(exhibit: Exhibit, setting: Setting, source, folder,
                     column=partner, n=len(v), mean=float(np.mean(v)) if v else math.nan,
                     sd=float(np.std(v, ddof=1)) if len(v) > 1 else math.nan,
                     **diff._asdict(), best=firsts.get(column) == row, state=status))
-    open_columns = {(r['block'], r['column']) for r in out if r['state'] in ('not run', 'failed')}
+    open_columns = {(r['block'], r['column']) for r in out
+                    if r['state'] not in ('', 'no such cell', 'no data')}
     return [r | dict(best=r['best'] and (r['block'], r['column']) not in open_columns) for r in out]
+
+def own_names(specs: list[RunSpec], folder) -> set[str]:
+    "Name the runs of these settings; a record of others is no part of a page."
+    return {s.name for s in specs} - refused(specs, folder).keys()
 
 def columns_after(block: Block) -> tuple[str, ...]:
     "Give a block its mean, if that means something: of several languages, none of them twice."
@@ -698,27 +766,33 @@ def arrange(rows: list[dict], title: str, show: Callable, end: str = '') -> Cell
     return [title, *columns], [[row, *cells] for row, cells in lines.items()
                                if any(c != '–' for c in cells)]
 
-# %% ../nbs/07a_reproduce.ipynb #049c038f
+# %% ../nbs/07a_reproduce.ipynb #356e5f4e
 LEGENDS = {
+    'table2': PAPER_NOTE,
+    'table7': 'Exact match is not resampled, for records keep no counts of it; it is never bold.',
+    'figure4': 'Training losses of meta_adpt do not compare: a meta step measures its loss after '
+               'the adapters have moved. So our controls hold the same statements against '
+               'held-out loss at a fifth of the training.',
     'ppl': 'Perplexity per masked token of held-out text at the end of the training, of the '
            'partner: mean ± standard deviation over seeds.',
     'cells': 'Mean ± standard deviation over seeds, in percent; below, paired differences within '
              'seeds ± standard errors. Bold: better than every other row of its column by a paired '
              't test over seeds (p < 0.05) and by the 95% interval over 1000 resamples of the test '
              'sentences, where every row has been run. '
-             'Nothing bold: these records name no best.',
-    'matched': 'Not in the paper: joint2x takes twice the steps, so that each language gets as '
-               'many batches as in mono; joint6x takes as many passes as meta_adpt.',
+             'Nothing bold in a column that was tested: these records name no best.',
+    'matched': 'Not in the paper: joint2x takes twice the steps, so that on average over its '
+               'languages one gets as many batches as in mono (where corpora differ in size, '
+               'the larger gets more, T = 5); joint6x takes as many passes as meta_adpt.',
     'verdicts': f'A statement shows, or its opposite, if the 95% interval of the paired '
                 f'difference over seeds lies on one side of zero; "as good" shows if it lies '
                 f'within {ALIKE:g} points. Not corrected for the number of statements.'}
 
 def page(exhibit: Exhibit, setting: Setting, rows: list[dict], found: list[dict], files: list[str],
-         folder, names: set[str]) -> str:  # Markdown
+         folder, specs: list[RunSpec]) -> str:  # Markdown
     "Write an exhibit as a page."
     heading = exhibit.name.replace('table', 'Table ').replace('figure', 'Figure ')
     parts = [f'# {heading}. {exhibit.title}', f'{exhibit.question}']
-    parts += [f'![{f}]({f}.svg)' for f in files]
+    parts += [f'![{caption(f)}]({f}.svg)' for f in files]
     for title in dict.fromkeys(r['block'] for r in rows):
         header, lines = score_cells(rows, title)
         survives = PAPER_ROW.get(title, ()) if exhibit.name == 'table2' else ()
@@ -733,21 +807,47 @@ def page(exhibit: Exhibit, setting: Setting, rows: list[dict], found: list[dict]
         if difference[1]: parts.append(markdown_table(*difference))
     if any(r['task'] != 'ppl' for r in rows):
         matched = LEGENDS['matched'] if 'joint6x' in exhibit.rows else ''
-        parts += [LEGENDS['cells'], matched, power_note(exhibit.baseline, rows)]
-    if exhibit.name == 'table2': parts.append(PAPER_NOTE)
+        parts += [LEGENDS['cells'], untested(rows), matched, power_note(exhibit.baseline, rows)]
+    parts.append(LEGENDS.get(exhibit.name, ''))
     parts += ['## What the paper says', exhibit.paper]
     if found: parts.append(in_short(found))
     if any(v['paired'] for v in found):
         parts += [markdown_table(*verdict_lines(found), ':--'), LEGENDS['verdicts']]
-    parts += [not_run(found), '## Where this comes from', origin(setting, folder, names)]
+    parts += [not_run(found), '## Where this comes from', origin(setting, folder, specs)]
     return '\n\n'.join(p for p in parts if p) + '\n'
 
-def origin(setting: Setting, folder, names: set[str]) -> str:
+def caption(file: str) -> str:
+    "Name a figure: 'figure4a-ar-l3' has λ = 3."
+    name, _, price = file.partition('-l')
+    return f'{name}, λ = {price}' if price else name
+
+def untested(rows: list[dict]) -> str:
+    "Say which columns could not be tested over sentences."
+    found = {}
+    for r in rows:
+        if r['pairs']: found.setdefault((r['block'], r['column']), []).append(r['low'] == r['low'])
+    blocks = {}
+    for (block, column), known in found.items():
+        if not any(known): blocks.setdefault(block, []).append(column)
+    if not blocks: return ''
+    names = '; '.join(f'{b}: {", ".join(columns)}' for b, columns in blocks.items())
+    return f'Not tested, so never bold, for want of counts per sentence: {names}.'
+
+def origin(setting: Setting, folder, specs: list[RunSpec]) -> str:
     "Say which records an exhibit asks for, and what is there."
-    asked = (f"Scale {setting.name}, data '{data_name(setting)}', {setting.seeds} seeds: "
-             f'{len(names)} runs, with their records beside this page. ')
+    names = own_names(specs, folder)
+    asked = (f'{about_setting(setting)} {len(finished(specs, folder))} of {len(specs)} runs are '
+             'complete, with their records beside this page. ')
     if not complete_records(folder, names): return asked + 'None of them has been run.'
     return f'{asked}There are {about_records(folder, names)}'
+
+def about_setting(setting: Setting) -> str:
+    "Say how large the runs of a setting are, on what data, and how many."
+    train, model = setting.scale.train, setting.scale.model
+    pieces = f', a vocabulary of {model.vocab_size:,}' if model.vocab_size else ''
+    return (f'Scale {setting.name}: {train.steps:,} steps of {train.batch_size * train.accumulate} '
+            f'x {train.seq_len} tokens, {model.n_layers} layers of {model.dim}{pieces}. '
+            f"Data '{data_name(setting)}', {setting.seeds} seed{'s' * (setting.seeds > 1)}.")
 
 def data_name(setting: Setting) -> str:
     "Name the data without its place."
@@ -786,7 +886,7 @@ def as_csv(rows: list[dict], path: Path):
         out.writerows({k: '' if isinstance(v, float) and math.isnan(v) else round(v, 6)
                        if isinstance(v, float) else v for k, v in r.items()} for r in rows)
 
-# %% ../nbs/07a_reproduce.ipynb #5f1c96ed
+# %% ../nbs/07a_reproduce.ipynb #1566b26c
 def write(exhibit: Exhibit, setting: Setting, source, folder,
           failed: Iterable[str] = ()) -> list[Path]:  # of the files
     "Write an exhibit's page, tables and figures beside its records."
@@ -794,11 +894,11 @@ def write(exhibit: Exhibit, setting: Setting, source, folder,
     folder.mkdir(parents=True, exist_ok=True)
     at = lambda end: folder/f'{exhibit.name}.{end}'
     if exhibit.name == 'table1': return write_statistics(exhibit, setting, source, folder)
-    names = {s.name for s in specs_of([exhibit], setting, source)}
+    specs = specs_of([exhibit], setting, source)
     rows = cells_of(exhibit, setting, source, folder, failed)
-    files = write_figures(exhibit, folder, names) if exhibit.draw else []
+    files = write_figures(exhibit, folder, own_names(specs, folder)) if exhibit.draw else []
     found = judged(exhibit, setting, source, folder)
-    at('md').write_text(page(exhibit, setting, rows, found, files, folder, names), encoding='utf-8')
+    at('md').write_text(page(exhibit, setting, rows, found, files, folder, specs), encoding='utf-8')
     if rows: as_csv(rows, at('csv'))
     if not exhibit.draw: at('tex').write_text(latex(exhibit, rows), encoding='utf-8')
     return [p for p in (at('md'), at('csv'), at('tex'), *(folder/f'{f}.svg' for f in files))
@@ -806,7 +906,7 @@ def write(exhibit: Exhibit, setting: Setting, source, folder,
 
 def judged(exhibit: Exhibit, setting: Setting, source, folder) -> list[dict]:  # of `verdicts_of`
     "Hold an exhibit's statements against the records."
-    names = {s.name for s in specs_of([exhibit], setting, source)}
+    names = own_names(specs_of([exhibit], setting, source), folder)
     results = values_of(exhibit, setting, source, read_scores(folder, names))
     shared = (over_shared(results, c, exhibit) for c in exhibit.claims)
     found = [v for results, c in shared for v in verdicts_of(results, [c])]
@@ -852,10 +952,9 @@ def write_statistics(exhibit: Exhibit, setting: Setting, source, folder: Path) -
 def write_index(setting: Setting, source, folder) -> Path:
     "Write one line for each exhibit: what is there and what it shows."
     lines = []
-    there = {rows[-1]['name'] for rows in complete_records(folder)}
     for e in choose(['all'], setting):
         specs, counts = specs_of([e], setting, source), {}
-        done = len(there & {s.name for s in specs})
+        done = len(finished(specs, folder))
         for v in judged(e, setting, source, folder):
             counts[v['verdict']] = counts.get(v['verdict'], 0) + 1
         link = f'[{e.name}]({e.name}.md)' if (Path(folder)/f'{e.name}.md').exists() else e.name
@@ -864,7 +963,7 @@ def write_index(setting: Setting, source, folder) -> Path:
     header = ['exhibit', 'about', 'runs', *VERDICTS]
     parts = (f'# Tables and figures, scale {setting.name}', markdown_table(header, lines, ':--'),
              f"Runs that are there, and how many of the paper's statements and our controls show "
-             f"in them. Data '{data_name(setting)}', {setting.seeds} seeds.")
+             f'in them. {about_setting(setting)}')
     path = Path(folder)/'index.md'
     path.write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
     return path

@@ -6,7 +6,7 @@ import pytest
 from interference_nb import reproduce
 from interference_nb.cli import main
 from interference_nb.data import InputError
-from interference_nb.experiments import Scale, run_all
+from interference_nb.experiments import RunSpec, Scale, run_all
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.gradient_probes import ProbeConfig
 from interference_nb.l0_pruning import PruneConfig
@@ -41,7 +41,7 @@ def test_all_exhibits_from_an_empty_folder(command, tmp_path):
     assert status == 0, err
     for name in EXHIBITS: assert (out/f'{name}.md').exists(), name
     assert {p.name for p in out.glob('*.svg')} >= {'figure1.svg', 'figure2.svg', 'figure3.svg',
-                                                   'figure4a-ar.svg', 'figure4b.svg'}
+                                                   'figure4a-ar-l1.svg', 'figure4b-ar-l1.svg'}
     with open(out/'table2.csv') as f: rows = list(csv.DictReader(f))
     assert {r['row'] for r in rows} == {'mono', 'joint'} and all(
         bool(r['mean']) == (r['state'] != 'no such cell') for r in rows)
@@ -78,11 +78,85 @@ def test_a_failed_run_stops_no_other(command, tmp_path):
     (['table2', '--targets', 'de'], "unknown target 'de'"),
     (['table2', '--tasks', 'nre'], "unknown task 'nre'"),
     (['table2', '--seeds', '0'], '0 seeds'),
+    (['table2', '--workers', '0'], '0 workers'),
+    (['table2', '--workers', '-1'], '-1 workers'),
     (['table2', '--engine', 'ray'], "unknown engine 'ray'"),
     (['table2', '--data', 'no-such-folder'], 'no-such-folder')])
 def test_bad_input_is_one_line(command, tmp_path, args, message):
     status, _, err = command(*args, '--out', tmp_path)
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+
+def test_write_only_shows_what_is_there(command, tmp_path):
+    "A part of a study is written as such, nothing is run; other settings are refused."
+    ask = 'table2', '--out', tmp_path, '--systems', 'joint'
+    assert command(*ask)[0] == 0
+    status, _, err = command('all', '--seeds', 3, '--write-only', '--out', tmp_path)
+    assert status == 0, err
+    assert {p.parent.name for p in tmp_path.glob('*/record.jsonl')} == {'joint-en+ar-0',
+                                                                         'joint-en+sw-0'}
+    table = (tmp_path/'table2.md').read_text()
+    assert '(1 of 3)' in table and '| mono | not run | not run |' in table and 'nan' not in table
+    assert '10 steps of' in table and '2 of 12 runs are complete' in table
+    before = {p: p.read_bytes() for p in tmp_path.glob('*.md')}
+    status, _, err = command(*ask, '--write-only', '--steps', 8)
+    assert status == 2 and 'another config' in err
+    assert before == {p: p.read_bytes() for p in before}
+
+def test_a_record_of_other_settings_stops_no_other(command, tmp_path):
+    "Its run fails, none of its numbers is shown; where no record fits, nothing is begun."
+    ask = 'table2', '--out', tmp_path, '--systems', 'joint', '--workers', 1
+    assert command(*ask, '--targets', 'sw', '--steps', 8)[0] == 0
+    status, _, err = command(*ask)
+    assert status == 2 and 'another config' in err and not (tmp_path/'joint-en+ar-0').exists()
+    assert command(*ask, '--targets', 'ar')[0] == 0
+    status, said, err = command(*ask)
+    assert status == 2 and '1 of 2 runs failed' in err and 'hold other settings' in said
+    with open(tmp_path/'table2.csv') as f: rows = list(csv.DictReader(f))
+    assert {r['state'] for r in rows if r['column'] == 'sw'} == {'failed'}
+    assert '1 of 2 runs are complete' in (tmp_path/'table2.md').read_text()
+
+def test_early_losses_are_weighted_by_steps(tmp_path, monkeypatch):
+    "Rows of both kinds count, by the steps that each covers; the pair's second language is held."
+    def record(lang, *losses):
+        about = dict(system='joint', seed=0, pair=['en', lang])
+        rows = [dict(kind=k, step=s, loss=l, ppl={'en': 9., lang: 8.})
+                for k, s, l in zip(('eval', 'step', 'eval', 'eval'), (0, 3, 4, 20), losses,
+                                   strict=True)]
+        del rows[0]['loss']
+        return [dict(kind='start', config=dict(run=about)), *rows]
+    records = [record('ar', 9., 4., 8., 1.), record('fr', 9., 4., 4., 1.)]
+    monkeypatch.setattr(reproduce, 'complete_records', lambda *_: records)
+    found = reproduce.losses_over_time(tmp_path, None)['joint'][0]
+    assert (found['training loss en+ar'], found['training loss en+fr']) == (5., 4.)
+    assert {k for k in found if k.startswith('loss')} == {
+        f'loss {l} {when}' for l in ('ar', 'fr') for when in ('early', 'halfway', 'end')}
+
+def test_no_bold_beside_half_a_row_or_untested(tmp_path, monkeypatch):
+    "A row with some of its seeds keeps its column open; a column without counts says so."
+    setting = replace(TINY, systems=('mono', 'joint'), seeds=3)
+    exhibit, = choose(['table2'], setting)
+    column = 'NER within ar'
+    def cells(seeds, counts=True):
+        values = {'mono': {s: {column: 70. + s} for s in range(3)},
+                  'joint': {s: {column: 60. + s} for s in range(seeds)}}
+        resampled = {r: {s: {column: np.full(9, v)} for s in range(3)}
+                     for r, v in (('mono', 70.), ('joint', 60.))} if counts else {}
+        monkeypatch.setattr(reproduce, 'values_of', lambda *_: values)
+        monkeypatch.setattr(reproduce, 'resampled_of', lambda *_: resampled)
+        return reproduce.cells_of(exhibit, setting, open_source('toy'), tmp_path)
+    bold = lambda rows: [r['row'] for r in rows if r['best']]
+    assert bold(cells(3)) == ['mono'] and bold(cells(2)) == [] and bold(cells(3, False)) == []
+    assert reproduce.untested(cells(3)) == ''
+    assert 'NER within: ar.' in reproduce.untested(cells(3, False))
+
+def test_disk_counts_the_trials_of_the_runs_at_work():
+    "Twelve bytes a parameter stay, sixteen a trial pass; toy data keeps no trials."
+    grid = {'ner': {'lr': (1., 2.), 'batch_size': (1, 2, 3)}}
+    spec = replace(RunSpec('joint', ('en', 'ar'), ('en', 'ar'), 0, replace(MICRO, search=grid)),
+                   tasks=('ner',))
+    n = reproduce.parameters(spec)
+    assert reproduce.disk([spec] * 3, 2) == 3 * 12 * n
+    assert reproduce.disk([replace(spec, data='text')] * 3, 2) == 3 * 12 * n + 2 * 6 * 16 * n
 
 def test_without_submitit_slurm_says_what_to_install(command, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'submitit', None)
@@ -144,7 +218,8 @@ def test_nothing_run_is_said_so(tmp_path):
     source = open_source('toy')
     rows = reproduce.cells_of(exhibit, TINY, source, tmp_path)
     found = verdicts_of({}, exhibit.claims)
-    text = page(exhibit, TINY, rows, found, [], tmp_path, {'joint-en+ar-0'})
+    text = page(exhibit, TINY, rows, found, [], tmp_path,
+                specs_of([exhibit], TINY, source))
     assert 'not run' in text and 'None of them has been run.' in text
     assert {v['verdict'] for v in found} == {'not run'}
 

@@ -1,0 +1,71 @@
+"Runs where a notebook does not go: killed workers, locked folders, data without test sets."
+import multiprocessing
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+import pytest
+from interference_nb.data import InputError
+from interference_nb.experiments import (SCALES, Scale, alone, lessons, plan, read_scores, run,
+                                         run_all)
+from interference_nb.finetune import FinetuneConfig
+from interference_nb.pretrain import TrainConfig, read_record
+from interference_nb.transformer import ModelConfig
+
+TINY = Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16), TrainConfig.toy(steps=20, warmup=2),
+             {'ner': FinetuneConfig.toy(epochs=1, max_train=32, max_dev=16, max_eval=16)})
+
+def specs(seeds): return plan(['joint'], ('en', 'x3'), seeds, TINY, tasks=('ner',))
+
+def test_a_killed_worker_stops_no_other_run(tmp_path):
+    ending = run_all(specs(5), tmp_path, workers=1)
+    first = next(ending)
+    for child in multiprocessing.active_children(): child.kill()
+    ended = [first, *ending]
+    assert len({s.name for s, _ in ended}) == 5
+    failed = [rows for _, rows in ended if isinstance(rows, Exception)]
+    assert len(failed) < 4 and all(isinstance(f, BrokenProcessPool) for f in failed)
+    assert not any(isinstance(rows, Exception) for _, rows in run_all(specs(5), tmp_path, 1))
+
+def test_a_folder_is_worked_on_by_one(tmp_path):
+    spec, = specs(1)
+    with alone(tmp_path/spec.name):
+        with pytest.raises(InputError, match='another process works on'): run(spec, tmp_path)
+    run(spec, tmp_path)
+
+def test_no_checkpoint_repeats_the_pretraining_only(tmp_path):
+    "What a committed record holds stays, where the weights come out the same."
+    spec, = specs(1)
+    home, before = tmp_path/spec.name, run(spec, tmp_path)
+    (home/'checkpoint.safetensors').unlink()
+    more = replace(spec, tasks=('ner', 'pos'), scale=replace(TINY, finetune=TINY.finetune | {
+        'pos': TINY.finetune['ner']}))
+    after = run(more, tmp_path)
+    lessons = [[r for r in rows if r['kind'] == 'finetune'] for rows in (before, after)]
+    assert lessons[1][:2] == lessons[0] and len(lessons[1]) == 4
+    assert after == read_record(home/'record.jsonl') and not (home/'record-before.jsonl').exists()
+
+def test_half_done_additions_hide_nothing(tmp_path):
+    spec, = specs(1)
+    run(spec, tmp_path)
+    whole, path = read_scores(tmp_path), tmp_path/spec.name/'record.jsonl'
+    path.write_text(''.join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert read_scores(tmp_path) == whole
+
+class Rows:
+    name = 'some data'
+    def __init__(self, *splits): self.splits = splits
+    def examples(self, task, lang, split):
+        if split not in self.splits: raise InputError('no such rows')
+        return [dict(context=f'{k}') for k in range(99)]
+
+def test_validation_stands_in_for_a_missing_test_set():
+    "TyDiQA has none; NER needs one."
+    spec, = plan(['joint'], ('en', 'x3'), 1, SCALES['toy'], tasks=('qa',))
+    rows = Rows('train', 'validation')
+    assert lessons(spec, rows) == {('qa', l): ['en', 'x3'] for l in spec.langs}
+    with pytest.raises(InputError, match='no ner rows to test on'):
+        lessons(replace(spec, tasks=('ner',)), rows)
+
+def test_an_empty_development_set_is_named_before_any_work():
+    spec, = plan(['joint'], ('en', 'x3'), 1, SCALES['toy'], tasks=('pos',))
+    with pytest.raises(InputError, match="train on in 'en', but its development set is empty"):
+        lessons(spec, Rows('train', 'test'))
