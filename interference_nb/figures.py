@@ -37,7 +37,7 @@ def new_axes(*shape, width: float = 5., height: float = 3.) -> tuple[Figure, np.
         ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
     return fig, axes
 
-# %% ../nbs/08_figures.ipynb #383b90f8
+# %% ../nbs/08_figures.ipynb #ffec5170
 class Curve(NamedTuple):
     "The loss of one run over its training."
     system: str
@@ -69,8 +69,14 @@ def read_curves(folder,  # of records
         for l in about['langs']:
             add(called[l], sizes.get(l), evals, np.log([r['ppl'][l] for r in evals]))
         steps = [r for r in rows if r['kind'] in ('step', 'eval') and 'loss' in r]
-        add('train', None, steps, [r['loss'] for r in steps])
+        add('train', None, middles(steps), [r['loss'] for r in steps])
     return curves
+
+# %% ../nbs/08_figures.ipynb #d8a030a6
+def middles(rows: list[dict]) -> list[dict]:
+    "Place each training loss in the middle of the steps since the row before: it is their mean."
+    before = [dict(step=0, passes=0), *rows]
+    return [{k: (a[k] + b[k]) / 2 for k in ('step', 'passes')} for a, b in zip(before, rows)]
 
 # %% ../nbs/08_figures.ipynb #5f33eef6
 def over_seeds(curves: list[Curve],
@@ -267,7 +273,7 @@ def metric_name(task: str) -> str:
     metric = task_spec(task).metric
     return f"{'F1' if metric == 'f1' else metric}, %"
 
-# %% ../nbs/08_figures.ipynb #63fb7fd0
+# %% ../nbs/08_figures.ipynb #39a41eb5
 def plot_transfer(scores: Iterable[Score], task: str = 'ner',
                   langs: Iterable[str] | None = None,  # tested on; None: all
                   source: str | None = None,  # language that zero-shot starts from; None: any
@@ -276,7 +282,7 @@ def plot_transfer(scores: Iterable[Score], task: str = 'ner',
     fig, ax = (ax.figure, ax) if ax else new_axes(width=4)
     right, up = both_ways(scores, task, langs, source)
     home = f'in {source}' if task == 'nli' and source else 'within language'
-    both = [s for s in right if s in up]
+    both, points = [s for s in right if s in up], {}
     right, up = seed_means(right, both), seed_means(up, both)
     for system in both:
         seeds = sorted(right[system].keys() & up[system].keys())
@@ -284,11 +290,26 @@ def plot_transfer(scores: Iterable[Score], task: str = 'ner',
         if not len(xy): continue
         se = xy.std(0, ddof=1) / len(xy)**.5 if len(xy) > 1 else np.zeros(2)
         ax.errorbar(*xy.mean(0), *se[::-1], fmt='o', color=COLOURS[system], ms=6, lw=1)
-        ax.annotate(system, xy.mean(0), xytext=(6, 5), textcoords='offset points',
-                    color=COLOURS[system], fontsize=8)
+        points[system] = xy.mean(0)
+    name_points(ax, points)
     ax.set(xlabel=f'{task.upper()} {home}, {metric_name(task)}',
            ylabel=f'{task.upper()} zero-shot, {metric_name(task)}')
     return fig
+
+# %% ../nbs/08_figures.ipynb #481a08a8
+def name_points(ax, points: dict[str, np.ndarray]):
+    "Write each system's name beside its point, above or below, where it hides least."
+    low, high = np.array([ax.get_xlim(), ax.get_ylim()]).T
+    size = ax.get_position().size * ax.figure.get_size_inches() * 72      # of the axes, in points
+    taken = [((at - low) / (high - low) * size, (4, 4)) for at in points.values()]
+    for (system, at), (spot, _) in zip(points.items(), list(taken)):
+        room = np.array([2.4 * len(system), 4.5])                         # half a name's size
+        centres = [spot + (x * (6 + room[0]), y) for x in (1, -1) for y in (8, -8, 0, 17, -17)]
+        hidden = lambda c, room=room: sum((abs(c - o) < room + r).all() for o, r in taken)
+        best = min(centres, key=hidden)
+        taken.append((best, room))
+        ax.annotate(system, at, xytext=best - spot, textcoords='offset points', ha='center',
+                    va='center', color=COLOURS[system], fontsize=8)
 
 # %% ../nbs/08_figures.ipynb #aa2bf161
 def both_ways(scores: Iterable[Score], task: str, langs=None, source: str | None = None,
@@ -379,7 +400,7 @@ def plot_summary(folder, names=None) -> Figure:
     for ax in axes[1, len(shown):]: ax.remove()
     return fig
 
-# %% ../nbs/08_figures.ipynb #8cf22a52
+# %% ../nbs/08_figures.ipynb #35785dbf
 def svg(fig: Figure,
         prefix: str = '',  # keeps the ids of several figures on one page apart
         ) -> str:
@@ -406,16 +427,17 @@ def slider(plot: Callable,  # value -> Figure
     from IPython.display import HTML
     values = list(values)
     start %= len(values)
+    texts = '|'.join(escape(str(v)) for v in values)
     name = f's{crc32(repr((label, values)).encode()):x}'           # the same in every run
     frames = ''.join(f'<div{"" if i == start else " hidden"}>{svg(plot(v), f"{name}-{i}-")}</div>'
                      for i, v in enumerate(values))
-    texts = '|'.join(escape(str(v)) for v in values)
     choose = ("let d=this.closest('.slider');"
               "[...d.querySelector('.frames').children].forEach((f,i)=>f.hidden=i!=this.value);"
               "d.querySelector('output').value=d.dataset.values.split('|')[this.value]")
-    return HTML(f'<div class="slider" data-values="{texts}"><label>{escape(label)} '
-                f'<input type="range" min="0" max="{len(values)-1}" value="{start}" '
-                f'oninput="{choose}"> <output>{escape(str(values[start]))}</output></label>'
+    knob = (f'<input type="range" min="0" max="{len(values)-1}" value="{start}" '
+            f'oninput="{choose}"> ' if len(values) > 1 else '')
+    return HTML(f'<div class="slider" data-values="{texts}"><label>{escape(label)} {knob}'
+                f'<output>{escape(str(values[start]))}</output></label>'
                 f'<div class="frames">{frames}</div></div>')
 
 # %% ../nbs/08_figures.ipynb #376c09d7
