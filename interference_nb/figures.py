@@ -273,7 +273,7 @@ def metric_name(task: str) -> str:
     metric = task_spec(task).metric
     return f"{'F1' if metric == 'f1' else metric}, %"
 
-# %% ../nbs/08_figures.ipynb #39a41eb5
+# %% ../nbs/08_figures.ipynb #43ee2195
 def plot_transfer(scores: Iterable[Score], task: str = 'ner',
                   langs: Iterable[str] | None = None,  # tested on; None: all
                   source: str | None = None,  # language that zero-shot starts from; None: any
@@ -282,7 +282,7 @@ def plot_transfer(scores: Iterable[Score], task: str = 'ner',
     fig, ax = (ax.figure, ax) if ax else new_axes(width=4)
     right, up = both_ways(scores, task, langs, source)
     home = f'in {source}' if task == 'nli' and source else 'within language'
-    both, points = [s for s in right if s in up], {}
+    both = [s for s in right if s in up]
     right, up = seed_means(right, both), seed_means(up, both)
     for system in both:
         seeds = sorted(right[system].keys() & up[system].keys())
@@ -290,26 +290,11 @@ def plot_transfer(scores: Iterable[Score], task: str = 'ner',
         if not len(xy): continue
         se = xy.std(0, ddof=1) / len(xy)**.5 if len(xy) > 1 else np.zeros(2)
         ax.errorbar(*xy.mean(0), *se[::-1], fmt='o', color=COLOURS[system], ms=6, lw=1)
-        points[system] = xy.mean(0)
-    name_points(ax, points)
+        ax.annotate(system, xy.mean(0), xytext=(6, 5), textcoords='offset points',
+                    color=COLOURS[system], fontsize=8)
     ax.set(xlabel=f'{task.upper()} {home}, {metric_name(task)}',
            ylabel=f'{task.upper()} zero-shot, {metric_name(task)}')
     return fig
-
-# %% ../nbs/08_figures.ipynb #481a08a8
-def name_points(ax, points: dict[str, np.ndarray]):
-    "Write each system's name beside its point, above or below, where it hides least."
-    low, high = np.array([ax.get_xlim(), ax.get_ylim()]).T
-    size = ax.get_position().size * ax.figure.get_size_inches() * 72      # of the axes, in points
-    taken = [((at - low) / (high - low) * size, (4, 4)) for at in points.values()]
-    for (system, at), (spot, _) in zip(points.items(), list(taken)):
-        room = np.array([2.4 * len(system), 4.5])                         # half a name's size
-        centres = [spot + (x * (6 + room[0]), y) for x in (1, -1) for y in (8, -8, 0, 17, -17)]
-        hidden = lambda c, room=room: sum((abs(c - o) < room + r).all() for o, r in taken)
-        best = min(centres, key=hidden)
-        taken.append((best, room))
-        ax.annotate(system, at, xytext=best - spot, textcoords='offset points', ha='center',
-                    va='center', color=COLOURS[system], fontsize=8)
 
 # %% ../nbs/08_figures.ipynb #aa2bf161
 def both_ways(scores: Iterable[Score], task: str, langs=None, source: str | None = None,
