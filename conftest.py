@@ -1,2 +1,2 @@
 "Notebooks are collected as tests by tests/notebook_cells.py; `pytester` is for the test of that."
-pytest_plugins = ['notebook_cells', 'pytester']
+pytest_plugins = ['notebook_cells', 'pytester', 'browsers']

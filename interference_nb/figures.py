@@ -38,7 +38,7 @@ def new_axes(*shape, width: float = 5., height: float = 3.) -> tuple[Figure, np.
         ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
     return fig, axes
 
-# %% ../nbs/08_figures.ipynb #383b90f8
+# %% ../nbs/08_figures.ipynb #ffec5170
 class Curve(NamedTuple):
     "The loss of one run over its training."
     system: str
@@ -70,8 +70,14 @@ def read_curves(folder,  # of records
         for l in about['langs']:
             add(called[l], sizes.get(l), evals, np.log([r['ppl'][l] for r in evals]))
         steps = [r for r in rows if r['kind'] in ('step', 'eval') and 'loss' in r]
-        add('train', None, steps, [r['loss'] for r in steps])
+        add('train', None, middles(steps), [r['loss'] for r in steps])
     return curves
+
+# %% ../nbs/08_figures.ipynb #d8a030a6
+def middles(rows: list[dict]) -> list[dict]:
+    "Place each training loss in the middle of the steps since the row before: it is their mean."
+    before = [dict(step=0, passes=0), *rows]
+    return [{k: (a[k] + b[k]) / 2 for k in ('step', 'passes')} for a, b in zip(before, rows)]
 
 # %% ../nbs/08_figures.ipynb #5f33eef6
 def over_seeds(curves: list[Curve],
@@ -396,7 +402,7 @@ def plot_summary(folder, names=None) -> Figure:
     for ax in axes[1, len(shown):]: ax.remove()
     return fig
 
-# %% ../nbs/08_figures.ipynb #8cf22a52
+# %% ../nbs/08_figures.ipynb #35785dbf
 def svg(fig: Figure,
         prefix: str = '',  # keeps the ids of several figures on one page apart
         ) -> str:
@@ -423,16 +429,17 @@ def slider(plot: Callable,  # value -> Figure
     from IPython.display import HTML
     values = list(values)
     start %= len(values)
+    texts = '|'.join(escape(str(v)) for v in values)
     name = f's{crc32(repr((label, values)).encode()):x}'           # the same in every run
     frames = ''.join(f'<div{"" if i == start else " hidden"}>{svg(plot(v), f"{name}-{i}-")}</div>'
                      for i, v in enumerate(values))
-    texts = '|'.join(escape(str(v)) for v in values)
     choose = ("let d=this.closest('.slider');"
               "[...d.querySelector('.frames').children].forEach((f,i)=>f.hidden=i!=this.value);"
               "d.querySelector('output').value=d.dataset.values.split('|')[this.value]")
-    return HTML(f'<div class="slider" data-values="{texts}"><label>{escape(label)} '
-                f'<input type="range" min="0" max="{len(values)-1}" value="{start}" '
-                f'oninput="{choose}"> <output>{escape(str(values[start]))}</output></label>'
+    knob = (f'<input type="range" min="0" max="{len(values)-1}" value="{start}" '
+            f'oninput="{choose}"> ' if len(values) > 1 else '')
+    return HTML(f'<div class="slider" data-values="{texts}"><label>{escape(label)} {knob}'
+                f'<output>{escape(str(values[start]))}</output></label>'
                 f'<div class="frames">{frames}</div></div>')
 
 # %% ../nbs/08_figures.ipynb #376c09d7

@@ -1,19 +1,18 @@
 """Open every page of the built site in headless Chromium, with nothing outside within reach.
 
-The site is built first if it is missing or older than what it is made of. CHROME names a browser.
+The site is built first if it is missing or older than what it is made of.
 """
-import os, re, shutil, subprocess, sys, threading
+import re, subprocess, sys, threading
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 import pytest
+from browsers import NEEDED
 
 ROOT = Path(__file__).parent.parent
 NBS, SITE = ROOT / 'nbs', ROOT / '_docs'
-NAMES = os.environ.get('CHROME'), 'chromium', 'chromium-browser', 'google-chrome', 'chrome'
-CHROME = next((path for name in NAMES if name and (path := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(not CHROME, reason='no Chromium found; name one in CHROME')
+pytestmark = NEEDED
 
 def notebooks():
     "Return the notebooks that become pages."
@@ -42,14 +41,6 @@ def site():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}/'
     server.shutdown()
-
-@pytest.fixture(scope='session')
-def browser():
-    playwright = pytest.importorskip('playwright.sync_api')
-    with playwright.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROME, args=['--no-sandbox'])
-        yield b
-        b.close()
 
 @pytest.fixture
 def page(browser, site):
