@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHOWN', 'new_axes', 'Curve', 'read_curves', 'over_seeds', 'draw_curves', 'plot_curves', 'held_out',
            'plot_perplexity', 'gaps', 'plot_sizes', 'plot_convergence', 'of_pairs', 'by_seed', 'plot_languages',
-           'plot_transfer', 'both_ways', 'seed_means', 'on_targets', 'comparable', 'plot_differences', 'sides',
-           'plot_summary', 'svg', 'slider', 'live', 'drawn', 'MetaStepByHand', 'meta_by_hand', 'plot_meta_step']
+           'plot_transfer', 'label_points', 'both_ways', 'seed_means', 'on_targets', 'comparable', 'plot_differences',
+           'sides', 'plot_summary', 'svg', 'slider', 'live', 'drawn', 'MetaStepByHand', 'meta_by_hand',
+           'plot_meta_step']
 
 # %% ../nbs/08_figures.ipynb #6e715aa5
 import io, re
@@ -273,7 +274,7 @@ def metric_name(task: str) -> str:
     metric = task_spec(task).metric
     return f"{'F1' if metric == 'f1' else metric}, %"
 
-# %% ../nbs/08_figures.ipynb #43ee2195
+# %% ../nbs/08_figures.ipynb #7ca42e0b
 def plot_transfer(scores: Iterable[Score], task: str = 'ner',
                   langs: Iterable[str] | None = None,  # tested on; None: all
                   source: str | None = None,  # language that zero-shot starts from; None: any
@@ -283,20 +284,36 @@ def plot_transfer(scores: Iterable[Score], task: str = 'ner',
     right, up = both_ways(scores, task, langs, source)
     home = f'in {source}' if task == 'nli' and source else 'within language'
     both = [s for s in right if s in up]
-    right, up = seed_means(right, both), seed_means(up, both)
+    right, up, points = seed_means(right, both), seed_means(up, both), {}
     for system in both:
         seeds = sorted(right[system].keys() & up[system].keys())
         xy = np.array([[right[system][s], up[system][s]] for s in seeds])
         if not len(xy): continue
         se = xy.std(0, ddof=1) / len(xy)**.5 if len(xy) > 1 else np.zeros(2)
         ax.errorbar(*xy.mean(0), *se[::-1], fmt='o', color=COLOURS[system], ms=6, lw=1)
-        ax.annotate(system, xy.mean(0), xytext=(6, 5), textcoords='offset points',
-                    color=COLOURS[system], fontsize=8)
+        points[system] = xy.mean(0)
     ax.set(xlabel=f'{task.upper()} {home}, {metric_name(task)}',
            ylabel=f'{task.upper()} zero-shot, {metric_name(task)}')
+    label_points(ax, points)
     return fig
 
-# %% ../nbs/08_figures.ipynb #aa2bf161
+# %% ../nbs/08_figures.ipynb #5be4663e
+def label_points(ax, points: dict):  # {system: (x, y)}
+    "Write each system's name beside its point, where no other name or point is."
+    ax.figure.draw_without_rendering()
+    at = {s: ax.transData.transform(xy) * 72 / ax.figure.dpi for s, xy in points.items()}
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at.values()]
+    for system, (x, y) in at.items():
+        w, h = 4.7 * len(system), 8.
+        spots = [(dx, dy) for dy in (4, -11, 13, -20, 22, -29) for dx in (5, -5 - w)]
+        box = lambda dx, dy: (x + dx, y + dy, x + dx + w, y + dy + h)       # noqa: B023
+        free = lambda a: all(a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+                             for b in taken)
+        spot = next((d for d in spots if free(box(*d))), spots[0])
+        taken.append(box(*spot))
+        ax.annotate(system, points[system], xytext=spot, textcoords='offset points',
+                    color=COLOURS[system], fontsize=8)
+
 def both_ways(scores: Iterable[Score], task: str, langs=None, source: str | None = None,
               ) -> tuple[dict, dict]:  # of `by_seed`: within a language; zero-shot
     "Sort a task's scores both ways; NLI is taught in the source language only. [paper 3.2]"
