@@ -135,7 +135,7 @@ def test_a_run_with_pairs(tmp_path):
     from interference_nb.experiments import SCALES, load_results, plan, run
     from interference_nb.pretrain import TrainConfig
     scale = replace(SCALES['toy'], train=TrainConfig.toy(steps=20, warmup=5, eval_every=20),
-                    finetune=CFG)
+                    finetune=dict(qa=CFG, nli=CFG))
     run(plan(['joint'], ('en', 'x3'), 1, scale, tasks=('qa', 'nli'))[0], tmp_path)
     m = load_results(tmp_path)['joint'][0]
     assert {'QA within', 'QA zero-shot', 'NLI within', 'NLI zero-shot'} < set(m)
