@@ -57,8 +57,8 @@ reproduce: $(READY) ## the paper's tables and figures: 75 minutes on 2 cores at 
 	$(say) "Planning, running and writing: $(EXHIBIT) at scale $(SCALE)"
 	interference reproduce $(EXHIBIT) --scale $(SCALE) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
-test: $(READY)      ## every notebook's tests, and those in tests/: 8 minutes
-	$(say) "Running the notebooks and the tests: about 8 minutes on 2 cores"
+test: $(READY)      ## every notebook's tests, and those in tests/: 15 minutes
+	$(say) "Running the notebooks and the tests: about 15 minutes on 2 cores"
 	pytest $(ARGS)
 
 slow: $(READY)      ## also the cells marked `#| slow`: an hour
@@ -73,8 +73,8 @@ lab: $(READY)       ## JupyterLab on the notebooks, until Ctrl-C
 	$(say) "Starting JupyterLab on nbs/: a few seconds; Ctrl-C twice ends it"
 	nbdev_trust && jupyter lab nbs
 
-prepare: $(READY)   ## before a commit: export, clean, README, lint, test: 8 minutes
-	$(say) "Exporting, cleaning, making the README, checking and testing: about 8 minutes"
+prepare: $(READY)   ## before a commit: export, clean, README, lint, test: 15 minutes
+	$(say) "Exporting, cleaning, making the README, checking and testing: about 15 minutes"
 	nbdev_export && nbdev_clean && python tools/make_readme.py && ruff check && pytest $(ARGS)
 
 clean:     ## remove what the commands above made: at once
