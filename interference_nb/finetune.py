@@ -657,7 +657,7 @@ def side_by_side(jobs: list, given: tuple, workers: int) -> Iterator:   # result
 def take_trials(data: bytes, turns):
     "Prepare a process for trials: what they share, on its own device."
     be_worker()
-    model, *rest = pickle.loads(data)
+    model, *rest = pickle.loads(data)       # from the parent's memory, never from a file
     i, n = turns.get(), torch.cuda.device_count()
     _given[:] = model.to(f'cuda:{i % n}' if n else 'cpu'), *rest
 

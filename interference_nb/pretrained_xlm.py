@@ -129,7 +129,7 @@ def load_pretrained(
         module, found = AutoModel.from_pretrained(
             str(name), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **where)
     except ImportError as e:
-        raise InputError(f'a model of the hub needs more packages ({e}). '
+        raise InputError(f'a model of the hub needs more packages ({str(e).split(". ")[0]}). '
                          'Install them: pip install interference_nb[transformers].') from e
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:   # whatever is broken
         raise InputError(f'cannot load {name} ({str(e).strip().splitlines()[0]}). It must be a '
