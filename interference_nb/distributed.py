@@ -6,8 +6,8 @@
 __all__ = ['traffic', 'processes', 'Traffic', 'mean_over_processes', 'buckets', 'gathered', 'joined', 'enough_devices', 'launch',
            'first_process_first', 'StopSignals']
 
-# %% ../nbs/01b_distributed.ipynb #ee5da07b
-import contextlib, io, os, signal, sys, time
+# %% ../nbs/01b_distributed.ipynb #3091ee03
+import contextlib, io, os, signal, sys, threading, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
@@ -142,13 +142,14 @@ def first_process_first(patience: timedelta = timedelta(days=7)):  # how long th
         if failed: raise InputError('the first process failed; its message says why.')
         yield
 
-# %% ../nbs/01b_distributed.ipynb #10fdc560
+# %% ../nbs/01b_distributed.ipynb #7aaa80d4
 class StopSignals:
     "Note a stop signal, for a block; all processes learn of it at the same step."
-    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    caught = [getattr(signal, n) for n in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, n)]
 
-    def __init__(self, catch: bool):  # False: leave signals to whoever handles them now
-        self.catch, self.number, self.when, self.sent, self.work = catch, 0, 0., None, None
+    def __init__(self, catch: bool):  # False, or not in the main thread: leave signals alone
+        self.catch = catch and threading.current_thread() is threading.main_thread()
+        self.number, self.when, self.sent, self.work = 0, 0., None, None
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self.note) for n in self.caught} if self.catch else {}
@@ -164,10 +165,10 @@ class StopSignals:
     def agreed(self) -> int:  # number of a signal; 0: none
         "Tell what any process had noted a step ago: the message travels while a step is computed."
         if processes()[1] == 1: return self.number
-        heard = self.wait()
+        if heard := self.wait(): return heard
         self.sent = torch.tensor(self.number)
         self.work = dist.all_reduce(self.sent, dist.ReduceOp.MAX, async_op=True)
-        return heard
+        return 0
 
     def wait(self) -> int:
         "Finish the message that is under way."

@@ -109,8 +109,8 @@ def test_number_of_processes_changes_nothing(runs, kind):
     for world in (2, 4):
         for rank in runs.of[world]:
             assert torch.equal(rank[kind][0], runs.of[world][0][kind][0])
-            torch.testing.assert_close(rank[kind][0], alone, rtol=1e-5, atol=3e-7)
-            torch.testing.assert_close(rank[kind][1], losses, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(rank[kind][0], alone, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(rank[kind][1], losses, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 def test_languages_met_on_some_ranks_only(toy):
     "What `mixed` went through above: a language that a rank has no batch of, but others have."
@@ -126,11 +126,11 @@ def test_probe_and_loop_agree_too(runs):
     for world in (2, 4):
         for rank in runs.of[world]:
             torch.testing.assert_close(rank['probe'], alone['probe'], rtol=0, atol=2e-5)
-            torch.testing.assert_close(rank['whole'], alone['whole'], rtol=1e-5, atol=3e-7)
+            torch.testing.assert_close(rank['whole'], alone['whole'], rtol=1e-5, atol=1e-6)
         assert (runs.home/f'probe{world}'/'probe.jsonl').exists()
         for a, b in zip(rows('whole1'), rows(f'whole{world}'), strict=True):
             assert a['loss'] == pytest.approx(b['loss'], rel=1e-6) and 'reduced_mb' in b
-    torch.testing.assert_close(runs.of[4][0]['moved'], alone['whole'], rtol=1e-5, atol=3e-7)
+    torch.testing.assert_close(runs.of[4][0]['moved'], alone['whole'], rtol=1e-5, atol=1e-6)
     assert [r['step'] for r in rows('moved')] == [r['step'] for r in rows('whole1')]
 
 def test_bytes_reduced(runs, toy):
@@ -174,6 +174,17 @@ def test_what_does_not_divide_or_fit(toy, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '0')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
     with pytest.raises(InputError, match='3 processes, but this machine has 2 GPUs'), joined(): pass
+
+def test_recomputing_needs_a_model_that_can():
+    with pytest.raises(InputError, match='cannot recompute its activations'):
+        pretrain.prepare_model(torch.nn.Linear(1, 1), replace(CFG, activation_checkpointing=True))
+
+def test_failure_of_a_process_is_told():
+    "The message names the process and repeats what it said."
+    def fails():
+        if processes()[0] == 1: raise OSError('no such file')
+    with pytest.raises(InputError, match='process 1 of 2 failed: OSError: no such file'):
+        launch(fails, processes=2)
 
 def test_first_process_first(tmp_path):
     "The others wait for rank 0, and fail with it."
