@@ -30,7 +30,7 @@ EXHIBIT ?= all
 
 say := @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: help demo causes reproduce test slow docs lab prepare clean
+.PHONY: help demo causes reproduce bench test slow docs lab prepare clean
 help:      ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 11
 
@@ -56,6 +56,10 @@ causes: $(READY)    ## gradients and gates over pairs and seeds: 15 minutes on 2
 reproduce: $(READY) ## the paper's tables and figures: 80 minutes on 2 cores at SCALE=toy
 	$(say) "Planning, running and writing: $(EXHIBIT) at scale $(SCALE)"
 	interference reproduce $(EXHIBIT) --scale $(SCALE) $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+bench: $(READY)     ## times and memory beside other libraries: 15 minutes on 2 quiet cores
+	$(say) "Measuring our steps and our peers' in turn: about 15 minutes on 2 cores"
+	python benchmarks/bench.py $(ARGS)
 
 test: $(READY)      ## every notebook's tests, and those in tests/: 15 minutes
 	$(say) "Running the notebooks and the tests: about 15 minutes on 2 cores"

@@ -3,12 +3,12 @@
     pytest nbs/05_meta_adapters.ipynb               one notebook
     pytest nbs -k 'finite and difference'           cells under a heading that says so
 
-A notebook is run once, from top to bottom, in a fresh process of its own (two side by side), and
-only if one of its cases was selected. The cells that nbdev_test skips are skipped; NBDEV_FLAGS=slow
-runs those marked `#| slow`. The last case of a notebook, "runs from top to bottom", stands for the
-cells that test nothing.
+A notebook is run once, from top to bottom, in a fresh process of its own, and only if one of its
+cases was selected: one after the other beside the tests in `tests/`, two side by side after them.
+The cells that nbdev_test skips are skipped; NBDEV_FLAGS=slow runs those marked `#| slow`. The last
+case of a notebook, "runs from top to bottom", stands for the cells that test nothing.
 """
-import json, os, signal, subprocess, sys, tempfile, time
+import json, os, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,18 +115,26 @@ class Cell(pytest.Item):
     def reportinfo(self): return self.path, self.index, f'{self.path.stem}: {self.name}'
 
 class Runs:
-    "The notebooks to run, started together at the first case and kept to a few at a time."
+    "The notebooks to run, on one core less while other tests run beside them."
     def __init__(self, items):
         self.items = [i for i in items if isinstance(i, Cell) and not i.skip]
+        self.others = len(items) > sum(isinstance(i, Cell) for i in items)
+        self.cores = threading.Semaphore(max(1, SIDE_BY_SIDE - self.others))
         self.pool, self.futures = None, {}
 
     def selected(self, notebook): return {i.index for i in self.items if i.parent is notebook}
 
+    def start(self):
+        self.pool = ThreadPoolExecutor(SIDE_BY_SIDE)
+        notebooks = dict.fromkeys(i.parent for i in self.items)
+        self.futures = {nb: self.pool.submit(self.run, nb) for nb in notebooks}
+
+    def run(self, notebook):
+        with self.cores: notebook.run()
+
     def wait_for(self, notebook):
-        if self.pool is None:
-            self.pool = ThreadPoolExecutor(SIDE_BY_SIDE)
-            notebooks = dict.fromkeys(i.parent for i in self.items)
-            self.futures = {nb: self.pool.submit(nb.run) for nb in notebooks}
+        if self.others: self.cores.release()
+        self.others = False
         self.futures[notebook].result()
 
     def stop(self):
@@ -136,7 +144,11 @@ class Runs:
 
 RUNS = pytest.StashKey[Runs]()
 
-def pytest_collection_finish(session): session.config.stash[RUNS] = Runs(session.items)
+def pytest_collection_modifyitems(items): items.sort(key=lambda i: isinstance(i, Cell))
+
+def pytest_runtestloop(session):
+    runs = session.config.stash[RUNS] = Runs(session.items)
+    if not session.config.option.collectonly: runs.start()
 
 def pytest_sessionfinish(session):
     if runs := session.config.stash.get(RUNS, None): runs.stop()
