@@ -1331,5 +1331,7 @@ d = { 'settings': { 'branch': 'main',
                                                                                               'interference_nb/transformer.py'),
                                              'interference_nb.transformer.Vector.forward': ( 'transformer.html#vector.forward',
                                                                                              'interference_nb/transformer.py'),
+                                             'interference_nb.transformer.attend': ( 'transformer.html#attend',
+                                                                                     'interference_nb/transformer.py'),
                                              'interference_nb.transformer.dropout': ( 'transformer.html#dropout',
                                                                                       'interference_nb/transformer.py')}}}
