@@ -6,11 +6,12 @@
 __all__ = ['traffic', 'processes', 'Traffic', 'mean_over_processes', 'gathered', 'buckets', 'joined', 'enough_devices',
            'first_process_first', 'launch', 'StopSignals']
 
-# %% ../nbs/01b_distributed.ipynb #dd23e055
+# %% ../nbs/01b_distributed.ipynb #90d93eea
 import contextlib, io, os, signal, sys, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from .data import InputError
 
 os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')     # to ask for GPUs keeps fork safe
@@ -69,17 +70,20 @@ def buckets(tensors, size) -> list[list]:
         room -= t.nbytes
     return out
 
-# %% ../nbs/01b_distributed.ipynb #f1c00cd6
+# %% ../nbs/01b_distributed.ipynb #d3322263
 @contextlib.contextmanager
 def joined():
     "Be one of the processes that `torchrun` or `launch` started, for a block; else do nothing."
     if 'LOCAL_RANK' not in os.environ or dist.is_initialized():
         yield
         return
-    local, here = (int(os.environ[n]) for n in ('LOCAL_RANK', 'LOCAL_WORLD_SIZE'))
-    gpus = enough_devices(here)
-    if gpus: torch.cuda.set_device(local)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+    said = lambda name: int(os.environ.get(name, 0))
+    gpus = enough_devices(said('LOCAL_WORLD_SIZE'))
+    if gpus: torch.cuda.set_device(said('LOCAL_RANK'))
+    store, rank, world = next(rendezvous('env://'))     # torchrun's, with what a killed group left
+    life = said('TORCHELASTIC_RESTART_COUNT') if said('GROUP_WORLD_SIZE') == 1 else 0
+    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', rank=rank, world_size=world,
+                            store=dist.PrefixStore(f'life {life}', store))
     try: yield
     finally: dist.destroy_process_group()
 
@@ -111,7 +115,7 @@ def first_process_first(patience: timedelta = timedelta(days=7)):  # how long th
         if failed: raise InputError('the first process failed; its message says why.')
         yield
 
-# %% ../nbs/01b_distributed.ipynb #634c7caa
+# %% ../nbs/01b_distributed.ipynb #1794014d
 def launch(f, *args,  # called as f(*args) in each process, inside `joined`
            processes: int = 4,  # one for each GPU; without GPUs one for each core to use
            restarts: int = 0):  # how often to start again when a process dies
@@ -136,7 +140,7 @@ def launch(f, *args,  # called as f(*args) in each process, inside `joined`
         rank, failure = e.get_first_failure()
         said = failure.message
         if isinstance(said, dict): said = said['message']
-        raise InputError(f'process {rank} of {processes} failed: {said}') from e
+        raise InputError(f'process {rank} of {processes} failed: {said}') from None
 
 # %% ../nbs/01b_distributed.ipynb #10fdc560
 class StopSignals:
