@@ -111,7 +111,7 @@ def first_process_first(patience: timedelta = timedelta(days=7)):  # how long th
         if failed: raise InputError('the first process failed; its message says why.')
         yield
 
-# %% ../nbs/01b_distributed.ipynb #4b954e35
+# %% ../nbs/01b_distributed.ipynb #1794014d
 def launch(f, *args,  # called as f(*args) in each process, inside `joined`
            processes: int = 4,  # one for each GPU; without GPUs one for each core to use
            restarts: int = 0):  # how often to start again when a process dies
@@ -134,7 +134,9 @@ def launch(f, *args,  # called as f(*args) in each process, inside `joined`
                               rdzv_backend='c10d', rdzv_endpoint='localhost:0')
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()
-        raise InputError(f'process {rank} of {processes} failed: {failure.message}') from None
+        said = failure.message
+        if isinstance(said, dict): said = said['message']
+        raise InputError(f'process {rank} of {processes} failed: {said}') from None
 
 # %% ../nbs/01b_distributed.ipynb #10fdc560
 class StopSignals:
