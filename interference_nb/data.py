@@ -11,8 +11,8 @@ __all__ = ['SPECIALS', 'BOS', 'EOS', 'PAD', 'UNK', 'MASK', 'SPLITS', 'LANGUAGES'
            'hub_cache', 'HubSource', 'Corpus', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch',
            'Stream', 'dev_batches', 'task_sizes', 'corpus_statistics', 'statistics_table']
 
-# %% ../nbs/00_data.ipynb #0d757730
-import functools, hashlib, heapq, io, json, multiprocessing, os, re, shutil, zlib
+# %% ../nbs/00_data.ipynb #a0a6a0a0
+import functools, hashlib, heapq, io, json, multiprocessing, os, re, shutil, signal, zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -96,7 +96,7 @@ def cap_sentences(documents: Iterable[str],   # a language's documents
         heap[0] = key, i, len(kept), '\n'.join(kept)
     return (document for *_, document in sorted(heap, key=lambda row: -row[1]))
 
-# %% ../nbs/00_data.ipynb #296108c4
+# %% ../nbs/00_data.ipynb #0d4133f0
 def cpu_count() -> int:
     "Count the processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -114,6 +114,7 @@ def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
 def _serve(function: Callable, pipe, others: list) -> None:
     "Answer items from a pipe until None comes, or the other end is gone."
     for other in others: other.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # a launcher's handler would complain
     try:
         while (item := pipe.recv()) is not None:
             try: answer = True, function(item)
