@@ -267,7 +267,7 @@ def measured_peak(shape: ModelConfig, cfg: TrainConfig, system: str = 'joint',
     blocks = [e for e in found.profiler.kineto_results.events() if e.name() == '[memory]']
     return int(np.cumsum([e.nbytes() for e in sorted(blocks, key=lambda e: e.start_ns())]).max())
 
-# %% ../nbs/07c_planner.ipynb #48db3fb2
+# %% ../nbs/07c_planner.ipynb #80db91d4
 def plot_memory(memories: dict[str, Memory],  # {label: of one process}
                 room: float = 32e9):  # bytes that there are
     "Draw bars of memory, parted by what it is for."
@@ -281,7 +281,7 @@ def plot_memory(memories: dict[str, Memory],  # {label: of one process}
     ax.axvline(room / 1e9, color='#333333', lw=1, ls='--')
     ax.set(yticks=range(len(memories)), yticklabels=list(memories), xlabel='GB a process')
     ax.invert_yaxis()
-    ax.legend(fontsize=7, loc='center right', frameon=False)
+    ax.legend(fontsize=7, loc='upper right', frameon=False)
     return fig
 
 COLOURS = '#333333', '#0072B2', '#009E73', '#E69F00', '#BBBBBB'
@@ -292,7 +292,7 @@ def memory_cells(memories: dict[str, Memory]) -> tuple[list[str], list[list[str]
     return ['', *KINDS, 'peak, GB'], [[name, *(gb(getattr(m, k)) for k in KINDS), gb(m.peak)]
                                       for name, m in memories.items()]
 
-# %% ../nbs/07c_planner.ipynb #1c0dc9d4
+# %% ../nbs/07c_planner.ipynb #ec60a36b
 RESERVE = 1e9   # bytes of a GPU that CUDA and NCCL take themselves
 
 @dataclass(frozen=True)
@@ -357,7 +357,8 @@ class Plan:
                  f'steps    {self.steps:,}, each {cfg.accumulate} x {cfg.batch_size} rows of '
                  f'{cfg.seq_len} tokens; {self.steps * self.batch_tokens:,} tokens in all',
                  f'time     {self.time}',
-                 f'memory   {size(m.peak)} a process, of {size(self.room)} ({self.where}): {parts}',
+                 f'memory   {size(m.peak)} a process, of {size(self.room)} ({self.where}):',
+                 f'         {parts}',
                  f'traffic  {size(m.reduced)} reduced a step',
                  f'disk     ids {text}' + f', the hub\'s copy {size(self.copy)}' * bool(self.copy)
                  + f', checkpoint {size(self.checkpoint)} while written; free {size(self.free)}')

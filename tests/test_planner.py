@@ -141,7 +141,7 @@ def test_text_is_counted_where_it_is_and_estimated_where_it_is_not(tmp_path):
     materials(spec, tmp_path)
     ids = sum(p.stat().st_size for p in tmp_path.glob('data/*/*/*.ids'))
     assert plan_run(spec, seconds=0, folder=tmp_path).text == ids
-    assert plan_run(spec, seconds=0, folder=tmp_path/'else').text == 0      # toy text is next to none
+    assert plan_run(spec, seconds=0, folder=tmp_path/'else').text == 0      # toy text is small
 
 
 def command(capsys, *args):
