@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'BOS', 'EOS', 'PAD', 'UNK', 'MASK', 'SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS',
-           'TASKS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'InputError',
-           'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'cpu_count', 'parallel_map',
-           'train_bpe', 'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages', 'train_tokenizer',
-           'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'HubSource', 'Corpus',
-           'prepare_corpus', 'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'task_sizes', 'corpus_statistics',
-           'statistics_table']
+           'TASKS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'IDS_PER_BYTE',
+           'InputError', 'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'cpu_count',
+           'parallel_map', 'train_bpe', 'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages',
+           'train_tokenizer', 'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size',
+           'hub_cache', 'HubSource', 'Corpus', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch',
+           'Stream', 'dev_batches', 'task_sizes', 'corpus_statistics', 'statistics_table']
 
-# %% ../nbs/00_data.ipynb #e1205939
-import functools, hashlib, heapq, io, json, multiprocessing, os, re, zlib
+# %% ../nbs/00_data.ipynb #a0a6a0a0
+import functools, hashlib, heapq, io, json, multiprocessing, os, re, shutil, signal, zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -39,7 +40,7 @@ TASKS = dict(ner=('tokens', 'ner_tags'), pos=('tokens', 'upos'),  # task: the co
              qa=('id', 'title', 'context', 'question', 'answers'),
              nli=('premise', 'hypothesis', 'label'))
 
-# %% ../nbs/00_data.ipynb #a0c5379f
+# %% ../nbs/00_data.ipynb #4c3026bd
 class Source(Protocol):
     "Give text and labelled rows by language: toy languages, a folder, or the hub."
     name: str                   # 'toy', 'folder' or 'hub'
@@ -49,6 +50,7 @@ class Source(Protocol):
         "Give documents one by one; a line end separates paragraphs or sentences."
     def examples(self, task: str, lang: str, split: str) -> list[dict]:
         "Give the rows of a labelled task in the hub's schema (see TASKS)."
+    # and, where it can be told without reading the text: size(lang, split) -> bytes
     def revision(self) -> dict[str, str]:
         "Name the version of the data: keys are kinds ('text', 'ner') or 'kind/language'."
 
@@ -94,7 +96,7 @@ def cap_sentences(documents: Iterable[str],   # a language's documents
         heap[0] = key, i, len(kept), '\n'.join(kept)
     return (document for *_, document in sorted(heap, key=lambda row: -row[1]))
 
-# %% ../nbs/00_data.ipynb #296108c4
+# %% ../nbs/00_data.ipynb #0d4133f0
 def cpu_count() -> int:
     "Count the processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -112,6 +114,7 @@ def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
 def _serve(function: Callable, pipe, others: list) -> None:
     "Answer items from a pipe until None comes, or the other end is gone."
     for other in others: other.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # a launcher's handler would complain
     try:
         while (item := pipe.recv()) is not None:
             try: answer = True, function(item)
@@ -391,7 +394,7 @@ def _open_parquet(folder: Path, kind: str, lang: str, split: str, columns: tuple
                          f"{', '.join(file.schema_arrow.names)}. Rename or add it.")
     return file
 
-# %% ../nbs/00_data.ipynb #ff206568
+# %% ../nbs/00_data.ipynb #f5366a34
 class FolderSource:
     "Read a folder of parquet files in the hub's schemas."
     name = 'folder'
@@ -418,6 +421,14 @@ class FolderSource:
         "Count the rows of a labelled task without reading them."
         columns = TASKS[_check_task(task)]
         return _open_parquet(self.path, task, lang, split, columns).metadata.num_rows
+
+    def size(self, lang: str, split: str = 'train') -> int:
+        "Read from the file's footer how many bytes of text there are, to within 4 a row."
+        if split == 'test' and not (self.path/'text'/lang/'test.parquet').exists(): return 0
+        file = _open_parquet(self.path, 'text', lang, split, ('text',)).metadata
+        groups = [file.row_group(g) for g in range(file.num_row_groups)]
+        return sum(c.total_uncompressed_size for g in groups
+                   for c in map(g.column, range(g.num_columns)) if c.path_in_schema == 'text')
 
     def revision(self) -> dict[str, str]:
         "Hash the contents, kind by kind and language by language."
@@ -487,7 +498,25 @@ def open_hub(repo: str, config: str | None, data_dir: str | None, commit: str | 
     try: return datasets.load_dataset(repo, config, revision=commit, streaming=streaming)
     finally: datasets.config.HF_HUB_OFFLINE = before
 
-# %% ../nbs/00_data.ipynb #6d6688d6
+# %% ../nbs/00_data.ipynb #002f94ff
+def hub_size(repo: str, config: str, commit: str | None, online: bool) -> tuple[int, int] | None:
+    "Ask the card of a data set for its bytes: of its text, and of a local copy still to be made."
+    import datasets
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or not online
+    try: builder = datasets.load_dataset_builder(repo, config, revision=commit)
+    except Exception: return None                           # opening it tells why
+    finally: datasets.config.HF_HUB_OFFLINE = before
+    text, download = builder.info.dataset_size, builder.info.download_size
+    if text is None: return None
+    return text, 0 if Path(builder.cache_dir).exists() else text + (download or text)
+
+def hub_cache() -> Path:
+    "Name the folder that holds the hub's local copies."
+    from huggingface_hub import constants
+    return Path(constants.HF_HOME)
+
+# %% ../nbs/00_data.ipynb #16c707c2
 class HubSource:
     "Read the paper's data sets from the Hugging Face hub [paper Section 3.2]."
     name, languages = 'hub', tuple(LANGUAGES)
@@ -495,9 +524,11 @@ class HubSource:
                  streaming: bool = False,   # True: read over the network anew, keep no local copy
                  held_out: float = .01,     # share of Wikipedia for validation, and for test
                  opener: Callable = open_hub,  # opens a data set; another one in tests
-                 resolver: Callable = resolve_revision):  # finds its commit
+                 resolver: Callable = resolve_revision,  # finds its commit
+                 sizer: Callable = hub_size):  # tells its bytes
         self.streaming, self.held_out, self._online = streaming, held_out, True
-        self._opener, self._resolver, self._commits = opener, resolver, {}
+        self._opener, self._resolver, self._sizer, self._commits = opener, resolver, sizer, {}
+        self._sizes = functools.cache(self._look_up)
         self._open = functools.cache(self._load)            # each data set is opened once
 
     def text(self, lang: str, split: str = 'train') -> Iterator[str]:
@@ -507,6 +538,15 @@ class HubSource:
         return (text.as_py() for table in rows.iter(1000)
                 for id, text in zip(table['id'], table['text'])
                 if split_of(id, self.held_out) == split)
+
+    def size(self, lang: str, split: str = 'train') -> int | None:
+        "Estimate the bytes of text from the card, which counts titles too; None if it lacks them."
+        if (sizes := self._sizes(lang)) is None: return None
+        return round(sizes[0] * (1 - 2 * self.held_out if split == 'train' else self.held_out))
+
+    def copy_size(self, lang: str) -> int:
+        "Tell what a local copy of the text will take: as downloaded and as read; 0 if it is there."
+        return 0 if self.streaming else (self._sizes(lang) or (0, 0))[1]
 
     def examples(self, task: str, lang: str, split: str) -> list[dict]:
         "Give the rows of a labelled task."
@@ -531,6 +571,11 @@ class HubSource:
             self._commits[kind], self._online = self._resolver(
                 HUB[kind], HUB_REVISIONS.get(kind), self._online)
         return self._commits[kind]
+
+    def _look_up(self, lang):
+        commit = self._commit('text')
+        return self._sizer(HUB['text'], f'{WIKIPEDIA_DUMP}.{lang}',
+                           None if commit == 'unknown' else commit, self._online)
 
     def _load(self, kind, config, data_dir=None):
         repo, commit = HUB[kind], self._commit(kind)
@@ -587,7 +632,7 @@ def _tokenise(documents: Iterable[str], tokenizer, path: Path, workers: int,
     finally: temporary.unlink(missing_ok=True)
     return dict(zip(('tokens', 'documents', 'sentences', 'unknown'), total.tolist(), strict=True))
 
-# %% ../nbs/00_data.ipynb #7b63a269
+# %% ../nbs/00_data.ipynb #d29c507b
 def _text_revision(source: Source, lang: str) -> dict[str, str]:
     "Keep of a source's revision what bears on one language's text."
     return {k: v for k, v in source.revision().items()
@@ -604,6 +649,14 @@ def _read_manifest(folder: Path) -> dict[str, dict]:
     try: return dict(json.loads((folder / 'manifest.json').read_text()))
     except (OSError, ValueError, TypeError): return {}
 
+def _key(source: Source, lang: str, split: str, tokenizer, max_sentences, seed: int) -> dict:
+    "List what a file of ids depends on."
+    cap = _cap(max_sentences, lang) if split == 'train' else None
+    key = dict(lang=lang, split=split, source=source.name, tokenizer=tokenizer.fingerprint,
+               revision=_text_revision(source, lang), max_sentences=cap, seed=cap and seed)
+    pairs = getattr(source, 'pairs', False)     # two lines, each with its </s>
+    return key | {'pairs': True} if pairs else key
+
 def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
     "Find the file with this key, if it has the length that the manifest says."
     for name, entry in _read_manifest(folder).items():
@@ -611,7 +664,71 @@ def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
         if _matches(entry, key) and path.exists() and path.stat().st_size == 2 * entry['tokens']:
             return path, entry
 
-# %% ../nbs/00_data.ipynb #391cc258
+# %% ../nbs/00_data.ipynb #89efa7c2
+IDS_PER_BYTE = .65  # bytes of ids for one of text: more than 8,000 pieces take in English
+
+def disk_needed(source: Source,        # where the text comes from
+                langs: Iterable[str],  # a row each
+                folder: str | Path,    # where the ids go
+                tokenizer: Tokenizer | WordTokenizer | None = None,  # None: not yet trained
+                max_sentences: dict | int | None = None,  # caps, as for prepare_corpus
+                splits: tuple[str, ...] = SPLITS, seed: int = 0,  # the same
+                ) -> list[dict]:       # bytes: of text, of ids and local copy still to be made
+    "Tell what preparing takes on the disk before it starts; toy text counts as nothing."
+    rows = []
+    for lang in check_languages(source, langs):
+        copy = source.copy_size(lang) if hasattr(source, 'copy_size') else 0
+        rows.append(row := dict(lang=lang, text=0, ids=0, copy=copy))
+        for split in splits if hasattr(source, 'size') else ():
+            text = source.size(lang, split) or 0
+            row['text'] += text
+            if tokenizer and _find(Path(folder), _key(source, lang, split, tokenizer,
+                                                      max_sentences, seed)): continue
+            cap = _cap(max_sentences, lang) if split == 'train' else None
+            look = text and (tokenizer or cap) and not copy
+            row['ids'] += _ids_size(source, lang, split, tokenizer, text, cap) if look else round(
+                text * IDS_PER_BYTE)
+    return rows
+
+# %% ../nbs/00_data.ipynb #687a06c9
+def _ids_size(source: Source, lang: str, split: str, tokenizer, text: int, cap: int | None) -> int:
+    "Estimate the bytes of ids from the first documents."
+    sample = next(_chunks(source.text(lang, split)), [''])
+    size = sum(len(d.encode()) for d in sample)
+    ids = len(_encode_documents(tokenizer, False, sample)[0]) if tokenizer else size * IDS_PER_BYTE
+    times = text / max(size, 1)
+    if cap: times = min(times, cap / max(1, sum(len(split_sentences(d)) for d in sample)))
+    return round(ids * times)
+
+def check_room(rows: list[dict],  # from disk_needed
+               folder: str | Path) -> None:
+    "Raise `InputError` if a disk has less room than preparing takes."
+    disks = {}
+    for what, place in (('ids', Path(folder)), ('copy', hub_cache)):
+        if not (need := sum(row[what] for row in rows)): continue
+        place = (place() if callable(place) else place).absolute()
+        while not place.exists(): place = place.parent
+        disks.setdefault(place.stat().st_dev, [place, 0])[1] += need
+    for place, need in disks.values():
+        if need > (free := shutil.disk_usage(place).free):
+            raise InputError(
+                f"the text of {', '.join(r['lang'] for r in rows)} takes about {need / 1e9:,.2f} "
+                f"GB on the disk of {place}, which has {free / 1e9:,.2f} GB free. Make room, name "
+                "a folder on another disk, or prepare it from HubSource(streaming=True), which "
+                "keeps no copy of the hub's text.")
+
+@contextmanager
+def _in_turn(folder: Path):
+    "Let one process at a time write to a folder; another one waits."
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'lock', 'w') as f:
+        try:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except (ImportError, OSError): pass                 # not on this system
+        yield
+
+# %% ../nbs/00_data.ipynb #7b2b5b1a
 def prepare_corpus(source: Source,        # where the text comes from
                    langs: Iterable[str],  # the languages to tokenise
                    tokenizer: Tokenizer | WordTokenizer,  # its vocabulary fits 16 bits
@@ -626,11 +743,9 @@ def prepare_corpus(source: Source,        # where the text comes from
     workers = workers or min(cpu_count(), 16)
     if tokenizer.vocab_size > 2**16:
         raise InputError(f"{tokenizer.vocab_size} subwords do not fit 16 bits. Use at most 65536.")
+    check_room(disk_needed(source, langs, folder, tokenizer, max_sentences, splits, seed), folder)
     for lang, split in ((lang, split) for lang in langs for split in splits):
-        cap = _cap(max_sentences, lang) if split == 'train' else None
-        key = dict(lang=lang, split=split, source=source.name, tokenizer=tokenizer.fingerprint,
-                   revision=_text_revision(source, lang), max_sentences=cap, seed=cap and seed)
-        if getattr(source, 'pairs', False): key['pairs'] = True   # two lines, each with its </s>
+        key = _key(source, lang, split, tokenizer, max_sentences, seed)
         found = _find(folder, key) or _prepare(source, key, tokenizer, folder, workers)
         if found is None: continue
         ids, entry = np.memmap(found[0], dtype=np.uint16, mode='r'), found[1]
@@ -638,7 +753,7 @@ def prepare_corpus(source: Source,        # where the text comes from
         corpora.setdefault(lang, {})[split] = corpus
     return corpora
 
-# %% ../nbs/00_data.ipynb #9d972dc4
+# %% ../nbs/00_data.ipynb #9c2b3fc7
 def _prepare(source: Source, key: dict, tokenizer, folder: Path,
              workers: int) -> tuple[Path, dict] | None:
     "Tokenise one language's split and enter it in the manifest; None where there is no test text."
@@ -647,15 +762,18 @@ def _prepare(source: Source, key: dict, tokenizer, folder: Path,
     except InputError:
         if split == 'test': return None
         raise
-    documents = cap_sentences(documents, key['max_sentences'], key['seed'] or 0)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     name = f'{lang}/{split}-{digest}.ids'
-    counts = _tokenise(documents, tokenizer, folder / name, workers, key.get('pairs', False))
-    if not counts['documents']:
-        if split == 'test': return None
-        raise InputError(f"language {lang!r} has no {split} text. Leave it out, or add text.")
-    manifest = _read_manifest(folder) | {name: key | counts}
-    _write(folder / 'manifest.json', json.dumps(manifest, indent=1, sort_keys=True).encode())
+    with _in_turn(folder):
+        if found := _find(folder, key): return found        # another process made it meanwhile
+        for left in folder.glob(f'{name}.*.tmp'): left.unlink()     # by a kill
+        documents = cap_sentences(documents, key['max_sentences'], key['seed'] or 0)
+        counts = _tokenise(documents, tokenizer, folder / name, workers, key.get('pairs', False))
+        if not counts['documents']:
+            if split == 'test': return None
+            raise InputError(f"language {lang!r} has no {split} text. Leave it out, or add text.")
+        manifest = _read_manifest(folder) | {name: key | counts}
+        _write(folder / 'manifest.json', json.dumps(manifest, indent=1, sort_keys=True).encode())
     return folder / name, manifest[name]
 
 # %% ../nbs/00_data.ipynb #5c9b7440

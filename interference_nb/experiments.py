@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
-           'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'keep_lessons', 'alone', 'teach_one', 'lessons',
-           'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
-           'check_format', 'device', 'cost', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts',
-           'complete_records', 'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table',
-           'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records',
-           'table_page']
+           'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'is_pretrained', 'keep_lessons', 'alone', 'teach_one',
+           'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
+           'check_format', 'device', 'pretrain_all', 'small', 'cost', 'run_all', 'metrics', 'Score', 'read_scores',
+           'read_counts', 'complete_records', 'load_results', 'Paired', 'paired', 'table_columns', 'table_cells',
+           'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings', 'verdict_table',
+           'about_records', 'table_page']
 
-# %% ../nbs/07_experiments.ipynb #da73240d
+# %% ../nbs/07_experiments.ipynb #1e12ca4a
 import hashlib, itertools, json, math, multiprocessing, shutil, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-from .data import (InputError, Stream, check_languages, cpu_count, dev_batches,
-                                  load_tokenizer, prepare_corpus, train_tokenizer)
+from .data import (InputError, Stream, check_languages, check_room, cpu_count,
+                                  dev_batches, disk_needed, load_tokenizer, prepare_corpus,
+                                  train_tokenizer)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig
+from .distributed import first_process_first, processes
 from .pretrain import (Feed, JointStep, Record, TrainConfig, config_hash,
                                       load_checkpoint, perplexity, read_record, run_info,
                                       same_config, save_checkpoint, train)
@@ -146,12 +148,13 @@ def plan(systems, langs, seeds: int, scale: Scale, data: str = 'toy',
     return [RunSpec(s, own, langs, seed, scale, str(data), tuple(tasks))
             for seed in range(seeds) for s in systems for own in models(s)]
 
-# %% ../nbs/07_experiments.ipynb #be65e85c
+# %% ../nbs/07_experiments.ipynb #dd7f739f
 def materials(spec: RunSpec, folder,  # of the experiment
-              workers: int | None = 1):  # -> source, tokenizer, {lang: {split: Corpus}}
-    "Open the data of a run: source, vocabulary of the pair, tokenised text."
+              workers: int | None = 1,  # processes that tokenise; None: one a core
+              source=None):  # in place of the one that `spec.data` names
+    "Open the data of a run: source, vocabulary of the pair, {lang: {split: Corpus}}."
     toy = spec.data.split(':')[0] == 'toy'
-    source = open_source(spec.data, seed=spec.seed if toy else 0)
+    source = source or open_source(spec.data, seed=spec.seed if toy else 0)
     langs = check_languages(source, spec.pair)
     capped = ''.join(f'-{l}{n}' for l, n in sorted(spec.max_sentences.items()))
     folder = Path(folder)/'data'/('+'.join(spec.pair) + capped + (f'-{spec.seed}' if toy else ''))
@@ -161,7 +164,7 @@ def materials(spec: RunSpec, folder,  # of the experiment
                                        spec.scale.train.temperature, caps, folder/'tokenizer')
     return source, tokenizer, prepare_corpus(source, langs, tokenizer, folder, caps, workers)
 
-# %% ../nbs/07_experiments.ipynb #101ca16a
+# %% ../nbs/07_experiments.ipynb #9494a6e3
 def weights_hash(model) -> str:
     "Name a model's weights, bit for bit."
     found = hashlib.sha256()
@@ -177,27 +180,34 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, p
     path = path.with_name(f'tokenizer-{about}')
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_room(disk_needed(source, langs, path.parent, None, caps), path.parent)
         train_tokenizer(source, langs, vocab_size, temperature=temperature,
                         max_sentences=caps).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #d6ecb691
+# %% ../nbs/07_experiments.ipynb #112a75ea
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
-        progress: bool = False) -> list[dict]:  # rows of the record
+        progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
-    home = Path(folder)/spec.name
-    if (rows := complete(spec, home)): return rows
-    with alone(home):
-        if SYSTEMS[spec.system].hub: return run_hub(spec, home, progress)
-        return run_own(spec, folder, home, progress)
+    home, first = Path(folder)/spec.name, processes()[0] == 0
+    hub, workers = SYSTEMS[spec.system].hub, None if processes()[1] > 1 else 1
+    with ExitStack() as locked:
+        with first_process_first():         # the others find its decisions and its files
+            if (rows := complete(spec, home)): return rows if first else None
+            if first: locked.enter_context(alone(home))
+            data = None if hub else materials(spec, folder, workers)
+            if data: lessons(spec, data[0])                 # refuses tasks without rows
+            trained = is_pretrained(spec, home)
+        if not first and (hub or trained): return None
+        return run_hub(spec, home, progress) if hub else run_own(spec, home, data, progress)
 
-def run_own(spec: RunSpec, folder, home: Path, progress: bool) -> list[dict]:
-    "Pretrain, prune and finetune one of our models."
-    source, tokenizer, corpora = materials(spec, folder)
-    lessons(spec, source)                               # refuses tasks without rows
+def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict] | None:
+    "Pretrain, prune and finetune one of our models; all but the first process leave when trained."
+    source, tokenizer, corpora = data
     meta = SYSTEMS[spec.system].meta and (spec.meta or SYSTEMS[spec.system].meta)
     feed, dev = text_of(spec, tokenizer, corpora, meta)
     model = pretrained(spec, home, source, tokenizer, corpora, feed, dev, meta, progress)
+    if processes()[0]: return None
     record = Record(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     for prune in spec.prune:
         if not any(held_gates(prune, r) for r in record.rows):
@@ -229,10 +239,7 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
                dev: dict[str, list], meta: MetaConfig | None, progress: bool):  # -> model
     "Give the run's pretrained model: from its checkpoint, else trained, from where it was cut."
     at, system, cfg = home/'checkpoint.safetensors', SYSTEMS[spec.system], spec.train
-    path, before = home/'record.jsonl', home/'record-before.jsonl'
-    if any(r['kind'] == 'end' for r in held(spec, home)):
-        if at.exists(): return load_model(at, tokenizer, device=device())
-        path.replace(before)                # a record without its checkpoint: train once more
+    if is_pretrained(spec, home): return load_model(at, tokenizer, device=device())
     torch.manual_seed(cfg.seed)
     model_cfg = replace(spec.scale.model, vocab_size=tokenizer.vocab_size)
     model = MultilingualLM(model_cfg, spec.langs, system.variant).to(device())
@@ -246,8 +253,16 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
                  sentences={l: corpora[l]['train'].n_sentences for l in spec.langs})
     probe = [GradientProbe(spec.probe, home)] if spec.probe else []
     train(model, feed, cfg, dev, step, probe, home, about, progress)
-    if before.exists(): keep_lessons(before, path)
+    before = home/'record-before.jsonl'
+    if before.exists() and not processes()[0]: keep_lessons(before, home/'record.jsonl')
     return model
+
+def is_pretrained(spec: RunSpec, home: Path) -> bool:
+    "Say if the model is there; a record without its checkpoint is put aside, to train once more."
+    if not any(r['kind'] == 'end' for r in held(spec, home)): return False
+    if (home/'checkpoint.safetensors').exists(): return True
+    (home/'record.jsonl').replace(home/'record-before.jsonl')
+    return False
 
 def keep_lessons(before: Path, path: Path):
     "Take over what an older record of the same weights holds: they have the same perplexities."
@@ -411,7 +426,25 @@ def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/07_experiments.ipynb #26a6b783
+# %% ../nbs/07_experiments.ipynb #e370b2c6
+def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
+    "Pretrain runs one after another, all processes together; nothing is finetuned or pruned."
+    for spec in specs:
+        if not SYSTEMS[spec.system].hub: run(replace(spec, tasks=(), prune=()), folder, progress)
+
+def small(spec: RunSpec, steps: int = 8, data: str = 'toy:pairs') -> RunSpec:
+    "Give a run at a size for seconds on a CPU: a few steps of a tiny model on toy languages."
+    few = dict(epochs=1, max_train=32, max_dev=16, max_eval=16, batch_size=16, max_len=64)
+    scale = Scale(replace(spec.scale.model, vocab_size=0, dim=24, n_layers=2, ffn_dim=48),
+                  replace(spec.scale.train, steps=steps, batch_size=4, seq_len=32, warmup=2,
+                          eval_every=steps // 2, checkpoint_every=steps // 2),
+                  {t: replace(c, **few) for t, c in spec.scale.finetune.items()})
+    gates = lambda c: replace(c, steps=4, warmup=1, batch_size=8)
+    return replace(spec, scale=scale, data=data, prune=tuple(map(gates, spec.prune)),
+                   probe=spec.probe and replace(spec.probe, every=steps // 2, n_batches=4),
+                   max_sentences=dict.fromkeys(spec.max_sentences, 300))
+
+# %% ../nbs/07_experiments.ipynb #2a9b7976
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
@@ -430,6 +463,9 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
             executor: Executor | None = None,  # what runs them, if not processes of this machine
             ) -> Iterator[tuple[RunSpec, list[dict] | Exception]]:
     "Run side by side what is not complete; give each run's record, or what stopped it, as it ends."
+    if processes()[1] > 1:                      # pretrained by all of them, the rest as usual
+        pretrain_all(specs, folder)
+        if processes()[0]: return
     todo, names = [], [s.name for s in specs]
     if twice := [n for n in names if names.count(n) > 1]:
         raise InputError(f'{twice[0]} is asked for twice. Name each pair and each system once.')
@@ -440,9 +476,7 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
         else: todo.append(spec)
     todo.sort(key=cost, reverse=True)
     if len(todo) > 2: todo.insert(1, todo.pop())     # a short one early: a first number to look at
-    data = lambda s: (s.data, s.pair, s.seed, *sorted(s.max_sentences.items()),
-                      s.scale.model.vocab_size, s.scale.train.temperature)
-    for same in grouped((s for s in todo if not SYSTEMS[s.system].hub), data):
+    for same in sharing_data(todo):
         try: materials(same[0], folder, workers=None)
         except Exception as e:
             for spec in same:
@@ -456,11 +490,14 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
             yield from as_they_end(pool, todo, folder, waiting)
         todo = waiting
 
-# %% ../nbs/07_experiments.ipynb #a0cacd58
-def grouped(specs: Iterable[RunSpec], key) -> list[list[RunSpec]]:
-    "Put runs with the same key together, in their order."
+# %% ../nbs/07_experiments.ipynb #eb915c07
+def sharing_data(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
+    "Put runs with the same text and vocabulary together; those of the hub's models need none."
     out = {}
-    for s in specs: out.setdefault(key(s), []).append(s)
+    for s in (s for s in specs if not SYSTEMS[s.system].hub):
+        key = (s.data, s.pair, s.seed, *sorted(s.max_sentences.items()), s.scale.model.vocab_size,
+               s.scale.train.temperature)
+        out.setdefault(key, []).append(s)
     return list(out.values())
 
 def as_they_end(executor, specs: list[RunSpec], folder, waiting: list[RunSpec]) -> Iterator:

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'SETTINGS', 'SAID', 'EXHIBITS', 'VERDICTS', 'ALIKE', 'PAPER_ROW',
-           'PAPER_NOTE', 'Cells', 'LEGENDS', 'LATEX', 'Setting', 'Block', 'Exhibit', 'claims_on', 'claims_on_mono',
-           'claims_of_three', 'claims_of_size', 'losses_over_time', 'of_time', 'of_gradients', 'of_gates', 'of_causes',
-           'draw_figure', 'gates_of', 'run_of', 'make_setting', 'has_data', 'specs_of', 'cells', 'choose', 'narrow',
-           'refused', 'check_records', 'finished', 'work_left', 'pace', 'time_step', 'disk', 'trials', 'parameters',
-           'plan_cells', 'results_of', 'measure', 'values_of', 'draws', 'resample', 'resampled_of', 'Compared',
-           'compare', 'best', 'seeds_needed', 'power_note', 'verdicts_of', 'over_shared', 'verdict_lines', 'in_short',
-           'not_run', 'cells_of', 'own_names', 'columns_after', 'score_cells', 'difference_cells', 'arrange', 'page',
-           'caption', 'untested', 'origin', 'about_setting', 'data_name', 'latex', 'latex_table', 'escape', 'as_csv',
-           'write', 'judged', 'write_figures', 'write_statistics', 'write_index']
+           'PAPER_NOTE', 'Cells', 'LEGENDS', 'LATEX', 'FAMILIES', 'FAMILY_LEGEND', 'Setting', 'Block', 'Exhibit',
+           'claims_on', 'claims_on_mono', 'claims_of_three', 'claims_of_size', 'losses_over_time', 'of_time',
+           'of_gradients', 'of_gates', 'of_causes', 'draw_figure', 'gates_of', 'run_of', 'make_setting', 'has_data',
+           'specs_of', 'cells', 'choose', 'narrow', 'refused', 'check_records', 'finished', 'work_left', 'pace',
+           'time_step', 'disk', 'trials', 'parameters', 'plan_cells', 'results_of', 'measure', 'values_of', 'draws',
+           'resample', 'resampled_of', 'Compared', 'compare', 'best', 'seeds_needed', 'power_note', 'verdicts_of',
+           'over_shared', 'verdict_lines', 'in_short', 'not_run', 'cells_of', 'own_names', 'columns_after',
+           'score_cells', 'difference_cells', 'arrange', 'page', 'caption', 'untested', 'origin', 'about_setting',
+           'about_size', 'data_name', 'latex', 'latex_table', 'escape', 'as_csv', 'write', 'judged', 'write_figures',
+           'write_statistics', 'write_index', 'family', 'records_of', 'family_page', 'family_cells']
 
-# %% ../nbs/07a_reproduce.ipynb #a6d7f8a8
+# %% ../nbs/07a_reproduce.ipynb #1f3497a4
 import csv, math, time, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from .data import (LANGUAGES, TASKS, Batch, InputError, corpus_statistics,
                                   mask_tokens, statistics_table)
+from .toy_languages import open_source
 from .pretrain import JointStep, TrainConfig, read_record, run_info
 from .adapters import MultilingualLM
 from .transformer import ModelConfig
@@ -37,7 +39,7 @@ from .experiments import (SCALES, SYSTEMS, Claim, RunSpec, Scale, Score,
                                          in_figures, markdown_table, paired, read_counts,
                                          read_scores, verdicts)
 
-# %% ../nbs/07a_reproduce.ipynb #655f0de7
+# %% ../nbs/07a_reproduce.ipynb #73a2a67f
 TARGETS = 'ar', 'fr', 'ru', 'hi', 'sw', 'te'    # English's partners [paper 3.2]
 PROBED = 'ar', 'fr'                             # those of Figures 3 and 4
 THIRD = {'hi': 'mr', 'te': 'kn'}                # a similar language for a trilingual model
@@ -66,8 +68,8 @@ SETTINGS = {
                    prune=(PruneConfig.toy(), PruneConfig.toy(l0=3.))),
     'mini': Setting('mini', SCALES['mini'], None, small={'fr': 3000, 'ru': 3000},
                     probe=ProbeConfig(every=200), prune=(PruneConfig.mini(),)),
-    'paper': Setting('paper', replace(SCALES['paper'], train=TrainConfig.paper(accumulate=4)),
-                     'hub', systems=tuple(SYSTEMS), small={'fr': 100_000, 'ru': 100_000},
+    'paper': Setting('paper', SCALES['paper'], 'hub', systems=tuple(SYSTEMS),
+                     small={'fr': 100_000, 'ru': 100_000},
                      probe=ProbeConfig.paper(every=500), prune=(PruneConfig.paper(),))}
 
 # %% ../nbs/07a_reproduce.ipynb #9621bf81
@@ -766,7 +768,7 @@ def arrange(rows: list[dict], title: str, show: Callable, end: str = '') -> Cell
     return [title, *columns], [[row, *cells] for row, cells in lines.items()
                                if any(c != '–' for c in cells)]
 
-# %% ../nbs/07a_reproduce.ipynb #356e5f4e
+# %% ../nbs/07a_reproduce.ipynb #335b7af0
 LEGENDS = {
     'table2': PAPER_NOTE,
     'table7': 'Exact match is not resampled, for records keep no counts of it; it is never bold.',
@@ -843,11 +845,15 @@ def origin(setting: Setting, folder, specs: list[RunSpec]) -> str:
 
 def about_setting(setting: Setting) -> str:
     "Say how large the runs of a setting are, on what data, and how many."
+    return (f"{about_size(setting)} Data '{data_name(setting)}', {setting.seeds} "
+            f"seed{'s' * (setting.seeds > 1)}.")
+
+def about_size(setting: Setting) -> str:
+    "Say how large the runs of a setting are."
     train, model = setting.scale.train, setting.scale.model
     pieces = f', a vocabulary of {model.vocab_size:,}' if model.vocab_size else ''
     return (f'Scale {setting.name}: {train.steps:,} steps of {train.batch_size * train.accumulate} '
-            f'x {train.seq_len} tokens, {model.n_layers} layers of {model.dim}{pieces}. '
-            f"Data '{data_name(setting)}', {setting.seeds} seed{'s' * (setting.seeds > 1)}.")
+            f'x {train.seq_len} tokens, {model.n_layers} layers of {model.dim}{pieces}.')
 
 def data_name(setting: Setting) -> str:
     "Name the data without its place."
@@ -967,3 +973,77 @@ def write_index(setting: Setting, source, folder) -> Path:
     path = Path(folder)/'index.md'
     path.write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
     return path
+
+# %% ../nbs/07a_reproduce.ipynb #c1e729f2
+FAMILIES = {
+    'monolingual': lambda s: s.system == 'mono' and not s.max_sentences,
+    'bilingual': lambda s: (s.system in ('joint', 'joint2x', 'joint6x') and len(s.pair) == 2
+                            and not s.max_sentences),
+    'variants': lambda s: s.system in ('ffn', 'attn', 'adpt', 'share_adpt'),
+    'meta-adapters': lambda s: s.system == 'meta_adpt',
+    'low-resource': lambda s: bool(s.max_sentences),
+    'trilingual': lambda s: len(s.pair) == 3,
+    'hub': lambda s: bool(SYSTEMS[s.system].hub)}
+
+def family(name: str,  # key of `FAMILIES`, or 'all'
+           setting: Setting | None = None,  # the paper's if not given
+           ) -> list[RunSpec]:
+    "List the runs of a family that the tables and figures need."
+    setting = setting or SETTINGS['paper']
+    specs = specs_of(choose(['all'], setting), setting, open_source(setting.data))
+    return [s for s in specs if name == 'all' or FAMILIES[name](s)]
+
+def records_of(name: str,  # of a family
+               records,  # folder with a folder 'reproduce-<scale>' for each scale
+               ) -> dict[str, tuple[Path, set[str]]]:  # {scale: folder, names of complete runs}
+    "Find the records of a family, the largest scale first."
+    out = {}
+    for scale in reversed(SETTINGS):
+        folder = Path(records)/f'reproduce-{scale}'
+        like = replace(SETTINGS['paper'], small=SETTINGS[scale].small)      # only names matter
+        names = {s.name for s in family(name, like)}
+        found = {rows[-1]['name'] for rows in complete_records(folder, names)}
+        if found: out[scale] = folder, found
+    return out
+
+def family_page(name: str, records) -> str:  # Markdown
+    "Say what was run of a family at full scale, and show what its records hold at each scale."
+    asked, there = {s.name for s in family(name)}, records_of(name, records)
+    done = len(there['paper'][1]) if 'paper' in there else 0
+    parts = [f'{done} of {len(asked)} runs are complete at the scale of the paper.' if done else
+             f'**Not run at this scale.** None of these {len(asked)} runs has been made at the '
+             'scale of the paper. ' + ('What was run is smaller; [results](../07b_results.ipynb) '
+                                       'shows it in full.' if there else 'Nor has a smaller one.')]
+    for scale, (folder, names) in there.items():
+        parts += [f'{about_size(SETTINGS[scale])} {about_records(folder, names)}',
+                  markdown_table(*family_cells(read_scores(folder, names)))]
+    return '\n\n'.join([*parts, *[FAMILY_LEGEND] * bool(there)])
+
+FAMILY_LEGEND = ('Perplexity (ppl) is per masked token of held-out text; NER, POS and QA are F1, '
+                 'NLI is accuracy, in percent: means over the languages of a model, ± standard '
+                 'deviation over seeds.')
+
+def family_cells(scores: Iterable[Score]) -> tuple[list[str], list[list[str]]]:  # header, lines
+    "Arrange scores: a line for each system and its languages, means ± sd over seeds."
+    cells, where = {}, {True: 'within', False: 'zero-shot'}
+    for s in scores:
+        if s.task != 'ppl' and s.metric != task_spec(s.task).metric: continue
+        langs = s.pair.split('+')
+        column = (f'ppl {"English" if s.test == "en" else "partner"}' if s.task == 'ppl'
+                  else f'{s.task.upper()} {where[s.train == s.test]}')
+        if s.task == 'ppl' and s.test in langs[2:]: column = 'ppl third'
+        row = cells.setdefault((s.system, s.model, s.pair), {})
+        row.setdefault(column, {}).setdefault(s.seed, []).append(s.value)
+    columns = [c for c in ('ppl English', 'ppl partner', 'ppl third', *(
+        f'{t.upper()} {w}' for t in TASKS for w in where.values())) if any(
+            c in row for row in cells.values())]
+    def cell(seeds):
+        means = [np.mean(v) for v in seeds.values()]
+        if not means: return '–'
+        return f'{np.mean(means):.1f}' + (f' ±{np.std(means, ddof=1):.1f}' if means[1:] else '')
+    order = sorted(cells, key=lambda key: (list(SYSTEMS).index(key[0]), *key[1:]))
+    return (['system', 'languages', 'seeds', *columns],
+            [[s, model if model == pair else f'{model} of {pair}',
+              f'{max(len(seeds) for seeds in cells[s, model, pair].values())}',
+              *(cell(cells[s, model, pair].get(c, {})) for c in columns)]
+             for s, model, pair in order])

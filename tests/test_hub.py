@@ -70,9 +70,7 @@ def hub(tmp_path):
     wikipedia = Hub.root / 'wikimedia/wikipedia' / MAIN
     save(wikipedia / '20231101.sw/train-00000-of-00001.parquet',
          [dict(id=str(i), url='', title='', text=f'Mtoto {i}.') for i in range(3000)])
-    card = ('---\nconfigs:\n- config_name: 20231101.sw\n  data_files:\n'
-            '  - split: train\n    path: 20231101.sw/train-*\n---\n')
-    (wikipedia / 'README.md').write_text(card)
+    (wikipedia / 'README.md').write_text(CARD)
     treebanks = Hub.root / 'universal-dependencies/universal_dependencies'
     (treebanks / MAIN).mkdir(parents=True)
     (treebanks / MAIN / 'universal_dependencies.py').write_text('raise SystemExit("remote code")')
@@ -83,6 +81,26 @@ def hub(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown(); server.server_close()
+
+CARD = '''---
+configs:
+- config_name: 20231101.sw
+  data_files:
+  - split: train
+    path: 20231101.sw/train-*
+dataset_info:
+- config_name: 20231101.sw
+  features:
+  - {name: id, dtype: string}
+  - {name: url, dtype: string}
+  - {name: title, dtype: string}
+  - {name: text, dtype: string}
+  splits:
+  - {name: train, num_bytes: 100000, num_examples: 3000}
+  download_size: 30000
+  dataset_size: 100000
+---
+'''
 
 CLIENT = '''
 import sys
@@ -100,12 +118,23 @@ for streaming in (False, True)[:int(sys.argv[1])]:
     tell(lambda: hub.examples('nli', 'hi', 'test'))
 '''
 
-def ask(server, home, ways=1):
+SIZES = '''
+from interference_nb.data import HubSource, disk_needed
+def tell(hub):
+    row, = disk_needed(hub, ['sw'], 'ids')
+    print(hub.size('sw'), hub.size('sw', 'test'), row['text'], row['ids'], row['copy'])
+tell(HubSource(streaming=True))
+tell(HubSource())
+print(len(list(HubSource().text('sw'))) > 2000)
+tell(HubSource())
+'''
+
+def ask(server, home, ways=1, client=CLIENT):
     "What a fresh process gets from the hub, line by line."
     address = f'http://127.0.0.1:{server.server_port}'
     environment = os.environ | {'HF_HOME': str(home), 'HF_ENDPOINT': address}
     environment.pop('HF_HUB_OFFLINE', None)
-    done = subprocess.run([sys.executable, '-c', CLIENT, str(ways)], env=environment,
+    done = subprocess.run([sys.executable, '-c', client, str(ways)], env=environment,
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -125,3 +154,12 @@ def test_hub_pins_commits_streams_and_falls_back_on_the_local_copy(hub, tmp_path
     assert offline[:5] == online[:5]
     assert offline[5] == ('InputError: no network and no local copy of facebook/xnli (hi). '
                           'Go online once, or use --data FOLDER (parquet files) or --data toy.')
+
+def test_what_the_card_says_is_known_before_anything_is_fetched(hub, tmp_path):
+    "Bytes of the text, and of a copy: none where it is streamed, none once it is there."
+    ids = round(98_000 * .65) + 2 * round(1000 * .65)
+    text = '98000 1000 100000'
+    streamed, before, read, after = ask(hub, tmp_path / 'home', client=SIZES)
+    assert streamed == f'{text} {ids} 0' and before == f'{text} {ids} 130000' and read == 'True'
+    hub.shutdown(); hub.server_close()
+    assert after.endswith(' 0') and ask(hub, tmp_path / 'home', client=SIZES)[3] == after

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEFT_OUT = shutil.ignore_patterns('.venv', '.git', '_proc', '_docs', 'runs', '__pycache__',
-                                  '*.egg-info', '.*_cache')
+LEFT_OUT = shutil.ignore_patterns('.venv', '.git', '_proc', '_docs', '__pycache__', '*.egg-info',
+                                  '.*_cache')
 
 LOCAL = r'(?<![\w.])/(home|root|Users|tmp|var)/\w'      # a path of the machine that ran it
 
@@ -17,7 +17,9 @@ def notebooks():
 @pytest.fixture
 def copy(tmp_path):
     "A copy of the project, so that a failing check leaves nothing changed behind."
-    return Path(shutil.copytree(ROOT, tmp_path / 'copy', ignore=LEFT_OUT, symlinks=True))
+    def left_out(folder, names):        # the folder runs/, but not the notebooks of nbs/runs
+        return LEFT_OUT(folder, names) | ({'runs'} if Path(folder) == ROOT else set())
+    return Path(shutil.copytree(ROOT, tmp_path / 'copy', ignore=left_out, symlinks=True))
 
 def differing(copy, pattern):
     "Name the files matching `pattern` that are not the same here and in the copy."

@@ -1,0 +1,231 @@
+"""Full-scale runs: in a group of processes, from prepared text; what is prepared survives a kill,
+knows its size beforehand and stays small in memory; each notebook of `runs/` shows real records."""
+import json, multiprocessing, os, re, resource, shutil, signal
+from dataclasses import replace
+from pathlib import Path
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from interference_nb import data
+from interference_nb.data import (FolderSource, HubSource, InputError, WordTokenizer, check_room,
+                                  disk_needed, prepare_corpus, train_tokenizer)
+from interference_nb.distributed import launch, processes
+from interference_nb.experiments import (SCALES, Scale, alone, plan, run, run_all,
+                                         small)
+from interference_nb.finetune import FinetuneConfig
+from interference_nb.pretrain import TrainConfig, load_checkpoint, read_record
+from interference_nb.reproduce import (FAMILIES, SETTINGS, family, family_page, records_of)
+from interference_nb.toy_languages import ToySource, toy_tokenizer
+from interference_nb.transformer import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+FULL_SCALE = sorted((ROOT/'nbs'/'runs').glob('*.ipynb'))
+
+# one run in several processes
+
+TINY = Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16),
+             TrainConfig.toy(steps=12, warmup=4, accumulate=2, lr=1e-3, eval_every=6,
+                             checkpoint_every=6),
+             dict.fromkeys(('ner', 'pos'), FinetuneConfig.toy(epochs=1, max_train=32, max_dev=16,
+                                                              max_eval=16)))
+
+def record(folder, spec): return read_record(folder/spec.name/'record.jsonl')
+
+def told(rows):
+    "What a record says, without times and places."
+    return [r['kind'] for r in rows], [r['ppl'] for r in rows if 'ppl' in r]
+
+def own_rows(spec, folder):
+    "Run, and note what each process got back."
+    rows = run(spec, folder)
+    (folder/f'rank{processes()[0]}').write_text(json.dumps(rows))
+
+def test_two_processes_make_the_run_of_one(tmp_path):
+    "The same record, the same weights to rounding; what is added later leaves them alone."
+    spec, = plan(['adpt'], ('en', 'x3'), 1, TINY, tasks=('ner',))
+    both, one = tmp_path/'both', tmp_path/'one'
+    launch(own_rows, spec, both, processes=2)
+    run(spec, one)
+    assert told(record(both, spec))[0] == told(record(one, spec))[0]
+    for a, b in zip(told(record(both, spec))[1], told(record(one, spec))[1], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    (a, about), (b, _) = (load_checkpoint(f/spec.name/'checkpoint.safetensors')
+                          for f in (both, one))
+    assert a.keys() == b.keys() and about['step'] == 12
+    close = [torch.isclose(a[n].float(), b[n].float(), rtol=1e-3, atol=1e-4).float().mean()
+             for n in a]
+    assert min(close) > .95             # Adam's first steps follow signs, also of rounding
+    returned = [json.loads((both/f'rank{r}').read_text()) for r in (0, 1)]
+    assert returned == [json.loads(json.dumps(record(both, spec))), None]
+
+    whole = (both/spec.name/'record.jsonl').read_bytes()            # complete: nothing is done
+    launch(own_rows, spec, both, processes=2)
+    assert (both/spec.name/'record.jsonl').read_bytes() == whole
+    assert json.loads((both/'rank1').read_text()) is None
+
+    (both/spec.name/'checkpoint.safetensors').unlink()              # trained again, alike: kept
+    launch(own_rows, replace(spec, tasks=('ner', 'pos')), both, processes=2)
+    before = [json.loads(line) for line in whole.splitlines()]
+    after, lessons = record(both, spec), ('finetune',)
+    held = [r for r in before if r['kind'] in lessons]
+    assert [r for r in after if r['kind'] in lessons][:2] == held and len(held) == 2
+    assert [r['task'] for r in after if r['kind'] in lessons] == ['ner', 'ner', 'pos', 'pos']
+
+def everything(specs, folder):
+    for _ in run_all(specs, folder, workers=1): pass
+
+def test_a_group_pretrains_and_its_first_process_finetunes(tmp_path):
+    "What `torchrun ... interference reproduce` does; a folder in use stops all processes at once."
+    specs = [replace(s, tasks=('ner',)) for s in plan(['joint', 'ffn'], ('en', 'x3'), 1, TINY)]
+    with alone(tmp_path/specs[0].name), pytest.raises(InputError, match='process . of 2 failed'):
+        launch(everything, specs, tmp_path, processes=2)
+    launch(everything, specs, tmp_path, processes=2)
+    for spec in specs:
+        kinds = [r['kind'] for r in record(tmp_path, spec)]
+        assert kinds[-3:] == ['finetune', 'finetune', 'done'] and kinds.count('end') == 1
+
+# preparing text
+
+def folder_of(path, langs, documents, words=200):
+    "A folder of text in the hub's schema."
+    for lang in langs:
+        for split, n in dict(train=documents, validation=20, test=20).items():
+            place = path/'text'/lang/f'{split}.parquet'
+            place.parent.mkdir(parents=True, exist_ok=True)
+            rows = [dict(id=f'{i}', text=f'{lang} {i} ' + 'mama anauza maji leo ' * (words // 4))
+                    for i in range(n)]
+            pq.write_table(pa.Table.from_pylist(rows), place, row_group_size=100)
+    return FolderSource(path)
+
+class Dying(FolderSource):
+    "Is killed while it gives a language's text."
+    def text(self, lang, split='train'):
+        for i, document in enumerate(super().text(lang, split)):
+            if lang == 'sw' and split == 'train' and i == 150: os.kill(os.getpid(), signal.SIGKILL)
+            yield document
+
+def aside(f, *args):
+    "Start a function in a process of its own."
+    process = multiprocessing.get_context('fork').Process(target=f, args=args)
+    process.start()
+    return process
+
+WORDS = WordTokenizer(['mama', 'anauza', 'maji', 'leo', 'en', 'sw', *map(str, range(300))])
+
+def prepare(kind, path, tokenizer, folder):
+    prepare_corpus(kind(path), ['en', 'sw'], tokenizer, folder, workers=1)
+
+def test_a_kill_while_preparing_loses_the_file_in_work_only(tmp_path):
+    source = folder_of(tmp_path/'text', ('en', 'sw'), 300, words=500)
+    process = aside(prepare, Dying, source.path, WORDS, tmp_path/'ids')
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path/'ids').rglob('*.ids')}
+    assert len(times) == 3 and list((tmp_path/'ids').rglob('*.tmp'))      # English; a torn file
+    left = sum(r['ids'] for r in disk_needed(source, ['en', 'sw'], tmp_path/'ids', WORDS))
+    made = prepare_corpus(source, ['en', 'sw'], WORDS, tmp_path/'ids', workers=1)
+    assert not list((tmp_path/'ids').rglob('*.tmp'))
+    assert all(p.stat().st_mtime_ns == then for p, then in times.items())
+    whole = prepare_corpus(source, ['en', 'sw'], WORDS, tmp_path/'whole', workers=1)
+    for lang, splits in whole.items():
+        for split, corpus in splits.items(): assert (corpus.ids == made[lang][split].ids).all()
+    took = sum(2 * c.n_tokens for c in made['sw'].values())
+    assert took == pytest.approx(left, rel=.05)         # and what was left to do was known
+
+def test_two_that_prepare_the_same_do_it_once(tmp_path):
+    source = folder_of(tmp_path/'text', ('en', 'sw'), 300)
+    both = [aside(prepare, FolderSource, source.path, WORDS, tmp_path/'ids') for _ in range(2)]
+    for process in both: process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    manifest = json.loads((tmp_path/'ids'/'manifest.json').read_text())
+    assert len(manifest) == 6 == len(list((tmp_path/'ids').rglob('*.ids')))
+
+def peaks(paths, tokenizer, pipe):
+    "Prepare one text after another and tell the peak of resident memory after each, in MB."
+    for path in paths:
+        train_tokenizer(FolderSource(path), ['en'], 30, sample_sentences=100, workers=1)
+        prepare_corpus(FolderSource(path), ['en'], tokenizer, path/'ids', workers=1)
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    "A process prepares a text, then one eight times as long: its peak of memory stays."
+    sources = [folder_of(tmp_path/str(n), ('en',), n, words=1000) for n in (300, 2400)]
+    ours, theirs = multiprocessing.Pipe()
+    tokenizer = toy_tokenizer(ToySource(0), ('en',))
+    process = aside(peaks, [s.path for s in sources], tokenizer, theirs)
+    process.join(120)
+    before, after = ours.recv(), ours.recv()
+    more = (sources[1].size('en') - sources[0].size('en')) / 1e6
+    assert more > 5 and after - before < more / 4, (before, after, more)
+
+def test_a_disk_too_small_is_told_before_it_starts(tmp_path, monkeypatch):
+    source = folder_of(tmp_path/'text', ('en', 'sw'), 50)
+    monkeypatch.setattr(data.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(9, 9, 9))
+    tokenizer = toy_tokenizer(ToySource(0), ('en',))
+    with pytest.raises(InputError, match=r'text of en, sw takes about .* GB free\. Make room'):
+        prepare_corpus(source, ['en', 'sw'], tokenizer, tmp_path/'ids')
+    assert not (tmp_path/'ids').exists()
+    spec, = plan(['joint'], ('en', 'sw'), 1, SCALES['pocket'], tmp_path/'text')
+    with pytest.raises(InputError, match='GB free'): run(spec, tmp_path/'runs')
+
+def test_the_hub_counts_its_copy_and_streaming_has_none(tmp_path):
+    fake = dict(resolver=lambda *a: ('c0ffee', True), sizer=lambda *a: (10**9, 3 * 10**9))
+    row, = disk_needed(HubSource(**fake), ['sw'], tmp_path)
+    assert row['copy'] == 3 * 10**9 and 0 < row['ids'] < row['text'] == 10**9
+    check_room([row], tmp_path)
+    assert disk_needed(HubSource(**fake), ['sw'], tmp_path)[0]['text'] == 10**9
+    far = dict(fake, sizer=lambda *a: (10**15, 10**15))
+    with pytest.raises(InputError, match='streaming=True'):
+        prepare_corpus(HubSource(**far), ['sw'], toy_tokenizer(ToySource(0), ('en',)), tmp_path)
+
+# the notebooks
+
+def test_families_are_the_runs_that_the_tables_ask_for():
+    every = sorted(s.name for s in family('all'))
+    assert sorted(s.name for name in FAMILIES for s in family(name)) == every
+    assert all(s.scale.train.accumulate == 4 and s.scale == SETTINGS['paper'].scale
+               for s in family('all'))
+
+def test_small_is_the_same_run():
+    for spec in family('all'):
+        tiny = small(spec)
+        keep = ('system', 'langs', 'pair', 'seed', 'tasks', 'meta')
+        assert all(getattr(tiny, k) == getattr(spec, k) for k in keep)
+        assert bool(tiny.probe) == bool(spec.probe) and len(tiny.prune) == len(spec.prune)
+        assert tiny.scale.train.accumulate == spec.scale.train.accumulate
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_a_family_shows_what_its_records_hold(name, tmp_path):
+    "At full scale too, once there are records: here those of the toy scale stand in."
+    page = family_page(name, ROOT/'records')
+    there = records_of(name, ROOT/'records')
+    assert ('**Not run at this scale.**' in page) == ('paper' not in there)
+    if name == 'hub': return
+    (tmp_path/'reproduce-paper').mkdir()
+    for run_name in there['toy'][1]:
+        own = re.sub(r'(fr|ru)600', r'\g<1>100000', run_name)
+        shutil.copytree(ROOT/'records'/'reproduce-toy'/run_name, tmp_path/'reproduce-paper'/own)
+        path = tmp_path/'reproduce-paper'/own/'record.jsonl'
+        path.write_text(path.read_text().replace(f'"name": "{run_name}"', f'"name": "{own}"'))
+    page = family_page(name, tmp_path)
+    n = len(family(name))
+    assert f'{n} of {n} runs are complete at the scale of the paper.' in page
+    assert 'Not run' not in page and 'ppl' in page
+
+def test_full_scale_notebooks_hold_what_they_promise():
+    "A config, a plan, a CPU cell, a marked GPU cell, a command, and what the records say."
+    assert [p.stem for p in FULL_SCALE] == [
+        '10_prepare', '11_monolingual', '12_bilingual', '13_variants', '14_meta_adapters',
+        '15_low_resource', '16_trilingual', '17_causes', '18_finetuning']
+    shared = 0
+    for path in FULL_SCALE:
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        code = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+        text = '\n'.join(''.join(c['source']) for c in cells)
+        assert sum(c.startswith('#| gpu') for c in code) == 1, path.name
+        assert 'pprint(' in text and 'small' in text, path.name
+        assert 'family_page(' in text or '../07b_results.ipynb' in text, path.name
+        assert '```sh' in text or 'interference data prepare' in text, path.name
+        shared += any(c.startswith('folder') and 'processes=2' in c for c in code)
+    assert shared >= 3
