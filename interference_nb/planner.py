@@ -35,7 +35,7 @@ from .gradient_probes import CombinedStep
 from .meta_adapters import MetaConfig, MetaStep
 from .experiments import SYSTEMS, RunSpec, device, text_table
 
-# %% ../nbs/07c_planner.ipynb #3ade4cc7
+# %% ../nbs/07c_planner.ipynb #45d497b2
 KINDS = 'parameters', 'optimiser', 'gradients', 'copies', 'activations'
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Memory:
     parameters: int = 0
     optimiser: int = 0  # Adam's two moments
     gradients: int = 0  # of parameters, also those that a meta step holds
-    copies: int = 0  # of parameters: kept while they are moved, or in 16 bits
+    copies: int = 0  # of parameters: moved, or in 16 bits
     activations: int = 0  # what the backward pass waits for, and all that passes by
     moment: str = ''  # the operation during which it was
     reduced: int = 0  # bytes that the step hands to reductions over processes
@@ -58,7 +58,7 @@ def size(n: float) -> str:
     "Write a number of bytes."
     return f'{n / 1e9:,.2f} GB' if n >= 1e8 else f'{n / 1e6:,.2f} MB'
 
-# %% ../nbs/07c_planner.ipynb #71112442
+# %% ../nbs/07c_planner.ipynb #0a26e86e
 class Ledger(TorchDispatchMode):
     "Follow every storage from its first tensor to its last."
     def __init__(self,
@@ -92,9 +92,10 @@ class Ledger(TorchDispatchMode):
     def kind(self, name: str, t: Tensor, args) -> str:
         "Tell what a new storage is for, by its shape and by the operation that made it."
         if self.born or t.shape not in self.shapes: return self.born or 'activations'
-        if name.startswith(('clone', '_to_copy')):
-            source = self.held.get(args[0].untyped_storage()._cdata, (None,))[0]
-            if self.kinds.get(source) == 'parameters': return 'copies'
+        first = args[0][0] if args and isinstance(args[0], (list, tuple)) else (*args, None)[0]
+        if isinstance(first, Tensor):
+            number, _ = self.held.get(first.untyped_storage()._cdata, (None, None))
+            if self.kinds.get(number) in ('parameters', 'copies'): return 'copies'
         inside = torch.is_grad_enabled() and not name.startswith('_foreach')
         return 'activations' if inside else 'gradients'
 
@@ -164,7 +165,7 @@ def cycle(step) -> range:
     "Number the steps after which a step's work repeats; none at which a meta step logs."
     return range(1, 2 + getattr(getattr(step, 'meta', None), 'rest', 0))
 
-# %% ../nbs/07c_planner.ipynb #3e5732d2
+# %% ../nbs/07c_planner.ipynb #f1fb09f1
 @contextlib.contextmanager
 def as_on_gpu(fused: bool = True):  # attention in one kernel
     "Compute as a GPU would where its kernels keep other things than the CPU's, for a block."
@@ -197,7 +198,7 @@ def as_on_gpu(fused: bool = True):  # attention in one kernel
 
 def unit_matrix(t: FakeTensor) -> np.ndarray:
     "Answer whoever asks for a matrix's numbers."
-    return np.broadcast_to(np.eye(*t.shape[-2:]), t.shape)
+    return np.eye(*t.shape[-2:]) * np.ones(t.shape)
 
 # %% ../nbs/07c_planner.ipynb #d05a0908
 @contextlib.contextmanager

@@ -1,0 +1,223 @@
+"The account of memory against two allocators, plans that do not fit, and the commands."
+import json, subprocess, sys
+from dataclasses import replace
+import pytest
+import torch
+from interference_nb import planner
+from interference_nb.cli import main
+from interference_nb.data import InputError
+from interference_nb.experiments import SCALES, SYSTEMS, RunSpec
+from interference_nb.meta_adapters import MetaConfig
+from interference_nb.planner import KINDS, account, measured_peak, plan_run
+from interference_nb.pretrain import TrainConfig, read_record
+from interference_nb.transformer import ModelConfig
+
+MODEL = ModelConfig.mini(500, dim=48, n_layers=2, n_heads=4, ffn_dim=160, max_len=64)
+TRAIN = TrainConfig.mini(batch_size=6, seq_len=48, accumulate=2)
+VARIANTS = 'joint', 'ffn', 'attn', 'adpt', 'share_adpt'
+TRAINED = [s for s in SYSTEMS if not SYSTEMS[s].hub and s not in ('joint2x', 'joint6x')]
+TOY = RunSpec('joint', ('en', 'x3'), ('en', 'x3'), 0, SCALES['toy'])
+PAPER = RunSpec('meta_adpt', ('en', 'fr'), ('en', 'fr'), 0, SCALES['paper'], 'hub')
+
+
+@pytest.mark.parametrize('system, again', [(s, False) for s in TRAINED] + [
+    (s, True) for s in (*VARIANTS, 'meta_adpt', 'meta_one_sided', 'meta_exact')])
+def test_account_is_what_the_allocator_gave(system, again):
+    "Every variant and every estimator, activations kept or computed again."
+    langs = ('en',) if SYSTEMS[system].mono else ('en', 'fr')
+    cfg = replace(TRAIN, activation_checkpointing=again)
+    counted = account(MODEL, cfg, system, langs, on='cpu')
+    assert counted.peak == pytest.approx(measured_peak(MODEL, cfg, system, langs), rel=.02)
+
+
+def test_three_languages():
+    langs = 'en', 'hi', 'mr'
+    counted = account(MODEL, TRAIN, 'meta_adpt', langs, on='cpu')
+    assert counted.peak == pytest.approx(measured_peak(MODEL, TRAIN, 'meta_adpt', langs), rel=.02)
+
+
+@pytest.mark.parametrize('meta', [
+    MetaConfig.released(estimator='finite_difference'), MetaConfig(also_direct=True),
+    MetaConfig(order='shared first'), MetaConfig(others_only=True),
+    MetaConfig(validation='held-out')], ids=lambda m: f'{m.order}-{m.validation}')
+def test_settings_of_the_meta_step(meta):
+    counted = account(MODEL, TRAIN, 'meta_adpt', on='cpu', meta=meta)
+    assert counted.peak == pytest.approx(
+        measured_peak(MODEL, TRAIN, 'meta_adpt', meta=meta), rel=.02)
+
+
+@pytest.mark.parametrize('change', [
+    dict(documents_apart=True), dict(dropout=0., attention_dropout=0.),
+    dict(language_embeddings=True)], ids=lambda c: next(iter(c)))
+def test_other_models(change):
+    "Masks, the CPU's fused attention (which drops nothing), a vector for each language."
+    model = replace(MODEL, **change)
+    for cfg in (TRAIN, replace(TRAIN, mixed=True)):
+        counted = account(model, cfg, 'adpt', on='cpu')
+        assert counted.peak == pytest.approx(measured_peak(model, cfg, 'adpt'), rel=.02)
+
+
+def test_the_account_can_fail(monkeypatch):
+    "A ledger that overlooks the feed-forward layers is found out."
+    enter = planner.Ledger.enter
+    def forgetful(self, t, kind, func=''):
+        if t.shape[-1:] == (MODEL.ffn_dim,): return 0
+        return enter(self, t, kind, func)
+    monkeypatch.setattr(planner.Ledger, 'enter', forgetful)
+    counted = planner.rehearsed.__wrapped__(MODEL, replace(TRAIN, precision='float32'), 'joint',
+                                            ('en', 'fr'), True, False, None, 1)
+    assert counted.peak < .95 * measured_peak(MODEL, TRAIN, 'joint')
+
+
+def test_parts_are_named():
+    "Parameters, moments and copies have the sizes that arithmetic gives them."
+    found = {s: account(MODEL, TRAIN, s, on='cpu') for s in ('joint', 'joint_all', 'meta_adpt')}
+    for m in found.values():
+        assert m.peak == sum(getattr(m, k) for k in KINDS)
+        assert m.optimiser == pytest.approx(2 * m.parameters, rel=.01)
+    assert found['joint_all'].copies >= 2 * found['joint'].parameters   # a gradient a language
+
+
+@pytest.mark.parametrize('processes', [2, 4])
+def test_traffic_is_what_processes_reduce(processes):
+    "Each needed gradient once; the languages that a step did not see send nothing."
+    cfg = replace(TRAIN, accumulate=4)
+    one = account(MODEL, cfg, 'joint', on='cpu')
+    assert account(MODEL, cfg, 'joint', on='cpu', processes=processes).reduced == one.parameters
+    adpt = account(MODEL, cfg, 'adpt', on='cpu', processes=processes)
+    specific = (adpt.parameters - one.parameters) // 2
+    assert adpt.reduced == one.parameters + specific
+    assert one.reduced == 0
+    with pytest.raises(InputError, match='accumulate is 4'):
+        account(MODEL, cfg, 'joint', processes=3)
+
+
+def test_a_gpu_of_32_gb_holds_every_variant():
+    "128 rows of 256 tokens in mixed precision, as in the paper; the exact step does not fit."
+    for system in ('ffn', 'adpt', 'meta_adpt'):
+        assert plan_run(replace(PAPER, system=system), 4, 0).check().memory.peak < 31e9
+    with pytest.raises(InputError, match='activation_checkpointing'):
+        plan_run(replace(PAPER, system='meta_exact'), 4, 0, strict=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('precision', ['float32', 'float16'])
+@pytest.mark.parametrize('system', ['joint', 'ffn', 'adpt', 'meta_adpt', 'meta_exact'])
+@pytest.mark.parametrize('again', [False, True], ids=['', 'checkpointing'])
+def test_account_on_a_gpu(system, precision, again):
+    model = ModelConfig.paper(8000, n_layers=3)
+    cfg = TrainConfig.paper(accumulate=1, batch_size=16, precision=precision,
+                            activation_checkpointing=again)
+    counted = account(model, cfg, system, precision=precision).peak
+    assert measured_peak(model, cfg, system, on='cuda') == pytest.approx(counted, rel=.05)
+
+
+def test_toy_plan_needs_no_gpu_and_little(tmp_path):
+    plan = plan_run(TOY, seconds=.2, folder=tmp_path/'not'/'there')
+    assert 0 < plan.hours < 1 and not plan.problems()
+    assert 'timed for 0.2 s' in str(plan) and not (tmp_path/'not').exists()
+
+
+def test_rows_are_scaled_where_time_or_memory_is_short(monkeypatch):
+    "A step that takes too long is timed with fewer rows, and the plan says so."
+    scale = replace(SCALES['toy'], train=replace(SCALES['toy'].train, batch_size=64, accumulate=8))
+    spec = replace(TOY, scale=scale)
+    rows = []
+    def steps(shape, cfg, *_):
+        rows.append((cfg.batch_size, cfg.accumulate))
+        return .1 * cfg.batch_size * cfg.accumulate
+    monkeypatch.setattr(planner, 'time_steps', steps)
+    seconds, how = planner.measured_step(spec, 2, 10)
+    assert seconds == pytest.approx(.1 * 64 * 4) and f'a step of {rows[-1][0]} rows' in how
+    assert planner.measured_step(spec, 2, 1e6)[1].startswith('the real step')
+    assert rows[-1] == (64, 4)
+    monkeypatch.setattr(planner, 'memory_of', lambda on, n: (1e6, 'a thimble'))
+    assert 'scaled' in planner.measured_step(spec, 2, 1e6)[1]
+
+
+def test_text_is_counted_where_it_is_and_estimated_where_it_is_not(tmp_path):
+    from interference_nb.experiments import materials
+    spec = replace(TOY, max_sentences={'x3': 500})
+    materials(spec, tmp_path)
+    ids = sum(p.stat().st_size for p in tmp_path.glob('data/*/*/*.ids'))
+    assert plan_run(spec, seconds=0, folder=tmp_path).text == ids
+    assert plan_run(spec, seconds=0, folder=tmp_path/'else').text == 0      # toy text is next to none
+
+
+def command(capsys, *args):
+    "Run a command; give status, output, errors."
+    status = 0
+    try: main([str(a) for a in args])
+    except SystemExit as e: status = e.code or 0
+    return status, *capsys.readouterr()
+
+
+def test_plan_command(capsys, tmp_path):
+    status, out, err = command(capsys, 'plan', 'paper', '--system', 'meta_adpt', '--langs', 'en,fr',
+                               '--processes', 4, '--seconds', 0, '--out', tmp_path)
+    assert status == 0 and 'meta_adpt-en+fr-0, 4 processes' in out, err
+    assert all(w in out for w in ('500,000', '65,536,000,000 tokens', 'not measured', 'checkpoint'))
+
+
+@pytest.mark.parametrize('small', ['memory', 'disk', 'processes'])
+def test_plan_of_a_machine_too_small(small, capsys, tmp_path, monkeypatch):
+    "One line, the remedy, another status than 0; nothing is measured first."
+    if small == 'memory': monkeypatch.setattr(planner, 'memory_of', lambda *_: (1e9, 'this toy'))
+    else: monkeypatch.setattr(planner, 'memory_of', lambda *_: (1e12, 'this giant'))
+    if small == 'disk': monkeypatch.setattr(planner, 'free_at', lambda _: 1e6)
+    monkeypatch.setattr(planner, 'measured_step', lambda *_: pytest.fail('measured'))
+    status, out, err = command(capsys, 'plan', 'paper', '--processes', 3 if small == 'processes'
+                               else 4, '--out', tmp_path)
+    assert (status, out, len(err.splitlines())) == (2, '', 1)
+    assert dict(memory='activation_checkpointing', disk='Make room', processes='4')[small] in err
+
+
+def test_export_command(capsys, tmp_path, monkeypatch):
+    "What a run trained, for transformers; whole, and only where nothing lies."
+    transformers = pytest.importorskip('transformers')
+    run, out = tmp_path/'joint-en+x3-0', tmp_path/'hf'
+    status, _, err = command(capsys, 'pretrain', 'toy', '--langs', 'en,x3', '--train.steps', 2,
+                             '--train.warmup', 1, '--out', tmp_path)
+    assert status == 0, err
+    status, said, err = command(capsys, 'export', run, out)
+    assert status == 0 and str(out) in said, err
+    transformers.AutoModelForMaskedLM.from_pretrained(out)
+    capsys.readouterr()                                 # it draws a bar
+    about = json.loads((out/'config.json').read_text())
+    assert 'joint-en+x3-0' in json.dumps(about)
+    status, _, err = command(capsys, 'export', run, out)
+    assert (status, len(err.splitlines())) == (2, 1) and 'not empty' in err
+    status, _, err = command(capsys, 'export', run, tmp_path/'one', '--lang', 'tlh')
+    assert (status, len(err.splitlines())) == (2, 1) and 'tlh' in err
+    status, _, err = command(capsys, 'export', tmp_path/'none', tmp_path/'two')
+    assert (status, len(err.splitlines())) == (2, 1) and 'no run' in err
+    pushed = []
+    from interference_nb import export
+    monkeypatch.setattr(export, 'push_to_hub', lambda *a, **kw: pushed.append((a, kw)) or 'there')
+    status, said, err = command(capsys, 'export', run, tmp_path/'up', '--push', 'me/mine')
+    assert status == 0 and 'there' in said and pushed == [((tmp_path/'up', 'me/mine'),
+                                                           dict(private=True))], err
+
+
+def torchrun(n, *args):
+    "Run a command in several processes; give what they printed."
+    program = [sys.executable, '-c', 'from interference_nb.cli import main; main()']
+    return subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n),
+         '--no-python', *program, *map(str, args)], capture_output=True, text=True, timeout=300)
+
+
+def test_pretrain_by_torchrun(tmp_path):
+    "Two processes train one run, and one of them prints."
+    done = torchrun(2, 'pretrain', 'toy', '--langs', 'en,x3', '--train.steps', 4,
+                    '--train.warmup', 1, '--train.accumulate', 2, '--out', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('record and checkpoint in') == 1 == done.stdout.count('tokens/s')
+    rows = read_record(tmp_path/'joint-en+x3-0'/'record.jsonl')
+    end = next(r for r in rows if r['kind'] == 'end')
+    assert (rows[0]['world'], end['step'], end['reduced_mb'] > 0) == (2, 4, True)
+
+
+def test_one_process_for_what_one_process_does(tmp_path):
+    done = torchrun(2, 'plan', 'toy', '--out', tmp_path)
+    assert done.returncode != 0 and 'Start it without torchrun' in done.stderr
