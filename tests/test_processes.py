@@ -1,94 +1,187 @@
-"Several processes, a kill in the middle, a full disk: what a notebook cell cannot show."
-import multiprocessing, os, resource, signal, subprocess, sys, time
-from pathlib import Path
+"One, two and four processes, a full disk, workers left alone: what a notebook cell cannot show."
+import resource, shutil, signal, subprocess, sys, time
+from dataclasses import replace
+from types import SimpleNamespace
 import pytest
 import torch
-import torch.distributed as dist
+from interference_nb import distributed, pretrain
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import InputError, Stream, prepare_corpus
+from interference_nb.data import InputError, Stream, dev_batches, prepare_corpus
+from interference_nb.distributed import (first_process_first, gathered, joined, launch,
+                                         mean_over_processes, processes, traffic)
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
-from interference_nb.meta_adapters import MetaConfig, MetaStep
-from interference_nb.pretrain import (Feed, JointStep, TrainConfig, load_checkpoint,
-                                      read_record, save_checkpoint, seed_step)
+from interference_nb.meta_adapters import ESTIMATORS, MetaConfig, MetaStep
+from interference_nb.pretrain import (Feed, JointStep, TrainConfig, load_checkpoint, read_record,
+                                      save_checkpoint, seed_step, train)
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 
-LANGS = ('en', 'x3')
+LANGS, STEPS = ('en', 'x3'), 3
+CFG = TrainConfig.toy(steps=STEPS, accumulate=4, seed=3, eval_every=3, checkpoint_every=2)
+CFGS = dict(joint=CFG, mixed=replace(CFG, mixed=True))
+KINDS = {'joint': JointStep, 'mixed': JointStep, 'pcgrad': CombinedStep}
+KINDS |= {name: lambda *a, name=name: MetaStep(*a, MetaConfig(estimator=name))
+          for name in ESTIMATORS}
 
-def weights_after(folder, step_name, accumulate, steps=3):
-    "Train a few steps and return the weights; for 'probe', don't, and return all cosines."
-    torch.set_num_threads(1)
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    "Text of two toy languages."
     source = ToySource(seed=0, n_train=300, n_dev=50)
     tok = toy_tokenizer(source, LANGS)
-    corpora = prepare_corpus(source, LANGS, tok, folder, workers=1)
-    cfg = TrainConfig.toy(steps=steps, accumulate=accumulate, clip=1e9)
-    stream = lambda l: Stream(corpora[l]['train'], cfg.batch_size, cfg.seq_len, 0,
-                              tok.vocab_size, cfg.mask_prob)
-    feed = Feed({l: stream(l) for l in LANGS}, cfg)
+    home = tmp_path_factory.mktemp('text')
+    return tok.vocab_size, prepare_corpus(source, LANGS, tok, home, workers=1)
+
+def start(toy, cfg):
+    V, corpora = toy
+    stream = lambda l: Stream(corpora[l]['train'], cfg.batch_size, cfg.seq_len, 0, V, cfg.mask_prob)
     torch.manual_seed(0)
-    variant = 'adpt' if step_name in ('meta', 'pcgrad') else 'joint'
-    model = MultilingualLM(ModelConfig.toy(tok.vocab_size), LANGS, variant)
-    if step_name == 'probe':
-        probe = GradientProbe(ProbeConfig(n_batches=4), folder)
-        probe(0, model, feed)
-        assert probe.passes == 4 * 4 // feed.world
-        assert (Path(folder)/'probe.jsonl').exists() == (feed.rank == 0)
-        return torch.tensor([list(c.values()) for c in probe.rows[0]['cos'].values()]).flatten()
-    step = {'joint': lambda: JointStep(model, cfg), 'pcgrad': lambda: CombinedStep(model, cfg),
-            'meta': lambda: MetaStep(model, cfg, MetaConfig())}[step_name]()
-    for k in range(steps):
+    model = MultilingualLM(ModelConfig.toy(V), LANGS, 'adpt')
+    return model, Feed({l: stream(l) for l in LANGS}, cfg)
+
+def plain_descent(step):
+    "Put SGD in Adam's place: Adam's first steps follow signs, also those of rounding errors."
+    for name, opt in step.optimizers.items():
+        step.optimizers[name] = torch.optim.SGD(opt.param_groups[0]['params'])
+    return step
+
+def weights(model): return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+def some_steps(toy, kind):
+    "Take steps of one kind; return the weights, the losses and the bytes of each step."
+    cfg = CFGS.get(kind, CFG)
+    model, feed = start(toy, cfg)
+    step, losses, sent = plain_descent(KINDS[kind](model, cfg)), [], []
+    for k in range(STEPS):
         seed_step(cfg.seed, k)
-        step(k, feed, 1e-3)
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        traffic.reset()
+        out = step(k, feed, .1)
+        sent.append((traffic.calls, traffic.bytes))
+        losses.append(gathered(torch.stack([torch.as_tensor(x) for x in out.values()])).mean(0))
+    return weights(model), torch.cat(losses), sent
 
-def one_of_two(rank, folder, step_name, out):
-    os.environ.update(MASTER_ADDR='127.0.0.1', RANK=str(rank), WORLD_SIZE='2')
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
-    out.put((rank, weights_after(Path(folder)/str(rank), step_name, accumulate=1).numpy()))
-    dist.barrier()
-    dist.destroy_process_group()
+def probed(toy, folder):
+    model, feed = start(toy, CFG)
+    probe = GradientProbe(ProbeConfig(n_batches=4), folder)
+    probe(0, model, feed)
+    assert probe.passes == 4 * 4 // feed.world
+    return torch.tensor([list(c.values()) for c in probe.rows[0]['cos'].values()]).flatten()
 
-@pytest.mark.parametrize('step_name', ['joint', 'meta', 'pcgrad', 'probe'])
-def test_two_processes_agree(tmp_path, step_name):
-    "Two processes end alike; but for the meta step, also like one that sees the batches of both."
-    spawn = multiprocessing.get_context('spawn')
-    out = spawn.Queue()
-    both = [spawn.Process(target=one_of_two, args=(rank, str(tmp_path), step_name, out))
-            for rank in range(2)]
-    for p in both: p.start()
-    weights = dict(out.get(timeout=120) for _ in both)
-    for p in both: p.join(60); assert p.exitcode == 0
-    assert (weights[0] == weights[1]).all()
-    if step_name != 'meta':
-        alone = weights_after(tmp_path/'alone', step_name, accumulate=2)
-        close = torch.isclose(torch.from_numpy(weights[0]), alone, rtol=1e-3, atol=1e-4)
-        assert close.float().mean() > .99       # Adam's first steps follow signs, also of rounding
+def trained(toy, folder, **kw):
+    model, feed = start(toy, CFG)
+    V, corpora = toy
+    dev = {l: dev_batches(corpora[l]['validation'], 32, 32, V) for l in LANGS}
+    train(model, feed, CFG, dev, plain_descent(JointStep(model, CFG)), folder=folder,
+          progress=False, **kw)
+    return weights(model)
 
-COMMAND = [sys.executable, '-c', 'from interference_nb.cli import main; main()',
-           'pretrain', 'toy', '--system', 'meta_adpt', '--train.steps', '80',
-           '--train.warmup', '10', '--train.eval-every', '40',
-           '--train.checkpoint-every', '10', '--out']
+def everything(toy, home):
+    "Run every kind of step; each process leaves what came out in a file of its own."
+    rank, world = processes()
+    out = {kind: some_steps(toy, kind) for kind in KINDS}
+    out['probe'] = probed(toy, home/f'probe{world}')
+    if world == 2:
+        trained(toy, home/'moved', stop_at=2)               # goes on with four processes
+        if rank == 0: shutil.copytree(home/'moved', home/'own0')
+        with pytest.raises(InputError, match=r'different steps: \[2, 0\].*folder that all'):
+            trained(toy, home/f'own{rank}')
+    if world == 4: out['moved'] = trained(toy, home/'moved')
+    out['whole'] = trained(toy, home/f'whole{world}')
+    torch.save(out, home/f'{world}-{rank}.pt')
 
-def test_killed_run_ends_with_the_same_bits(tmp_path):
-    "A process killed without warning, started again, ends like one that was left alone."
-    env = os.environ | {'OMP_NUM_THREADS': '1'}
-    quiet = dict(env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    subprocess.run([*COMMAND, tmp_path/'whole'], check=True, **quiet)
-    victim = subprocess.Popen([*COMMAND, tmp_path/'cut'], **quiet)
-    home = lambda name: tmp_path/name/'meta_adpt-en+x3-0'
-    checkpoint = home('cut')/'checkpoint.safetensors'
-    deadline = time.time() + 120
-    while not checkpoint.exists() and time.time() < deadline: time.sleep(.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    at_kill = load_checkpoint(checkpoint)[1]['step']
-    assert 0 < at_kill < 80, f'killed after step {at_kill}: too late to test anything'
-    subprocess.run([*COMMAND, tmp_path/'cut'], check=True, **quiet)
-    (a, _), (b, _) = (load_checkpoint(home(x)/'checkpoint.safetensors') for x in ('whole', 'cut'))
-    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    whole, cut = (read_record(home(x)/'record.jsonl') for x in ('whole', 'cut'))
-    ppl = lambda rows: [(r['step'], r['ppl']) for r in rows if r['kind'] == 'eval']
-    assert ppl(whole) == ppl(cut)
+@pytest.fixture(scope='module')
+def runs(toy, tmp_path_factory):
+    "What 1, 2 and 4 processes make of the same global batches: {world: [of rank 0, ...]}."
+    home = tmp_path_factory.mktemp('runs')
+    def late(*_): raise TimeoutError('the processes hang')
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(100)
+    for world in (1, 2, 4): launch(everything, toy, home, processes=world)
+    signal.alarm(0)
+    load = lambda world: [torch.load(home/f'{world}-{rank}.pt') for rank in range(world)]
+    return SimpleNamespace(home=home, of={world: load(world) for world in (1, 2, 4)})
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_number_of_processes_changes_nothing(runs, kind):
+    "The same global batches give the same losses and weights to rounding; all ranks end alike."
+    (alone, losses, _), = (r[kind] for r in runs.of[1])
+    for world in (2, 4):
+        for rank in runs.of[world]:
+            assert torch.equal(rank[kind][0], runs.of[world][0][kind][0])
+            torch.testing.assert_close(rank[kind][0], alone, rtol=1e-5, atol=3e-7)
+            torch.testing.assert_close(rank[kind][1], losses, rtol=1e-6, atol=1e-6)
+
+def test_languages_met_on_some_ranks_only(toy):
+    "What `mixed` went through above: a language that a rank has no batch of, but others have."
+    _, feed = start(toy, CFGS['mixed'])
+    feed.world = 4
+    for feed.rank in range(4): assert len({b.lang for b in feed.train(0)}) == 1
+    assert feed.langs_at(0) == LANGS
+
+def test_probe_and_loop_agree_too(runs):
+    "Cosines, weights and the record's losses, also of a run that went from two processes to four."
+    (alone,) = runs.of[1]
+    rows = lambda name: [r for r in read_record(runs.home/name/'record.jsonl') if 'loss' in r]
+    for world in (2, 4):
+        for rank in runs.of[world]:
+            torch.testing.assert_close(rank['probe'], alone['probe'], rtol=0, atol=2e-5)
+            torch.testing.assert_close(rank['whole'], alone['whole'], rtol=1e-5, atol=3e-7)
+        assert (runs.home/f'probe{world}'/'probe.jsonl').exists()
+        for a, b in zip(rows('whole1'), rows(f'whole{world}'), strict=True):
+            assert a['loss'] == pytest.approx(b['loss'], rel=1e-6) and 'reduced_mb' in b
+    torch.testing.assert_close(runs.of[4][0]['moved'], alone['whole'], rtol=1e-5, atol=3e-7)
+    assert [r['step'] for r in rows('moved')] == [r['step'] for r in rows('whole1')]
+
+def test_bytes_reduced(runs, toy):
+    "One message a step, that holds each gradient which the step needs once, and no other."
+    model, feed = start(toy, CFG)
+    size = lambda part: 4 * sum(p.numel() for p in part.values())
+    theta, own = size(model.theta), size(model.phi['en'])
+    several = [len(start(toy, CFGS['mixed'])[1].langs_at(k)) for k in range(STEPS)]
+    expected = dict(joint=[theta + own] * STEPS, mixed=[theta + own * n for n in several],
+                    pcgrad=[2 * (theta + own)] * STEPS)
+    for world in (2, 4):
+        for rank in runs.of[world]:
+            for kind, sent in expected.items():
+                assert rank[kind][2] == [(1 if kind != 'pcgrad' else 1, n) for n in sent], kind
+    assert all(n == 0 for kind in KINDS for _, n in runs.of[1][0][kind][2])
+    print({k: runs.of[2][0][k][2] for k in KINDS}, theta, own)
+
+def test_buckets(monkeypatch):
+    "Small tensors share messages, in order; a large one goes alone and is not copied."
+    sent = []
+    monkeypatch.setattr(distributed, 'processes', lambda: (0, 2))
+    monkeypatch.setattr(distributed.dist, 'all_reduce', lambda t: sent.append(t.data_ptr()))
+    tensors = [torch.full((n,), float(n)) for n in (3, 4, 20, 2)] + [torch.ones(4, 2).T]
+    traffic.reset()
+    mean_over_processes(tensors, bucket=40)
+    assert (traffic.calls, traffic.bytes) == (3, 4 * 37) and sent[1] == tensors[2].data_ptr()
+    for t, n in zip(tensors, (3, 4, 20, 2, 1)): assert (t == n / 2).all()
+
+def test_what_does_not_divide_or_fit(toy, monkeypatch):
+    "Batches that do not divide, more processes than GPUs: refused, with numbers that would do."
+    monkeypatch.setattr(pretrain, 'processes', lambda: (0, 3))
+    with pytest.raises(InputError, match='accumulate is 4: .* 3 processes. Start 1, 2, 4 of them'):
+        start(toy, CFG)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(InputError, match='4 processes, but this machine has 2 GPUs. Start 2'):
+        launch(print, processes=4)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
+    with pytest.raises(InputError, match='3 processes, but this machine has 2 GPUs'), joined(): pass
+
+def test_first_process_first(tmp_path):
+    "The others wait for rank 0, and fail with it."
+    def ordered():
+        rank = processes()[0]
+        with first_process_first():
+            if rank == 0: time.sleep(.5); (tmp_path/'made').touch()
+            assert (tmp_path/'made').exists()
+        with pytest.raises((OSError, InputError), match='first process failed|no room'):
+            with first_process_first():
+                if rank == 0: raise OSError('no room')
+        (tmp_path/f'{rank}').touch()
+    launch(ordered, processes=2)
+    assert (tmp_path/'0').exists() and (tmp_path/'1').exists()
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     "Where the system refuses to write, the checkpoint before stays whole and the message names it."
@@ -105,10 +198,12 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert meta['step'] == 1 and not tensors['w'].any()
     assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.safetensors']   # and nothing else
 
+MAIN = 'from interference_nb.cli import main; main()'
+
 def test_workers_end_with_a_killed_command(tmp_path):
     "No worker goes on writing when its command is gone: the next one would meet it in the folder."
     args = ['demo', '--systems', 'joint', '--seeds', '2', '--steps', '20000', '--out', tmp_path]
-    command = subprocess.Popen([*COMMAND[:3], *args], stdout=subprocess.DEVNULL)
+    command = subprocess.Popen([sys.executable, '-c', MAIN, *args], stdout=subprocess.DEVNULL)
     grown = lambda: sum(p.stat().st_size for p in tmp_path.glob('*/record.jsonl'))
     deadline = time.time() + 120
     while grown() < 10_000 and time.time() < deadline: time.sleep(.1)
