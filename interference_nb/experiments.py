@@ -52,6 +52,9 @@ SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps
            'joint6x': System(steps=6),
            'ffn': System('ffn'), 'attn': System('attn'), 'adpt': System('adpt'),
            'share_adpt': System('share_adpt'), 'meta_adpt': System('adpt', meta=MetaConfig()),
+           **{f'meta_{name}': System('adpt', meta=MetaConfig(**kw)) for name, kw in dict(
+               one_sided=dict(estimator='one_sided'), rest3=dict(rest=3), sample1=dict(sample=1),
+               first_order=dict(estimator='first_order'), exact=dict(estimator='exact')).items()},
            'joint_all': System(combine='mean'), 'pcgrad': System(combine='pcgrad'),
            'gradvac': System(combine='gradvac'), 'xlm': System(mono=True, hub=XLM_100)}
 
