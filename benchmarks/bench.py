@@ -30,7 +30,7 @@ class Contestant:
     def __init__(self, job: Job):
         self.about = self.error = None
         self.pipe, theirs = FORK.Pipe()
-        self.process = FORK.Process(target=serve, args=(job, theirs), daemon=job.name != 'prepare')
+        self.process = FORK.Process(target=serve, args=(job, theirs))
         self.process.start(); theirs.close()
 
     def receive(self) -> dict | None:
@@ -268,17 +268,16 @@ def main():
             parser.error(f'unknown section {", ".join(unknown)}. There are: {", ".join(todo)}.')
         if out.exists(): sections = json.loads(out.read_text())['sections']
         todo = {n: s for n, s in todo.items() if n in options.only.split(',')}
+    text = "the user's folder" if os.environ.get('INTERFERENCE_DATA') else 'generated'
     left = sum(s['budget'] for s in todo.values())
     for n, section in todo.items():
         left -= section['budget']
         if not sys.stdout.isatty(): print(section['title'], flush=True)
         sections[n] = measure(section, left)
         for label, error in sections[n]['errors'].items(): print(f'{n}: {label} failed: {error}')
-    rows = table(sections)
-    result = dict(machine=about, quick=options.quick, seed=0, text='INTERFERENCE_DATA' if
-                  os.environ.get('INTERFERENCE_DATA') else 'generated', sections=sections,
-                  table=rows, wall_s=round(time.perf_counter() - start, 1))
-    out.write_text(json.dumps(result, indent=1) + '\n')
-    print(show(rows), f'\n{result["wall_s"] / 60:.1f} minutes; written to {out.name}')
+        result = dict(machine=about, quick=options.quick, seed=0, text=text, sections=sections,
+                      table=table(sections), wall_s=round(time.perf_counter() - start, 1))
+        out.write_text(json.dumps(result, indent=1) + '\n')
+    print(show(result['table']), f'\n{result["wall_s"] / 60:.1f} minutes; written to {out.name}')
 
 if __name__ == '__main__': main()
