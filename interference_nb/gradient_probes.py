@@ -21,7 +21,7 @@ from torch import Tensor
 from .data import InputError
 from .l0_pruning import place
 from .pretrain import (Feed, JointStep, Precision, Record, TrainConfig,
-                                      mean_over_processes, same_config, seed_step)
+                                      check_shares, mean_over_processes, same_config, seed_step)
 
 # %% ../nbs/04_gradient_probes.ipynb #578dda96
 def corrected(
@@ -177,6 +177,7 @@ class GradientProbe:
 
     def start(self, k, feed):
         "Open the record; rows of a killed run from step k on are measured again."
+        check_shares(self.cfg.n_batches, feed.world, 'n_batches')
         if len(feed.langs) < 2:
             raise InputError(f'a probe compares languages, but this run has only {feed.langs[0]}. '
                              'Probe a run of two or more.')

@@ -248,7 +248,8 @@ def hypergradient(
         values = _finite(train=train_value, validation=val_value) if check else (
             train_value, val_value)
         with replayed(noise):                                           # the inner step's masks
-            product = average(estimate(train, theta, phi, v, eps))
+            product = estimate(train, theta, phi, v, eps)
+        if estimator is not first_order: product = average(product)     # zeros need no message
     passes = len(train) * (1 + getattr(estimator, 'passes', 0)) + len(val)
     return Hypergradient(direct, list(torch._foreach_mul(product, -beta)), *values, passes)
 
@@ -418,7 +419,8 @@ class MetaStep(Updates):
     def update_specific(self, k, feed, own, batches, lr) -> dict:
         "Move phi of the step's languages along the hypergradient [paper Eq. 3]."
         meta, phi, s = self.meta, [p for l in own for p in self.phi[l]], self.scale()
-        val = [b for l in self.val_langs(k, feed, own) for b in feed.fresh(k, l)]
+        langs = self.val_langs(k, feed, own)
+        val = [b for l in langs for b in feed.fresh(k, l)]
         beta = (lr if meta.beta is None else meta.beta) / s     # losses times s, beta over s:
         with self.amp.autocast():                               # the hypergradient times s
             h = hypergradient(self.theta, phi, self.losses(batches), self.losses(val), beta,
@@ -426,7 +428,8 @@ class MetaStep(Updates):
         self.passes += h.passes
         self.step('specific', phi, h.total, lr, average=False)  # equal on all processes already
         out = dict(val_loss=h.val_loss / s)
-        return out if k % meta.log_every or meta.others_only else out | dict(ratio=h.ratio)
+        direct = not set(own).isdisjoint(langs)                 # else that term is zero
+        return out | dict(ratio=h.ratio) if direct and not k % meta.log_every else out
 
     def update_shared(self, own, batches, lr) -> Tensor:
         "Move theta along the training gradient at the present phi [paper Eq. 5]."

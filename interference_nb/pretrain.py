@@ -143,12 +143,12 @@ class Feed:
         return [self.validation[lang].batch(i).to(self.device) for i in self.share(k)]
 
 # %% ../nbs/01a_pretrain.ipynb #db175c89
-def check_shares(batches: int, world: int):
-    "Refuse a step whose batches do not divide among the processes."
+def check_shares(batches: int, world: int, name: str = 'accumulate'):
+    "Refuse a number of batches that does not divide among the processes."
     if batches % world:
         some = ', '.join(str(n) for n in range(1, batches + 1) if batches % n == 0)
-        raise InputError(f'accumulate is {batches}: the batches of a step do not divide among '
-                         f'{world} processes. Start {some} of them, or set accumulate to a '
+        raise InputError(f'{name} is {batches}: that many batches do not divide among {world} '
+                         f'processes. Start {some} of them, or set {name} to a '
                          f'multiple of {world}.')
 
 # %% ../nbs/01a_pretrain.ipynb #fd407573
@@ -530,7 +530,8 @@ class RunLog:
         "Means of what the steps since the last line returned."
         self.settle(done)
         names = {n: 0 for out in self.settled for n in out}
-        mean = lambda name: float(torch.tensor([p[name] for p in self.settled if name in p]).mean())
+        of = lambda name: torch.tensor([p[name] for p in self.settled if name in p])
+        mean = lambda name: float(of(name).nanmean())   # a step that float16 skipped has none
         out = {n: mean(n) for n in names}
         self.settled.clear()
         return self.so_far(done) | out

@@ -141,7 +141,7 @@ def test_bytes_reduced(runs, toy):
     both = len(start(toy, MIXED)[1].langs_at(0))            # languages of a mixed step
     # a meta step: g at theta, v and phi's at theta', the second-order term, theta's own update
     expected = dict(joint=[theta + own], mixed=[theta + both * own], pcgrad=[2 * (theta + own)],
-                    first_order=[theta, own, own, theta],
+                    first_order=[theta, own, theta],
                     mixed_meta=[theta, theta + both * own, both * own, theta])
     for name in ('exact', 'finite_difference', 'one_sided'):
         expected[name] = [theta, theta + own, own, theta]
