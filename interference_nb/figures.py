@@ -26,7 +26,9 @@ from .finetune import task_spec
 # %% ../nbs/08_figures.ipynb #2a7b203b
 COLOURS = {'mono': '#0072B2', 'joint': '#D55E00', 'joint2x': '#E69F00', 'joint6x': '#882255',
            'ffn': '#009E73', 'attn': '#999999', 'adpt': '#56B4E9', 'share_adpt': '#B8A900',
-           'meta_adpt': '#CC79A7', 'joint_all': '#AA4466', 'pcgrad': '#332288',
+           'meta_adpt': '#CC79A7', 'meta_one_sided': '#661100', 'meta_rest3': '#44AA99',
+           'meta_sample1': '#AA4499', 'meta_first_order': '#88CCEE', 'meta_exact': '#6699CC',
+           'joint_all': '#AA4466', 'pcgrad': '#332288',
            'gradvac': '#117733', 'xlm': '#555555'}         # the last one: a model from the hub
 
 def new_axes(*shape, width: float = 5., height: float = 3.) -> tuple[Figure, np.ndarray]:

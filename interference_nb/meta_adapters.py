@@ -69,10 +69,12 @@ def _set_random_state(state):
     if len(state) > 1:
         torch.cuda.set_rng_state_all(state[1:])
 
-# %% ../nbs/05_meta_adapters.ipynb #3f851367
+# %% ../nbs/05_meta_adapters.ipynb #a3e88f90
 def _full_precision(tensors):
     "Switch autocast off: a difference of two losses drowns in the rounding of 16-bit numbers."
-    return torch.autocast(tensors[0].device.type, enabled=False)
+    kind = tensors[0].device.type
+    known = torch.amp.is_autocast_available(kind)       # not on torch's device without numbers
+    return torch.autocast(kind, enabled=False) if known else nullcontext()
 
 # %% ../nbs/05_meta_adapters.ipynb #81f7f61b
 def mean_gradient(

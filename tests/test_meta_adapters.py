@@ -1,11 +1,18 @@
 "The hypergradient outside the notebook: a model of somebody else's, several processes, a GPU."
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from interference_nb.meta_adapters import exact, finite_difference, hypergradient
-from interference_nb.pretrain import mean_over_processes
+from interference_nb.adapters import MultilingualLM
+from interference_nb.data import Corpus, Stream
+from interference_nb.distributed import launch, mean_over_processes, processes
+from interference_nb.meta_adapters import (ESTIMATORS, MetaConfig, MetaStep, exact,
+                                           finite_difference, hypergradient)
+from interference_nb.pretrain import Feed, TrainConfig, seed_step
+from interference_nb.transformer import ModelConfig
 
 
 def flat(tensors): return torch.cat([t.reshape(-1) for t in tensors])
@@ -30,7 +37,7 @@ def test_hugging_face_model_with_dropout():
     assert all(torch.equal(p, q) for p, q in zip(bert.parameters(), before))
 
 
-def little(rank):
+def little():
     "A small model and, for each of two processes, its losses."
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -41,29 +48,7 @@ def little(rank):
               for own in data]
     phi = list(net[2].parameters())
     theta = [p for p in net.parameters() if all(p is not q for q in phi)]
-    return theta, phi, losses if rank is None else losses[rank]
-
-
-def work(rank, address, estimator, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{address}', rank=rank, world_size=2)
-    theta, phi, losses = little(rank)
-    h = hypergradient(theta, phi, losses[0], losses[1:], 0.5, estimator, 1e-4,
-                      average=mean_over_processes)
-    torch.save([h.direct, h.second_order], f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize('estimator', [exact, finite_difference])
-def test_two_processes_are_one_with_twice_the_batches(estimator, tmp_path):
-    args = (tmp_path / 'address', estimator, tmp_path)
-    torch.multiprocessing.spawn(work, args, nprocs=2)
-    theta, phi, (a, b) = little(None)
-    h = hypergradient(theta, phi, [a[0], b[0]], [*a[1:], *b[1:]], 0.5, estimator, 1e-4)
-    for rank in (0, 1):
-        direct, second = torch.load(tmp_path / f'{rank}.pt', weights_only=True)
-        torch.testing.assert_close(flat(direct), flat(h.direct))
-        torch.testing.assert_close(flat(second), flat(h.second_order), rtol=1e-6, atol=1e-9)
+    return theta, phi, losses
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -81,3 +66,84 @@ def test_gpu_replays_its_noise(autocast):
             found[estimator] = flat(hypergradient(theta, phi, loss, [loss], 0.5, estimator).total)
     assert (found[exact] - found[finite_difference]).norm() < 1e-2 * found[exact].norm()
     assert all(torch.equal(p, q) for p, q in zip(theta, before))
+
+
+LANGS = 'en', 'x3', 'fr'
+CFG = TrainConfig.toy(steps=4, accumulate=2, seed=3, clip=1e9)
+SETTINGS = {'sample': (CFG, MetaConfig(sample=1)), 'rest': (CFG, MetaConfig(rest=1)),
+            'mixed': (replace(CFG, mixed=True), MetaConfig(sample=2, estimator='one_sided')),
+            'mixed, shared first': (replace(CFG, mixed=True),
+                                    MetaConfig.released(validation='train'))}
+
+
+def little_run(cfg, meta, device='cpu'):
+    "A small model and random text in three languages; plain descent."
+    corpus = lambda i: Corpus(np.random.default_rng(i).integers(5, 100, 9999).astype(np.uint16),
+                              LANGS[i], 'train', 1, 1)
+    stream = lambda i: Stream(corpus(i), cfg.batch_size, cfg.seq_len, 0, 100, cfg.mask_prob)
+    torch.manual_seed(0)
+    with torch.device(device): model = MultilingualLM(ModelConfig.toy(100), LANGS, 'adpt')
+    step = MetaStep(model, cfg, meta)
+    for name, opt in step.optimizers.items():
+        step.optimizers[name] = torch.optim.SGD(opt.param_groups[0]['params'])
+    return model, step, Feed({l: stream(i) for i, l in enumerate(LANGS)}, cfg, device=device)
+
+
+def steps(cfg, meta):
+    "Take some steps; return weights and passes."
+    model, step, feed = little_run(cfg, meta)
+    for k in range(cfg.steps):
+        seed_step(cfg.seed, k)
+        step(k, feed, .1)
+    return flat(model.parameters()).detach(), step.passes
+
+
+def overflow():
+    "Take a step in which the last process overflows; tell whether weights moved, and the scale."
+    model, step, feed = little_run(CFG, MetaConfig())
+    step.amp.name, step.amp.scaler = 'float16', torch.amp.GradScaler('cpu', init_scale=256.)
+    loss, before = model.loss, flat(model.parameters()).detach()
+    rank, world = processes()
+    if rank == world - 1: model.loss = lambda batch: loss(batch) * 1e38
+    step(1, feed, .1)
+    return not torch.equal(flat(model.parameters()), before), step.amp.scaler.get_scale()
+
+
+def both_terms(estimator):
+    "Differentiate the little problem: this process's losses, or alone those of both."
+    rank, world = processes()
+    theta, phi, losses = little()
+    mine = [losses[rank]] if world == 2 else losses
+    train, val = [own[0] for own in mine], [f for own in mine for f in own[1:]]
+    h = hypergradient(theta, phi, train, val, 0.5, estimator, 1e-4, mean_over_processes)
+    return flat(h.direct), flat(h.second_order)
+
+
+def everything(home):
+    "Take all settings' steps; each process leaves a file."
+    out = {name: steps(*of) for name, of in SETTINGS.items()} | {'overflow': overflow()}
+    out |= {name: both_terms(f) for name, f in ESTIMATORS.items()}
+    torch.save(out, home / '{}-{}.pt'.format(*processes()))
+
+
+def test_settings_mean_the_same_in_two_processes(tmp_path):
+    everything(tmp_path)
+    launch(everything, tmp_path, processes=2)
+    alone, a, b = (torch.load(tmp_path / f'{n}.pt') for n in ('0-1', '0-2', '1-2'))
+    for name, (cfg, meta) in SETTINGS.items():
+        assert torch.equal(a[name][0], b[name][0])
+        torch.testing.assert_close(a[name][0], alone[name][0], rtol=1e-5, atol=1e-6)
+        count = meta.passes(len(LANGS)) * cfg.accumulate * cfg.steps
+        assert alone[name][1] == a[name][1] + b[name][1] == count
+    for name in ESTIMATORS:
+        for found in (a, b):
+            torch.testing.assert_close(found[name], alone[name], rtol=1e-6, atol=1e-9)
+    assert alone['overflow'] == a['overflow'] == b['overflow'] == (False, 64.)  # both updates
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_a_step_waits_for_no_number(name):
+    "The device without numbers cannot give one: a step goes through if it never asks."
+    _, step, feed = little_run(CFG, MetaConfig(estimator=name), 'meta')
+    assert step(1, feed, .1)['loss'].is_meta
+    with pytest.raises(RuntimeError): step(0, feed, .1)         # the ratio is measured here
