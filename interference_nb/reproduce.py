@@ -13,7 +13,7 @@ __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'SETTINGS', 'SAID', 'EXH
            'over_shared', 'verdict_lines', 'in_short', 'not_run', 'cells_of', 'own_names', 'columns_after',
            'score_cells', 'difference_cells', 'arrange', 'page', 'caption', 'untested', 'origin', 'about_setting',
            'about_size', 'data_name', 'latex', 'latex_table', 'escape', 'as_csv', 'write', 'judged', 'write_figures',
-           'write_statistics', 'write_index', 'family', 'records_of', 'family_page', 'family_cells']
+           'write_statistics', 'write_index', 'family', 'records_of', 'records_to_draw', 'family_page', 'family_cells']
 
 # %% ../nbs/07a_reproduce.ipynb #1f3497a4
 import csv, math, time, zlib
@@ -974,7 +974,7 @@ def write_index(setting: Setting, source, folder) -> Path:
     path.write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
     return path
 
-# %% ../nbs/07a_reproduce.ipynb #c1e729f2
+# %% ../nbs/07a_reproduce.ipynb #3c3da899
 FAMILIES = {
     'monolingual': lambda s: s.system == 'mono' and not s.max_sentences,
     'bilingual': lambda s: (s.system in ('joint', 'joint2x', 'joint6x') and len(s.pair) == 2
@@ -1005,6 +1005,12 @@ def records_of(name: str,  # of a family
         found = {rows[-1]['name'] for rows in complete_records(folder, names)}
         if found: out[scale] = folder, found
     return out
+
+def records_to_draw(name: str, records) -> tuple[str, Path, set[str]]:  # scale, folder, names
+    "Choose the records of a family to draw: the paper's scale, else the one with most runs."
+    there = records_of(name, records)
+    scale = 'paper' if 'paper' in there else max(there, key=lambda s: len(there[s][1]))
+    return scale, *there[scale]
 
 def family_page(name: str, records) -> str:  # Markdown
     "Say what was run of a family at full scale, and show what its records hold at each scale."
