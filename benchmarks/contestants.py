@@ -1,56 +1,29 @@
-"""One contestant of the benchmark, in a process of its own: told to step, it answers with seconds.
+"""What is measured: our steps, a bare stack, the models of `transformers`, and work on text.
 
-    python benchmarks/contestants.py '{"name": "ours", ...}'      then a number of steps on a line
-
-Every contestant has a process to itself because the allocator's settings hold for a whole process.
+Every contestant has a process to itself, because the allocator's settings hold for a whole process.
+It steps when told to and answers with seconds and megabytes.
 """
-import ctypes, json, os, resource, sys, time
-from dataclasses import dataclass, field, replace
+import resource, time
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
+from transformers import (BertConfig, BertForMaskedLM, XLMConfig, XLMWithLMHeadModel, XmodConfig,
+                          XmodForMaskedLM)
+import text
+from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Batch, Corpus, Stream, mask_tokens
+from interference_nb.meta_adapters import MetaConfig, MetaStep
+from interference_nb.pretrain import Feed, JointStep, TrainConfig, keep_memory, run_info
 from interference_nb.transformer import MaskedLM, ModelConfig
+from job import Job
 
-@dataclass(frozen=True)
-class Job:
-    "Say who steps, on what."
-    name: str                   # a key of MAKERS
-    dim: int = 512
-    n_layers: int = 8
-    n_heads: int = 12
-    ffn_dim: int = 2048
-    vocab_size: int = 32_000
-    batch_size: int = 8         # rows
-    seq_len: int = 256          # tokens in a row
-    dropout: float = .1         # everywhere that a contestant has dropout
-    keep: bool = True           # whether the allocator keeps freed blocks
-    threads: int = 2
-    device: str = 'cpu'
-    precision: str = 'float32'  # 'bfloat16', 'float16': autocast
-    compiled: bool = False
-    langs: tuple[str, ...] = ('en', 'sw')
-    variant: str = 'adpt'       # of the library's own steps
-    meta: dict = field(default_factory=dict)    # settings of a meta step
+transformers.logging.set_verbosity_error()
 
-    @property
-    def config(self) -> ModelConfig:
-        return ModelConfig(self.vocab_size, self.dim, self.n_layers, self.n_heads, None, self.ffn_dim,
-                           self.seq_len, self.dropout, self.dropout)
-
-    @property
-    def peer_heads(self) -> int:
-        "The peers want heads that divide the width: 8 of 64 for 512, not 12 of 42."
-        return max(h for h in range(1, self.n_heads + 1) if self.dim % h == 0)
-
-def keep_memory():
-    "Have glibc keep freed blocks: by default a large one goes back to the system at every step."
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    try: libc = ctypes.CDLL('libc.so.6')
-    except OSError: return
-    libc.mallopt(M_MMAP_MAX, 0)                 # large blocks from the heap, not from mmap
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)   # and the heap's end stays ours
+def config(job: Job) -> ModelConfig:
+    return ModelConfig(job.vocab_size, job.dim, job.n_layers, job.n_heads, None, job.ffn_dim,
+                       job.seq_len, job.dropout, job.dropout)
 
 def batches(job: Job, n: int = 4) -> list[Batch]:
     "Rows of random tokens, 15% of them hidden."
@@ -91,7 +64,7 @@ class BareStack(nn.Module):
         return F.cross_entropy(F.linear(masked, self.embed.weight), batch.targets)
 
 def ours(job):
-    model = MaskedLM(job.config)
+    model = MaskedLM(config(job))
     if job.compiled: [block.compile() for block in model.blocks]
     return model, model.loss
 
@@ -100,28 +73,25 @@ def bare(job):
     return model, model.loss
 
 def peer(model, **inputs):
-    "A model of `transformers`, used as its documentation says: labels everywhere, -100 if not hidden."
+    "A model of `transformers`, used as documented: a label everywhere, -100 where none is hidden."
     def loss(batch):
         labels = torch.full_like(batch.tokens, -100)
         labels.view(-1)[batch.positions] = batch.targets
         return model(input_ids=batch.tokens, labels=labels, **inputs).loss
     return model, loss
 
-def bert(job, prefix='Bert', **options):
-    import transformers
-    config = getattr(transformers, f'{prefix}Config')(
+def bert(job, config=BertConfig, model=BertForMaskedLM, **options):
+    return peer(model(config(
         vocab_size=job.vocab_size, hidden_size=job.dim, num_hidden_layers=job.n_layers,
         num_attention_heads=job.peer_heads, intermediate_size=job.ffn_dim,
         hidden_dropout_prob=job.dropout, attention_probs_dropout_prob=job.dropout,
-        max_position_embeddings=job.seq_len + 2, **options)
-    return peer(getattr(transformers, f'{prefix}ForMaskedLM')(config))
+        max_position_embeddings=job.seq_len + 2, **options)))
 
 def xmod(job):
-    return bert(job, 'Xmod', languages=list(job.langs), default_language=job.langs[0])
+    return bert(job, XmodConfig, XmodForMaskedLM, languages=list(job.langs),
+                default_language=job.langs[0])
 
-def xlm(job):
-    from transformers import XLMConfig, XLMWithLMHeadModel
-    if job.ffn_dim != 4 * job.dim: raise SystemExit("XLM's inner width is 4 times its width.")
+def xlm(job):       # its inner width is always 4 times its width
     return peer(XLMWithLMHeadModel(XLMConfig(
         vocab_size=job.vocab_size, emb_dim=job.dim, n_layers=job.n_layers, n_heads=job.peer_heads,
         dropout=job.dropout, attention_dropout=job.dropout, max_position_embeddings=job.seq_len,
@@ -146,25 +116,40 @@ def masked_lm(make):
     return maker
 
 def library(job):
-    "A step of the library as `train` takes it, on random text: joint, or meta where `job.meta` says so."
-    from interference_nb.adapters import MultilingualLM
-    from interference_nb.meta_adapters import MetaConfig, MetaStep
-    from interference_nb.pretrain import Feed, JointStep, TrainConfig
+    "A step as `train` takes it, clipping and all, on random text: joint, or meta."
     cfg = TrainConfig(steps=1000, batch_size=job.batch_size, seq_len=job.seq_len,
                       precision=job.precision)
     def stream(i, lang):
-        ids = np.random.default_rng(i).integers(5, job.vocab_size, 64 * job.batch_size * job.seq_len)
+        ids = np.random.default_rng(i).integers(5, job.vocab_size, 2**21)
         corpus = Corpus(ids.astype(np.uint16), lang, 'train', 1, 1)
         return Stream(corpus, job.batch_size, job.seq_len, 0, job.vocab_size)
     feed = Feed({l: stream(i, l) for i, l in enumerate(job.langs)}, cfg, device=job.device)
-    model = MultilingualLM(job.config, job.langs, job.variant).to(job.device).train()
+    model = MultilingualLM(config(job), job.langs, job.variant).to(job.device).train()
+    model.activation_checkpointing = job.recompute
     take = MetaStep(model, cfg, MetaConfig(**job.meta)) if job.meta else JointStep(model, cfg)
     def step(k): take(k + 1, feed, 1e-4)        # not step 0, where the meta step logs more
     step.passes = lambda: take.passes
     return step, sum(p.numel() for p in model.parameters())
 
-MAKERS = dict(ours=masked_lm(ours), bare=masked_lm(bare), bert=masked_lm(bert), xlm=masked_lm(xlm),
-              xmod=masked_lm(xmod), library=library)
+def matmul(job):
+    "One large matrix product: the rate that the machine can reach."
+    n = 8192 if job.device == 'cuda' else 1024
+    a, b = (torch.randn(n, n, device=job.device, dtype=getattr(torch, job.precision))
+            for _ in range(2))
+    def step(k):
+        for _ in range(8): a @ b
+    step.work = 8 * 2 * n ** 3                  # floating-point operations
+    return step, n * n
+
+def machine(job):
+    "Not a contestant: tells where this runs."
+    gpu = torch.cuda.is_available()
+    return None, run_info() | dict(gpu=torch.cuda.get_device_name() if gpu else None,
+                                   bfloat16=gpu and torch.cuda.get_device_capability() >= (8, 0))
+
+MAKERS = dict(machine=machine, ours=masked_lm(ours), bare=masked_lm(bare),
+              bert=masked_lm(bert), xlm=masked_lm(xlm), xmod=masked_lm(xmod), library=library,
+              matmul=matmul, **text.MAKERS)
 
 def resident(peak=False) -> float:
     "Memory of this process in MB, now or at its highest since `forget_peak`."
@@ -179,29 +164,27 @@ def forget_peak():
         with open('/proc/self/clear_refs', 'w') as f: f.write('5')
     except OSError: pass
 
-def main(job: Job):
-    torch.set_num_threads(job.threads)
-    torch.manual_seed(0)
-    if job.keep: keep_memory()
-    on_gpu = job.device == 'cuda'
-    before = resident()
-    step, parameters = MAKERS[job.name](job)
-    answer = lambda **row: print(json.dumps(row), flush=True)
-    answer(parameters=parameters)
-    k = 0
-    for line in sys.stdin:
-        steps, seconds, passes = int(line), [], getattr(step, 'passes', lambda: 0)
-        if on_gpu: torch.cuda.reset_peak_memory_stats()
-        forget_peak()
-        done = passes()
-        for _ in range(steps):
-            start = time.perf_counter(); step(k)
+def serve(job: Job, pipe):
+    "Make the contestant, then answer each number of steps with what they took."
+    try:
+        torch.set_num_threads(job.threads)
+        torch.manual_seed(0)
+        if job.keep: keep_memory()
+        on_gpu = job.device == 'cuda'
+        before = resident()
+        step, size = MAKERS[job.name](job)
+        if job.name == 'prepare': before = resident()       # the vocabulary is there already
+        passes, k = getattr(step, 'passes', lambda: 0), 0
+        pipe.send(dict(size=size, work=getattr(step, 'work', job.batch_size * job.seq_len)))
+        while steps := pipe.recv():
+            forget_peak()
+            if on_gpu: torch.cuda.reset_peak_memory_stats()
+            done, cpu, start = passes(), time.process_time(), time.perf_counter()
+            for _ in range(steps): step(k); k += 1
             if on_gpu: torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start); k += 1
-        peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident(peak=True) - before
-        answer(seconds=seconds, cpu=time.process_time(), peak_mb=peak, passes=(passes() - done) / steps)
-
-if __name__ == '__main__':
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-    job = Job(**json.loads(sys.argv[1]))
-    main(replace(job, langs=tuple(job.langs)))
+            row = dict(seconds=(time.perf_counter() - start) / steps,
+                       cpu=(time.process_time() - cpu) / steps, passes=(passes() - done) / steps)
+            peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident(True) - before
+            pipe.send(row | dict(peak_mb=peak))
+    except EOFError: pass
+    except Exception as e: pipe.send(dict(error=f'{type(e).__name__}: {e}'))
