@@ -292,7 +292,7 @@ def memory_cells(memories: dict[str, Memory]) -> tuple[list[str], list[list[str]
     return ['', *KINDS, 'peak, GB'], [[name, *(gb(getattr(m, k)) for k in KINDS), gb(m.peak)]
                                       for name, m in memories.items()]
 
-# %% ../nbs/07c_planner.ipynb #ec60a36b
+# %% ../nbs/07c_planner.ipynb #81ecc79d
 RESERVE = 1e9   # bytes of a GPU that CUDA and NCCL take themselves
 
 @dataclass(frozen=True)
@@ -334,13 +334,12 @@ class Plan:
         "Say what is too small, and what would help."
         out, m = [], self.memory.peak
         if m > self.room:
-            out.append(f'{self.spec.name} takes {m / 1e9:.1f} GB in each of {self.processes} '
-                       f'processes, more than {self.where} has ({self.room / 1e9:.1f} GB). Switch '
-                       'train.activation_checkpointing on, or halve train.batch_size and double '
-                       'train.accumulate.')
+            out.append(f'{self.spec.name} takes {size(m)} a process, but there are '
+                       f'{size(self.room)} ({self.where}). Switch train.activation_checkpointing '
+                       'on, or halve train.batch_size and double train.accumulate.')
         if self.disk > self.free:
-            out.append(f'{self.spec.name} writes {self.disk / 1e9:,.2f} GB, but the disk has '
-                       f'{self.free / 1e9:,.2f} GB free. Make room, or name another folder '
+            out.append(f'{self.spec.name} writes {size(self.disk)}, but the disk has '
+                       f'{size(self.free)} free. Make room, or name another folder '
                        'with --out.')
         return out
 
