@@ -13,14 +13,14 @@ import argparse, functools, json, multiprocessing, os, re, statistics, sys, time
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-os.environ.setdefault('OMP_NUM_THREADS', str(min(2, os.cpu_count() or 1)))
 from job import Job, serve
 
 HERE = Path(__file__).parent
-THREADS = int(os.environ['OMP_NUM_THREADS'])
+THREADS = min(2, os.cpu_count() or 1)
 PEERS = 'xlm', 'bert', 'xmod'
 
 # One process imports everything once, from PYTHONPATH; contestants fork from it.
+os.environ['OMP_NUM_THREADS'] = str(THREADS)
 os.environ['PYTHONPATH'] = os.pathsep.join([str(HERE), *filter(None, [os.getenv('PYTHONPATH')])])
 FORK = multiprocessing.get_context('forkserver')
 FORK.set_forkserver_preload(['contestants'])

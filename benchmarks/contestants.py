@@ -186,5 +186,5 @@ def serve(job: Job, pipe):
                        cpu=(time.process_time() - cpu) / steps, passes=(passes() - done) / steps)
             peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident(True) - before
             pipe.send(row | dict(peak_mb=peak))
-    except EOFError: pass
+    except (EOFError, OSError): pass            # nobody asks any more
     except Exception as e: pipe.send(dict(error=f'{type(e).__name__}: {e}'))
