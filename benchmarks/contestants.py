@@ -15,7 +15,9 @@ import text
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Batch, Corpus, Stream, mask_tokens
 from interference_nb.meta_adapters import MetaConfig, MetaStep
-from interference_nb.pretrain import Feed, JointStep, TrainConfig, keep_memory, run_info
+from interference_nb.planner import account
+from interference_nb.pretrain import (Feed, JointStep, TrainConfig, keep_memory, prepare_model,
+                                      run_info)
 from interference_nb.transformer import MaskedLM, ModelConfig
 from job import Job
 
@@ -64,8 +66,8 @@ class BareStack(nn.Module):
         return F.cross_entropy(F.linear(masked, self.embed.weight), batch.targets)
 
 def ours(job):
-    model = MaskedLM(config(job))
-    if job.compiled: [block.compile() for block in model.blocks]
+    model = MaskedLM(config(job)).to(job.device)
+    prepare_model(model, TrainConfig(compile=job.compiled))         # as `train` does
     return model, model.loss
 
 def bare(job):
@@ -118,17 +120,20 @@ def masked_lm(make):
 def library(job):
     "A step as `train` takes it, clipping and all, on random text: joint, or meta."
     cfg = TrainConfig(steps=1000, batch_size=job.batch_size, seq_len=job.seq_len,
-                      precision=job.precision)
+                      precision=job.precision, activation_checkpointing=job.recompute)
+    meta = MetaConfig(**job.meta) if job.meta else None
     def stream(i, lang):
         ids = np.random.default_rng(i).integers(5, job.vocab_size, 2**21)
         corpus = Corpus(ids.astype(np.uint16), lang, 'train', 1, 1)
         return Stream(corpus, job.batch_size, job.seq_len, 0, job.vocab_size)
     feed = Feed({l: stream(i, l) for i, l in enumerate(job.langs)}, cfg, device=job.device)
     model = MultilingualLM(config(job), job.langs, job.variant).to(job.device).train()
-    model.activation_checkpointing = job.recompute
-    take = MetaStep(model, cfg, MetaConfig(**job.meta)) if job.meta else JointStep(model, cfg)
+    prepare_model(model, cfg)
+    take = MetaStep(model, cfg, meta) if meta else JointStep(model, cfg)
     def step(k): take(k + 1, feed, 1e-4)        # not step 0, where the meta step logs more
     step.passes = lambda: take.passes
+    step.tensors_mb = account(config(job), cfg, 'meta_adpt' if meta else job.variant, job.langs,
+                              job.precision, on=job.device, meta=meta).peak / 2**20
     return step, sum(p.numel() for p in model.parameters())
 
 def matmul(job):
@@ -175,7 +180,8 @@ def serve(job: Job, pipe):
         step, size = MAKERS[job.name](job)
         if job.name == 'prepare': before = resident()       # the vocabulary is there already
         passes, k = getattr(step, 'passes', lambda: 0), 0
-        pipe.send(dict(size=size, work=getattr(step, 'work', job.batch_size * job.seq_len)))
+        pipe.send(dict(size=size, work=getattr(step, 'work', job.batch_size * job.seq_len),
+                       tensors_mb=getattr(step, 'tensors_mb', 0.)))
         while steps := pipe.recv():
             forget_peak()
             if on_gpu: torch.cuda.reset_peak_memory_stats()
