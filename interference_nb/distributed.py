@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['traffic', 'processes', 'Traffic', 'mean_over_processes', 'buckets', 'gathered', 'joined', 'enough_devices', 'launch',
-           'first_process_first', 'StopSignals']
+           'first_process_first', 'patient_group', 'fail_together', 'StopSignals']
 
 # %% ../nbs/01b_distributed.ipynb #3091ee03
-import contextlib, io, os, signal, sys, threading, time
+import contextlib, functools, io, os, signal, sys, threading, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
@@ -84,8 +84,8 @@ def joined():
     life = said('TORCHELASTIC_RESTART_COUNT') if said('GROUP_WORLD_SIZE') == 1 else 0
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', rank=rank, world_size=world,
                             store=dist.PrefixStore(f'life {life}', store))
-    try: yield
-    finally: dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()    # not after an error: it would wait for those still at work
 
 def enough_devices(n: int) -> int:  # GPUs of this machine
     "Refuse more processes than there are GPUs, where there are any."
@@ -130,17 +130,25 @@ def first_process_first(patience: timedelta = timedelta(days=7)):  # how long th
     if world == 1:
         yield
         return
-    group = dist.new_group(backend='gloo', timeout=patience)
-    failed = torch.ones(1)
+    error, group = None, patient_group(dist.group.WORLD, patience)
     if rank == 0:
-        try:
-            yield
-            failed.zero_()
-        finally: dist.broadcast(failed, 0, group)
-    else:
-        dist.broadcast(failed, 0, group)
-        if failed: raise InputError('the first process failed; its message says why.')
-        yield
+        try: yield
+        except BaseException as e: error = e
+    fail_together(error, group)
+    if rank: yield
+
+@functools.lru_cache(1)
+def patient_group(world, patience):
+    "Make a group that waits longer; once, as each has sockets and threads of its own."
+    return dist.new_group(backend='gloo', timeout=patience)
+
+def fail_together(error: BaseException | None,  # the first process's; None: all went well
+                  group=None):
+    "Let all processes fail, with its message, if the first one has failed."
+    said = [error and (str(error) or repr(error))]
+    if processes()[1] > 1: dist.broadcast_object_list(said, 0, group, torch.device('cpu'))
+    if error: raise error
+    if said[0]: raise InputError(f'the first process failed: {said[0]}')
 
 # %% ../nbs/01b_distributed.ipynb #7aaa80d4
 class StopSignals:

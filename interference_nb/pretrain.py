@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from .data import Batch, InputError, Stream, sampling_probabilities
-from .distributed import (StopSignals, gathered, mean_over_processes, processes,
-                                         traffic)
+from .distributed import (StopSignals, fail_together, gathered, mean_over_processes,
+                                         processes, traffic)
 
 # %% ../nbs/01a_pretrain.ipynb #891f82a8
 @dataclass(frozen=True)
@@ -493,9 +493,12 @@ class RunLog:
         self.settle(done)
         state, scaler = training_state(self.model, self.step), self.step.amp.scaler.state_dict()
         self.finite('a weight', all(bool(t.isfinite().all()) for t in state.values()), done)
-        if not (self.checkpoint and self.main): return
         meta = dict(config=self.config, scaler=scaler, settled=self.settled, **self.so_far(done))
-        save_checkpoint(self.checkpoint, state, meta)
+        error = None
+        try:
+            if self.checkpoint and self.main: save_checkpoint(self.checkpoint, state, meta)
+        except Exception as e: error = e
+        fail_together(error)
 
     @contextlib.contextmanager
     def apart(self):

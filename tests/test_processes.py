@@ -1,5 +1,5 @@
 "One, two and four processes, a full disk, workers left alone: what a notebook cell cannot show."
-import resource, shutil, signal, subprocess, sys, time
+import os, resource, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest
@@ -187,15 +187,19 @@ def test_failure_of_a_process_is_told():
         launch(fails, processes=2)
 
 def test_first_process_first(tmp_path):
-    "The others wait for rank 0, and fail with it."
+    "The others wait for rank 0, and fail with it; ten times leave no more open than once."
     def ordered():
         rank = processes()[0]
         with first_process_first():
             if rank == 0: time.sleep(.5); (tmp_path/'made').touch()
             assert (tmp_path/'made').exists()
-        with pytest.raises((OSError, InputError), match='first process failed|no room'):
+        with pytest.raises((OSError, InputError), match='no room'):
             with first_process_first():
                 if rank == 0: raise OSError('no room')
+        handles = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
+        for _ in range(10):
+            with first_process_first(): pass
+        assert not handles or len(os.listdir('/proc/self/fd')) == handles
         (tmp_path/f'{rank}').touch()
     launch(ordered, processes=2)
     assert (tmp_path/'0').exists() and (tmp_path/'1').exists()
@@ -214,6 +218,22 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     tensors, meta = load_checkpoint(path)
     assert meta['step'] == 1 and not tensors['w'].any()
     assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.safetensors']   # and nothing else
+
+def test_a_full_disk_ends_all_processes(toy, tmp_path):
+    "What stops the first process's checkpoint stops the others, with its message, at once."
+    def full(*_): raise InputError('could not write: make room on the disk')
+    def two():
+        pretrain.save_checkpoint = full
+        start = time.monotonic()
+        try: trained(toy, tmp_path)
+        except InputError as e: (tmp_path/f'{processes()[0]}').write_text(str(e))
+        (tmp_path/f'took{processes()[0]}').write_text(str(time.monotonic() - start))
+        raise OSError('no room')
+    with pytest.raises(InputError, match='no room'): launch(two, processes=2)
+    for rank, before in enumerate(('', 'the first process failed: ')):
+        said = (tmp_path/str(rank)).read_text()
+        assert said == f'{before}could not write: make room on the disk'
+        assert float((tmp_path/f'took{rank}').read_text()) < 20
 
 MAIN = 'from interference_nb.cli import main; main()'
 
