@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['traffic', 'processes', 'Traffic', 'mean_over_processes', 'buckets', 'gathered', 'joined', 'enough_devices', 'launch',
-           'first_process_first', 'patient_group', 'fail_together', 'StopSignals']
+           'signals_kept', 'first_process_first', 'patient_group', 'fail_together', 'StopSignals']
 
 # %% ../nbs/01b_distributed.ipynb #3091ee03
-import contextlib, functools, io, os, signal, sys, threading, time
+import contextlib, functools, io, os, signal, sys, tempfile, threading, time
 from datetime import timedelta
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -98,9 +99,10 @@ def enough_devices(n: int) -> int:  # GPUs of this machine
 # %% ../nbs/01b_distributed.ipynb #1794014d
 def launch(f, *args,  # called as f(*args) in each process, inside `joined`
            processes: int = 4,  # one for each GPU; without GPUs one for each core to use
-           restarts: int = 0):  # how often to start again when a process dies
+           restarts: int = 3):  # how often to start again when a process dies
     "Run a function in several processes, from a notebook, with `accelerate`'s launcher."
     from accelerate import notebook_launcher
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     if processes < 1: raise InputError(f'processes is {processes}. It must be 1 or more.')
     gpus, out = enough_devices(processes), sys.stdout
@@ -108,19 +110,41 @@ def launch(f, *args,  # called as f(*args) in each process, inside `joined`
     if gpus and torch.cuda.is_initialized():
         raise InputError('this notebook has used a GPU already, so no process can share them. '
                          'Restart the kernel and call launch first.')
+    failed = f'process {{}} of {processes} failed: {{}}'.format
     def one():
+        if told.exists(): return            # the same error would come again
         with contextlib.redirect_stdout(out):
             if not gpus: torch.set_num_threads(1)
-            with joined(): f(*args)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):     # it speaks of CUDA also without GPUs
-            notebook_launcher(one, num_processes=processes, max_restarts=restarts,
-                              rdzv_backend='c10d', rdzv_endpoint='localhost:0')
-    except ChildFailedError as e:
-        rank, failure = e.get_first_failure()
-        said = failure.message
-        if isinstance(said, dict): said = said['message']
-        raise InputError(f'process {rank} of {processes} failed: {said}') from None
+            try:
+                with joined(): f(*args)
+            except (RuntimeError, SignalException): raise   # may come of another process's death
+            except Exception as e:
+                told.write_text(failed(os.environ['RANK'], f'{type(e).__name__}: {e}'))
+                raise
+    with tempfile.TemporaryDirectory() as home, signals_kept():
+        told = Path(home)/'told'
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):     # it speaks of CUDA without GPUs
+                notebook_launcher(one, num_processes=processes, max_restarts=restarts,
+                                  rdzv_backend='c10d', rdzv_endpoint='localhost:0')
+        except ChildFailedError as e:
+            if not told.exists():
+                rank, failure = e.get_first_failure()
+                said = failure.message
+                told.write_text(failed(rank, said['message'] if isinstance(said, dict) else said))
+        if told.exists(): raise InputError(told.read_text())
+
+@contextlib.contextmanager
+def signals_kept():
+    "Answer to signals as before, after a block: torch's launcher leaves its own answers behind."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stops = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
+    before = {n: signal.getsignal(n) for n in stops}
+    try: yield
+    finally:
+        for n, f in before.items(): signal.signal(n, f)
 
 # %% ../nbs/01b_distributed.ipynb #875ab004
 @contextlib.contextmanager

@@ -179,12 +179,17 @@ def test_recomputing_needs_a_model_that_can():
     with pytest.raises(InputError, match='cannot recompute its activations'):
         pretrain.prepare_model(torch.nn.Linear(1, 1), replace(CFG, activation_checkpointing=True))
 
-def test_failure_of_a_process_is_told():
-    "The message names the process and repeats what it said."
+def test_failure_of_a_process_is_told(tmp_path):
+    "A process that dies is started again, one that fails is not: its message comes back."
+    lives, answers = tmp_path/'lives', signal.getsignal(signal.SIGTERM)
     def fails():
-        if processes()[0] == 1: raise OSError('no such file')
+        if processes()[0] == 0: return
+        with open(lives, 'a') as f: f.write('.')
+        if lives.stat().st_size == 1: os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError('no such file')
     with pytest.raises(InputError, match='process 1 of 2 failed: OSError: no such file'):
         launch(fails, processes=2)
+    assert lives.read_text() == '..' and signal.getsignal(signal.SIGTERM) is answers
 
 def test_first_process_first(tmp_path):
     "The others wait for rank 0, and fail with it; ten times leave no more open than once."
