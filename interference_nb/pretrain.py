@@ -320,6 +320,11 @@ class Record:
             with open(self.path, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
         return row
 
+    def sync(self):
+        "Make the lines outlive a power cut."
+        if self.path:
+            with open(self.path, 'rb+') as f: os.fsync(f.fileno())
+
 def read_record(path) -> list[dict]:
     "Read a record's lines; a last line cut short by a kill is left out."
     rows = []
@@ -456,13 +461,17 @@ class RunLog:
                            step=step.describe(), **(about or {}))
         self.checkpoint = Path(folder)/'checkpoint.safetensors' if folder else None
         if self.checkpoint and self.checkpoint.exists(): self.resume()
+        self.passes = step.passes       # of all processes, when this one began
         self.check_start()
         self.record = Record(Path(folder)/'record.jsonl' if folder and self.main else None,
-                             keep=lambda r: r['kind'] in ('start', 'step', 'eval')
+                             keep=lambda r: r['kind'] in ('start', 'step', 'eval', 'resume')
                              and r.get('step', -1) <= self.first)
+        here = dict(world=feed.world, precision=step.amp.name)
         if not self.rows:
             self.record.write('start', config=self.config, config_hash=config_hash(self.config),
-                              world=feed.world, **run_info())
+                              **here, **run_info())
+        elif 0 < self.first < cfg.steps:
+            self.record.write('resume', step=self.first, **here, **run_info())
 
     @property
     def rows(self): return self.record.rows
@@ -470,7 +479,11 @@ class RunLog:
     def resume(self):
         state, meta = load_checkpoint(self.checkpoint)
         then = {k: v for k, v in meta['config'].items() if (k, v) != ('world', 1)}
-        same_config(self.config, then, self.checkpoint)
+        was, now = meta.get('precision'), self.step.amp.name
+        same_config(self.config, then, self.checkpoint, (*FREE, 'precision') if was else FREE)
+        if was not in (None, now):
+            raise InputError(f'{self.checkpoint} was made in {was}, this run would go on in {now}. '
+                             f'Add --train.precision {was}, or name another folder.')
         restore_training_state(self.model, self.step, state)
         self.step.amp.scaler.load_state_dict(meta['scaler']) if meta['scaler'] else None
         self.first, self.step.passes = meta['step'], meta['passes']
@@ -493,24 +506,29 @@ class RunLog:
         self.settle(done)
         state, scaler = training_state(self.model, self.step), self.step.amp.scaler.state_dict()
         self.finite('a weight', all(bool(t.isfinite().all()) for t in state.values()), done)
-        meta = dict(config=self.config, scaler=scaler, settled=self.settled, **self.so_far(done))
+        meta = dict(config=self.config, scaler=scaler, settled=self.settled,
+                    precision=self.step.amp.name, **self.so_far(done))
         error = None
         try:
-            if self.checkpoint and self.main: save_checkpoint(self.checkpoint, state, meta)
+            if self.checkpoint and self.main:
+                self.record.sync()      # a checkpoint never outlives the rows before it
+                save_checkpoint(self.checkpoint, state, meta)
         except Exception as e: error = e
         fail_together(error)
 
     @contextlib.contextmanager
     def apart(self):
-        "Leave what is done meanwhile, measuring, out of the time of training."
-        start = clocks()
+        "Leave what is done meanwhile, measuring, out of training's time and messages."
+        start, sent = clocks(), traffic.bytes
         yield
         self.since += clocks() - start
+        self.reduced -= traffic.bytes - sent
 
     def so_far(self, done) -> dict:
         "Sum up the work of the first `done` steps."
         wall, cpu = (self.spent + clocks() - self.since).round(3).tolist()
-        out = dict(step=done, wall_s=wall, cpu_s=cpu, passes=self.step.passes)
+        passes = self.passes + self.feed.world * (self.step.passes - self.passes)
+        out = dict(step=done, wall_s=wall, cpu_s=cpu, passes=passes)
         if self.feed.world > 1: out['reduced_mb'] = (self.reduced + traffic.bytes) / 1e6
         return out
 

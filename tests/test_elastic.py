@@ -46,11 +46,12 @@ def forked(*args, before=calm) -> int:  # process id
     finally: os._exit(1)
 
 def left(folder):
-    "What a run leaves: tensors, meta and rows, without what clocks say."
+    "What a run leaves: tensors, meta and rows, without what clocks and resumptions say."
     apart = {'wall_s', 'cpu_s', 'tokens_per_s', 'date'}
     clean = lambda row: {k: v for k, v in row.items() if k not in apart}
     tensors, meta = load_checkpoint(folder/'checkpoint.safetensors')
-    return tensors, clean(meta), [clean(r) for r in read_record(folder/'record.jsonl')]
+    rows = [r for r in read_record(folder/'record.jsonl') if r['kind'] != 'resume']
+    return tensors, clean(meta), [clean(r) for r in rows]
 
 def assert_same(a, b):
     (a, *rest), (b, *others) = left(a), left(b)

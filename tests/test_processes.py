@@ -65,7 +65,7 @@ def probed(toy, folder):
     model, feed = start(toy, CFG)
     probe = GradientProbe(ProbeConfig(n_batches=4), folder)
     probe(0, model, feed)
-    assert probe.passes == 4 * 4 // feed.world
+    assert probe.passes == 4 * 4
     return torch.tensor([list(c.values()) for c in probe.rows[0]['cos'].values()]).flatten()
 
 def trained(toy, folder, **kw):
@@ -73,7 +73,7 @@ def trained(toy, folder, **kw):
     V, corpora = toy
     dev = {l: dev_batches(corpora[l]['validation'], 32, 32, V) for l in LANGS}
     train(model, feed, CFG, dev, plain_descent(JointStep(model, CFG)), folder=folder,
-          progress=False, **kw)
+          callbacks=[GradientProbe(ProbeConfig(every=2, n_batches=4))], progress=False, **kw)
     return weights(model)
 
 def everything(toy, home):
@@ -129,9 +129,15 @@ def test_probe_and_loop_agree_too(runs):
             torch.testing.assert_close(rank['whole'], alone['whole'], rtol=1e-5, atol=1e-6)
         assert (runs.home/f'probe{world}'/'probe.jsonl').exists()
         for a, b in zip(rows('whole1'), rows(f'whole{world}'), strict=True):
-            assert a['loss'] == pytest.approx(b['loss'], rel=1e-6) and 'reduced_mb' in b
+            assert a['loss'] == pytest.approx(b['loss'], rel=1e-6) and a['passes'] == b['passes']
+            sent = b['step'] * runs.of[world][0]['joint'][2][0][1]
+            assert b['reduced_mb'] == pytest.approx(sent / 1e6)     # without the probe's messages
     torch.testing.assert_close(runs.of[4][0]['moved'], alone['whole'], rtol=1e-5, atol=1e-6)
-    assert [r['step'] for r in rows('moved')] == [r['step'] for r in rows('whole1')]
+    for a, b in zip(rows('moved'), rows('whole1'), strict=True):
+        assert (a['step'], a['passes']) == (b['step'], b['passes'])
+    places = [(r['kind'], r['world'], r['precision'])
+              for r in read_record(runs.home/'moved'/'record.jsonl') if 'world' in r]
+    assert places == [('start', 2, 'float32'), ('resume', 4, 'float32')]
 
 def test_bytes_reduced(runs, toy):
     "A step reduces each gradient that it needs once: one message here, as they fit one bucket."
