@@ -163,7 +163,8 @@ def check_shares(batches: int, world: int, name: str = 'accumulate'):
 
 def pinned(batch: Batch) -> Batch:
     "Put a batch where a GPU fetches it by itself, while the processor goes on."
-    tensors = {n: x.pin_memory() for n, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+    tensors = {n: x.pin_memory() for n, x in vars(batch).items() if isinstance(x, torch.Tensor)
+               and x.is_cpu}
     return replace(batch, **tensors)
 
 # %% ../nbs/01a_pretrain.ipynb #fd407573

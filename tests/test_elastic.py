@@ -170,6 +170,20 @@ def test_torchrun_restarts_and_stops(home):
     assert 40 < step_of(folder) < SHORT.steps and step_of(folder) % EVERY
     two('torchrun'), two('two')
     assert_same(folder, home/'two')
+    launch(killed_while_saving, home, home/'saving', processes=2)
+    assert (home/'again').exists()
+    assert_same(home/'saving', home/'two')
+
+def killed_while_saving(home, folder):
+    "Kill rank 0 in the middle of its third checkpoint, in the first life."
+    import safetensors.torch
+    if processes()[0] == 0:
+        if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+            at_call(safetensors.torch, 'save_file', half_a_file, 2)()
+        else:
+            assert step_of(folder) == 2 * EVERY
+            (home/'again').touch()
+    run(home, folder, cfg=SHORT)
 
 def disturbed(k, model, feed, out):
     "Kill rank 1 in the first life of this run; in the second, grow slow."

@@ -1,5 +1,6 @@
 "One, two and four processes, a full disk, workers left alone: what a notebook cell cannot show."
 import os, resource, shutil, signal, subprocess, sys, time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest
@@ -185,6 +186,34 @@ def test_recomputing_needs_a_model_that_can():
     with pytest.raises(InputError, match='cannot recompute its activations'):
         pretrain.prepare_model(torch.nn.Linear(1, 1), replace(CFG, activation_checkpointing=True))
 
+def test_compiled_blocks_change_rounding_only(toy, monkeypatch):
+    "Weights keep their names; here without a C++ compiler. What cannot be compiled says so."
+    usual, compiled = torch.nn.Module.compile, replace(CFG, accumulate=1, compile=True)
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda m: usual(m, backend='aot_eager'))
+    def taken(cfg):
+        model, feed = start(toy, cfg)
+        names = list(model.state_dict())
+        pretrain.prepare_model(model, cfg)
+        assert list(model.state_dict()) == names
+        step = plain_descent(MetaStep(model, cfg))
+        for k in range(2): step(k, feed, .1)
+        return weights(model), model.blocks[0]._compiled_call_impl is not None
+    (a, yes), (b, no) = taken(compiled), taken(replace(compiled, compile=False))
+    assert yes and not no
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="no second derivative, which 'exact' needs"):
+        MetaStep(start(toy, compiled)[0], compiled, META['exact'])
+    with pytest.raises(InputError, match='no blocks to compile'):
+        pretrain.prepare_model(torch.nn.Linear(1, 1), compiled)
+
+def test_another_precision_is_refused(toy, tmp_path):
+    "A run goes on in the precision that it had, whatever 'auto' means on the machine."
+    trained(toy, tmp_path, stop_at=2)
+    tensors, meta = load_checkpoint(tmp_path/'checkpoint.safetensors')
+    save_checkpoint(tmp_path/'checkpoint.safetensors', tensors, meta | dict(precision='bfloat16'))
+    with pytest.raises(InputError, match='made in bfloat16, .* on in float32. .*precision bfloat'):
+        trained(toy, tmp_path)
+
 def test_failure_of_a_process_is_told(tmp_path):
     "A process that dies is started again, one that fails is not: its message comes back."
     lives, answers = tmp_path/'lives', signal.getsignal(signal.SIGTERM)
@@ -251,13 +280,14 @@ MAIN = 'from interference_nb.cli import main; main()'
 def test_workers_end_with_a_killed_command(tmp_path):
     "No worker goes on writing when its command is gone: the next one would meet it in the folder."
     args = ['demo', '--systems', 'joint', '--seeds', '2', '--steps', '20000', '--out', tmp_path]
-    command = subprocess.Popen([sys.executable, '-c', MAIN, *args], stdout=subprocess.DEVNULL)
-    grown = lambda: sum(p.stat().st_size for p in tmp_path.glob('*/record.jsonl'))
+    command = subprocess.Popen([sys.executable, '-c', MAIN, *args], stdout=subprocess.PIPE,
+                               start_new_session=True)
     deadline = time.time() + 120
-    while grown() < 10_000 and time.time() < deadline: time.sleep(.1)
-    command.kill()
-    command.wait()
-    time.sleep(3)
-    size = grown()
-    time.sleep(3)
-    assert grown() == size
+    try:
+        while not any(tmp_path.glob('*/record.jsonl')):     # a worker writes
+            assert command.poll() is None and time.time() < deadline, 'no run began'
+            time.sleep(.1)
+        command.kill()
+        command.communicate(timeout=20)     # ends when nobody is left who could write to the pipe
+    finally:
+        with suppress(ProcessLookupError): os.killpg(command.pid, signal.SIGKILL)
