@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['traffic', 'processes', 'Traffic', 'mean_over_processes', 'buckets', 'gathered', 'joined', 'enough_devices', 'launch',
-           'first_process_first', 'StopSignals']
+           'signals_kept', 'first_process_first', 'patient_group', 'fail_together', 'StopSignals']
 
 # %% ../nbs/01b_distributed.ipynb #3091ee03
-import contextlib, io, os, signal, sys, threading, time
+import contextlib, functools, io, os, signal, sys, tempfile, threading, time
 from datetime import timedelta
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -84,8 +85,8 @@ def joined():
     life = said('TORCHELASTIC_RESTART_COUNT') if said('GROUP_WORLD_SIZE') == 1 else 0
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', rank=rank, world_size=world,
                             store=dist.PrefixStore(f'life {life}', store))
-    try: yield
-    finally: dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()    # not after an error: it would wait for those still at work
 
 def enough_devices(n: int) -> int:  # GPUs of this machine
     "Refuse more processes than there are GPUs, where there are any."
@@ -98,9 +99,10 @@ def enough_devices(n: int) -> int:  # GPUs of this machine
 # %% ../nbs/01b_distributed.ipynb #1794014d
 def launch(f, *args,  # called as f(*args) in each process, inside `joined`
            processes: int = 4,  # one for each GPU; without GPUs one for each core to use
-           restarts: int = 0):  # how often to start again when a process dies
+           restarts: int = 3):  # how often to start again when a process dies
     "Run a function in several processes, from a notebook, with `accelerate`'s launcher."
     from accelerate import notebook_launcher
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     if processes < 1: raise InputError(f'processes is {processes}. It must be 1 or more.')
     gpus, out = enough_devices(processes), sys.stdout
@@ -108,19 +110,41 @@ def launch(f, *args,  # called as f(*args) in each process, inside `joined`
     if gpus and torch.cuda.is_initialized():
         raise InputError('this notebook has used a GPU already, so no process can share them. '
                          'Restart the kernel and call launch first.')
+    failed = f'process {{}} of {processes} failed: {{}}'.format
     def one():
+        if told.exists(): return            # the same error would come again
         with contextlib.redirect_stdout(out):
             if not gpus: torch.set_num_threads(1)
-            with joined(): f(*args)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):     # it speaks of CUDA also without GPUs
-            notebook_launcher(one, num_processes=processes, max_restarts=restarts,
-                              rdzv_backend='c10d', rdzv_endpoint='localhost:0')
-    except ChildFailedError as e:
-        rank, failure = e.get_first_failure()
-        said = failure.message
-        if isinstance(said, dict): said = said['message']
-        raise InputError(f'process {rank} of {processes} failed: {said}') from None
+            try:
+                with joined(): f(*args)
+            except (RuntimeError, SignalException): raise   # may come of another process's death
+            except Exception as e:
+                told.write_text(failed(os.environ['RANK'], f'{type(e).__name__}: {e}'))
+                raise
+    with tempfile.TemporaryDirectory() as home, signals_kept():
+        told = Path(home)/'told'
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):     # it speaks of CUDA without GPUs
+                notebook_launcher(one, num_processes=processes, max_restarts=restarts,
+                                  rdzv_backend='c10d', rdzv_endpoint='localhost:0')
+        except ChildFailedError as e:
+            if not told.exists():
+                rank, failure = e.get_first_failure()
+                said = failure.message
+                told.write_text(failed(rank, said['message'] if isinstance(said, dict) else said))
+        if told.exists(): raise InputError(told.read_text())
+
+@contextlib.contextmanager
+def signals_kept():
+    "Answer to signals as before, after a block: torch's launcher leaves its own answers behind."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stops = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
+    before = {n: signal.getsignal(n) for n in stops}
+    try: yield
+    finally:
+        for n, f in before.items(): signal.signal(n, f)
 
 # %% ../nbs/01b_distributed.ipynb #875ab004
 @contextlib.contextmanager
@@ -130,17 +154,25 @@ def first_process_first(patience: timedelta = timedelta(days=7)):  # how long th
     if world == 1:
         yield
         return
-    group = dist.new_group(backend='gloo', timeout=patience)
-    failed = torch.ones(1)
+    error, group = None, patient_group(dist.group.WORLD, patience)
     if rank == 0:
-        try:
-            yield
-            failed.zero_()
-        finally: dist.broadcast(failed, 0, group)
-    else:
-        dist.broadcast(failed, 0, group)
-        if failed: raise InputError('the first process failed; its message says why.')
-        yield
+        try: yield
+        except BaseException as e: error = e
+    fail_together(error, group)
+    if rank: yield
+
+@functools.lru_cache(1)
+def patient_group(world, patience):
+    "Make a group that waits longer; once, as each has sockets and threads of its own."
+    return dist.new_group(backend='gloo', timeout=patience)
+
+def fail_together(error: BaseException | None,  # the first process's; None: all went well
+                  group=None):
+    "Let all processes fail, with its message, if the first one has failed."
+    said = [error and (str(error) or repr(error))]
+    if processes()[1] > 1: dist.broadcast_object_list(said, 0, group, torch.device('cpu'))
+    if error: raise error
+    if said[0]: raise InputError(f'the first process failed: {said[0]}')
 
 # %% ../nbs/01b_distributed.ipynb #7aaa80d4
 class StopSignals:

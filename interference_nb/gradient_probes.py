@@ -171,7 +171,7 @@ class GradientProbe:
         def draw(lang, turn):
             first = (k // self.cfg.every * self.turns + turn) * n
             mine = range(first + feed.rank, first + n, feed.world)
-            self.passes += len(mine)
+            self.passes += n            # of all processes
             return [lambda i=i: loss(self.streams[lang], i) for i in mine]
         return draw
 

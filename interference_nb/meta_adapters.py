@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ESTIMATORS', 'moved', 'random_state', 'replayed', 'mean_gradient', 'exact', 'step_length', 'phi_gradient', 'constant',
            'finite_difference', 'one_sided', 'first_order', 'Hypergradient', 'hypergradient', 'MetaConfig', 'Updates',
-           'MetaStep']
+           'second', 'MetaStep']
 
 # %% ../nbs/05_meta_adapters.ipynb #a8b6cc94
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -296,7 +296,7 @@ class MetaConfig:
     others_only: bool = False   # leave language i's own validation loss out
     order: str = 'meta first'   # or 'shared first'; then the meta step takes another batch
     also_direct: bool = False   # phi_i also follows its training gradient, in theta's optimiser
-    log_every: int = 10         # steps between two measurements of the ratio
+    log_every: int = 10         # meta steps between two measurements of the ratio
     rest: int = 0               # plain steps of theta between two updates of phi
     sample: int | None = None   # validation languages drawn for a step; None: all of them
 
@@ -351,8 +351,7 @@ class Updates(JointStep):
 
     def other_batches(self, k, feed, batches) -> list:
         "Draw batches of the same languages that the shared update has not seen."
-        stream = {b.lang: feed.streams[b.lang].fork('second') for b in batches}
-        return [stream[b.lang].batch(i).to(feed.device)
+        return [second(feed.streams[b.lang]).batch(i).to(feed.device)
                 for i, b in zip(feed.share(k), batches, strict=True)]
 
     def val_langs(self, k, feed, own) -> list[str]:
@@ -381,6 +380,12 @@ class Updates(JointStep):
             raise InputError(f"sample is {self.meta.sample}, but there are {len(feed.langs)} "
                              "languages. Draw fewer, or leave it at None.")
 
+
+@lru_cache(64)                  # a new stream would shuffle its whole text at every step
+def second(stream):
+    "Give a stream over the same text that the shared update does not draw from."
+    return stream.fork('second')
+
 # %% ../nbs/05_meta_adapters.ipynb #3b692836
 class MetaStep(Updates):
     "Update phi_i by the hypergradient and theta by the plain gradient [paper Algorithm 1]."
@@ -399,6 +404,9 @@ class MetaStep(Updates):
                              "Use the variant adpt, ffn or attn.")
         if self.meta.others_only and cfg.mixed:
             raise InputError("others_only needs steps of one language. Switch mixed off.")
+        if self.meta.estimator == 'exact' and cfg.compile:
+            raise InputError("compiled blocks have no second derivative, which 'exact' needs. "
+                             "Switch compile off, or use 'finite_difference'.")
         self.optimizers = {
             'specific': make_adam(specific, cfg),
             'shared': make_adam(self.theta + specific * self.meta.also_direct, cfg)}
@@ -429,7 +437,8 @@ class MetaStep(Updates):
         self.step('specific', phi, h.total, lr, average=False)  # equal on all processes already
         out = dict(val_loss=h.val_loss / s)
         direct = not set(own).isdisjoint(langs)                 # else that term is zero
-        return out | dict(ratio=h.ratio) if direct and not k % meta.log_every else out
+        log = k // (meta.rest + 1) % meta.log_every == 0        # of the steps in which phi moves
+        return out | dict(ratio=h.ratio) if direct and log else out
 
     def update_shared(self, own, batches, lr) -> Tensor:
         "Move theta along the training gradient at the present phi [paper Eq. 5]."

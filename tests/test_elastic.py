@@ -46,11 +46,12 @@ def forked(*args, before=calm) -> int:  # process id
     finally: os._exit(1)
 
 def left(folder):
-    "What a run leaves: tensors, meta and rows, without what clocks say."
+    "What a run leaves: tensors, meta and rows, without what clocks and resumptions say."
     apart = {'wall_s', 'cpu_s', 'tokens_per_s', 'date'}
     clean = lambda row: {k: v for k, v in row.items() if k not in apart}
     tensors, meta = load_checkpoint(folder/'checkpoint.safetensors')
-    return tensors, clean(meta), [clean(r) for r in read_record(folder/'record.jsonl')]
+    rows = [r for r in read_record(folder/'record.jsonl') if r['kind'] != 'resume']
+    return tensors, clean(meta), [clean(r) for r in rows]
 
 def assert_same(a, b):
     (a, *rest), (b, *others) = left(a), left(b)
@@ -169,6 +170,20 @@ def test_torchrun_restarts_and_stops(home):
     assert 40 < step_of(folder) < SHORT.steps and step_of(folder) % EVERY
     two('torchrun'), two('two')
     assert_same(folder, home/'two')
+    launch(killed_while_saving, home, home/'saving', processes=2)
+    assert (home/'again').exists()
+    assert_same(home/'saving', home/'two')
+
+def killed_while_saving(home, folder):
+    "Kill rank 0 in the middle of its third checkpoint, in the first life."
+    import safetensors.torch
+    if processes()[0] == 0:
+        if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+            at_call(safetensors.torch, 'save_file', half_a_file, 2)()
+        else:
+            assert step_of(folder) == 2 * EVERY
+            (home/'again').touch()
+    run(home, folder, cfg=SHORT)
 
 def disturbed(k, model, feed, out):
     "Kill rank 1 in the first life of this run; in the second, grow slow."

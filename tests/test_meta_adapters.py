@@ -141,6 +141,24 @@ def test_settings_mean_the_same_in_two_processes(tmp_path):
     assert alone['overflow'] == a['overflow'] == b['overflow'] == (False, 64.)  # both updates
 
 
+def test_second_streams_are_made_once():
+    "A stream shuffles its whole text when it begins: not at every step."
+    _, step, feed = little_run(CFG, MetaConfig(order='shared first'))
+    feed.streams = {l: Counted(s) for l, s in feed.streams.items()}
+    for k in range(CFG.steps): step(k, feed, .1)
+    assert sum(s.forks for s in feed.streams.values()) == len(set(map(feed.lang, range(CFG.steps))))
+
+
+class Counted:
+    "A stream that counts its forks."
+    def __init__(self, stream): self.stream, self.forks = stream, 0
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def fork(self, name):
+        self.forks += 1
+        return self.stream.fork(name)
+
+
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_a_step_waits_for_no_number(name):
     "The device without numbers cannot give one: a step goes through if it never asks."

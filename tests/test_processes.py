@@ -1,5 +1,6 @@
 "One, two and four processes, a full disk, workers left alone: what a notebook cell cannot show."
-import resource, shutil, signal, subprocess, sys, time
+import os, resource, shutil, signal, subprocess, sys, time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest
@@ -65,7 +66,7 @@ def probed(toy, folder):
     model, feed = start(toy, CFG)
     probe = GradientProbe(ProbeConfig(n_batches=4), folder)
     probe(0, model, feed)
-    assert probe.passes == 4 * 4 // feed.world
+    assert probe.passes == 4 * 4
     return torch.tensor([list(c.values()) for c in probe.rows[0]['cos'].values()]).flatten()
 
 def trained(toy, folder, **kw):
@@ -73,7 +74,7 @@ def trained(toy, folder, **kw):
     V, corpora = toy
     dev = {l: dev_batches(corpora[l]['validation'], 32, 32, V) for l in LANGS}
     train(model, feed, CFG, dev, plain_descent(JointStep(model, CFG)), folder=folder,
-          progress=False, **kw)
+          callbacks=[GradientProbe(ProbeConfig(every=2, n_batches=4))], progress=False, **kw)
     return weights(model)
 
 def everything(toy, home):
@@ -129,9 +130,15 @@ def test_probe_and_loop_agree_too(runs):
             torch.testing.assert_close(rank['whole'], alone['whole'], rtol=1e-5, atol=1e-6)
         assert (runs.home/f'probe{world}'/'probe.jsonl').exists()
         for a, b in zip(rows('whole1'), rows(f'whole{world}'), strict=True):
-            assert a['loss'] == pytest.approx(b['loss'], rel=1e-6) and 'reduced_mb' in b
+            assert a['loss'] == pytest.approx(b['loss'], rel=1e-6) and a['passes'] == b['passes']
+            sent = b['step'] * runs.of[world][0]['joint'][2][0][1]
+            assert b['reduced_mb'] == pytest.approx(sent / 1e6)     # without the probe's messages
     torch.testing.assert_close(runs.of[4][0]['moved'], alone['whole'], rtol=1e-5, atol=1e-6)
-    assert [r['step'] for r in rows('moved')] == [r['step'] for r in rows('whole1')]
+    for a, b in zip(rows('moved'), rows('whole1'), strict=True):
+        assert (a['step'], a['passes']) == (b['step'], b['passes'])
+    places = [(r['kind'], r['world'], r['precision'])
+              for r in read_record(runs.home/'moved'/'record.jsonl') if 'world' in r]
+    assert places == [('start', 2, 'float32'), ('resume', 4, 'float32')]
 
 def test_bytes_reduced(runs, toy):
     "A step reduces each gradient that it needs once: one message here, as they fit one bucket."
@@ -179,23 +186,60 @@ def test_recomputing_needs_a_model_that_can():
     with pytest.raises(InputError, match='cannot recompute its activations'):
         pretrain.prepare_model(torch.nn.Linear(1, 1), replace(CFG, activation_checkpointing=True))
 
-def test_failure_of_a_process_is_told():
-    "The message names the process and repeats what it said."
+def test_compiled_blocks_change_rounding_only(toy, monkeypatch):
+    "Weights keep their names; here without a C++ compiler. What cannot be compiled says so."
+    usual, compiled = torch.nn.Module.compile, replace(CFG, accumulate=1, compile=True)
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda m: usual(m, backend='aot_eager'))
+    def taken(cfg):
+        model, feed = start(toy, cfg)
+        names = list(model.state_dict())
+        pretrain.prepare_model(model, cfg)
+        assert list(model.state_dict()) == names
+        step = plain_descent(MetaStep(model, cfg))
+        for k in range(2): step(k, feed, .1)
+        return weights(model), model.blocks[0]._compiled_call_impl is not None
+    (a, yes), (b, no) = taken(compiled), taken(replace(compiled, compile=False))
+    assert yes and not no
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="no second derivative, which 'exact' needs"):
+        MetaStep(start(toy, compiled)[0], compiled, META['exact'])
+    with pytest.raises(InputError, match='no blocks to compile'):
+        pretrain.prepare_model(torch.nn.Linear(1, 1), compiled)
+
+def test_another_precision_is_refused(toy, tmp_path):
+    "A run goes on in the precision that it had, whatever 'auto' means on the machine."
+    trained(toy, tmp_path, stop_at=2)
+    tensors, meta = load_checkpoint(tmp_path/'checkpoint.safetensors')
+    save_checkpoint(tmp_path/'checkpoint.safetensors', tensors, meta | dict(precision='bfloat16'))
+    with pytest.raises(InputError, match='made in bfloat16, .* on in float32. .*precision bfloat'):
+        trained(toy, tmp_path)
+
+def test_failure_of_a_process_is_told(tmp_path):
+    "A process that dies is started again, one that fails is not: its message comes back."
+    lives, answers = tmp_path/'lives', signal.getsignal(signal.SIGTERM)
     def fails():
-        if processes()[0] == 1: raise OSError('no such file')
+        if processes()[0] == 0: return
+        with open(lives, 'a') as f: f.write('.')
+        if lives.stat().st_size == 1: os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError('no such file')
     with pytest.raises(InputError, match='process 1 of 2 failed: OSError: no such file'):
         launch(fails, processes=2)
+    assert lives.read_text() == '..' and signal.getsignal(signal.SIGTERM) is answers
 
 def test_first_process_first(tmp_path):
-    "The others wait for rank 0, and fail with it."
+    "The others wait for rank 0, and fail with it; ten times leave no more open than once."
     def ordered():
         rank = processes()[0]
         with first_process_first():
             if rank == 0: time.sleep(.5); (tmp_path/'made').touch()
             assert (tmp_path/'made').exists()
-        with pytest.raises((OSError, InputError), match='first process failed|no room'):
+        with pytest.raises((OSError, InputError), match='no room'):
             with first_process_first():
                 if rank == 0: raise OSError('no room')
+        handles = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
+        for _ in range(10):
+            with first_process_first(): pass
+        assert not handles or len(os.listdir('/proc/self/fd')) == handles
         (tmp_path/f'{rank}').touch()
     launch(ordered, processes=2)
     assert (tmp_path/'0').exists() and (tmp_path/'1').exists()
@@ -215,18 +259,35 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert meta['step'] == 1 and not tensors['w'].any()
     assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.safetensors']   # and nothing else
 
+def test_a_full_disk_ends_all_processes(toy, tmp_path):
+    "What stops the first process's checkpoint stops the others, with its message, at once."
+    def full(*_): raise InputError('could not write: make room on the disk')
+    def two():
+        pretrain.save_checkpoint = full
+        start = time.monotonic()
+        try: trained(toy, tmp_path)
+        except InputError as e: (tmp_path/f'{processes()[0]}').write_text(str(e))
+        (tmp_path/f'took{processes()[0]}').write_text(str(time.monotonic() - start))
+        raise OSError('no room')
+    with pytest.raises(InputError, match='no room'): launch(two, processes=2)
+    for rank, before in enumerate(('', 'the first process failed: ')):
+        said = (tmp_path/str(rank)).read_text()
+        assert said == f'{before}could not write: make room on the disk'
+        assert float((tmp_path/f'took{rank}').read_text()) < 20
+
 MAIN = 'from interference_nb.cli import main; main()'
 
 def test_workers_end_with_a_killed_command(tmp_path):
     "No worker goes on writing when its command is gone: the next one would meet it in the folder."
     args = ['demo', '--systems', 'joint', '--seeds', '2', '--steps', '20000', '--out', tmp_path]
-    command = subprocess.Popen([sys.executable, '-c', MAIN, *args], stdout=subprocess.DEVNULL)
-    grown = lambda: sum(p.stat().st_size for p in tmp_path.glob('*/record.jsonl'))
+    command = subprocess.Popen([sys.executable, '-c', MAIN, *args], stdout=subprocess.PIPE,
+                               start_new_session=True)
     deadline = time.time() + 120
-    while grown() < 10_000 and time.time() < deadline: time.sleep(.1)
-    command.kill()
-    command.wait()
-    time.sleep(3)
-    size = grown()
-    time.sleep(3)
-    assert grown() == size
+    try:
+        while not any(tmp_path.glob('*/record.jsonl')):     # a worker writes
+            assert command.poll() is None and time.time() < deadline, 'no run began'
+            time.sleep(.1)
+        command.kill()
+        command.communicate(timeout=20)     # ends when nobody is left who could write to the pipe
+    finally:
+        with suppress(ProcessLookupError): os.killpg(command.pid, signal.SIGKILL)
