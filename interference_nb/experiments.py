@@ -185,7 +185,7 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, p
                         max_sentences=caps).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #112a75ea
+# %% ../nbs/07_experiments.ipynb #0f4b095d
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
@@ -281,10 +281,10 @@ def alone(home: Path):
         try:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError: pass                                        # not on this system
-        except OSError as e:
+        except BlockingIOError as e:
             raise InputError(f'another process works on {home}. Wait for it, or name another '
                              'folder with --out.') from e
+        except (ImportError, OSError): pass             # not on this system, or this file system
         yield
 
 def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, lang: str,

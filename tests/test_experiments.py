@@ -1,5 +1,5 @@
 "Runs where a notebook does not go: killed workers, locked folders, data without test sets."
-import multiprocessing
+import errno, multiprocessing
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 import pytest
@@ -30,6 +30,12 @@ def test_a_folder_is_worked_on_by_one(tmp_path):
     with alone(tmp_path/spec.name):
         with pytest.raises(InputError, match='another process works on'): run(spec, tmp_path)
     run(spec, tmp_path)
+
+def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip('fcntl')
+    def flock(*_): raise OSError(errno.ENOSYS, 'Function not implemented')
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    with alone(tmp_path/'run'): assert (tmp_path/'run').is_dir()
 
 def test_no_checkpoint_repeats_the_pretraining_only(tmp_path):
     "What a committed record holds stays, where the weights come out the same."
