@@ -6,13 +6,13 @@
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
            'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'is_pretrained', 'keep_lessons', 'alone', 'teach_one',
            'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
-           'check_format', 'device', 'pretrain_all', 'small', 'cost', 'run_all', 'metrics', 'Score', 'read_scores',
-           'read_counts', 'complete_records', 'load_results', 'Paired', 'paired', 'table_columns', 'table_cells',
-           'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings', 'verdict_table',
-           'about_records', 'table_page']
+           'check_format', 'device', 'on_cpu', 'pretrain_all', 'small', 'cost', 'run_all', 'metrics', 'Score',
+           'read_scores', 'read_counts', 'complete_records', 'load_results', 'Paired', 'paired', 'table_columns',
+           'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings',
+           'verdict_table', 'about_records', 'table_page']
 
-# %% ../nbs/07_experiments.ipynb #1e12ca4a
-import hashlib, itertools, json, math, multiprocessing, shutil, time
+# %% ../nbs/07_experiments.ipynb #1f7131ca
+import hashlib, itertools, json, math, multiprocessing, os, shutil, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 import numpy as np
 import torch
 from .data import (InputError, Stream, check_languages, check_room, cpu_count,
@@ -27,7 +28,7 @@ from .data import (InputError, Stream, check_languages, check_room, cpu_count,
                                   train_tokenizer)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig
-from .distributed import first_process_first, processes
+from .distributed import first_process_first, launch, processes
 from .pretrain import (Feed, JointStep, Record, TrainConfig, config_hash,
                                       load_checkpoint, perplexity, read_record, run_info,
                                       same_config, save_checkpoint, train)
@@ -185,7 +186,7 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, p
                         max_sentences=caps).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #0f4b095d
+# %% ../nbs/07_experiments.ipynb #5be393df
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
@@ -425,6 +426,17 @@ def check_format(rows: list[dict], home):
 def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+def on_cpu(f, *args,  # called as f(*args) in each process
+           processes: int = 1):
+    "Call a function without GPUs, outside this process if there are any: it may share them later."
+    here = not torch.cuda.device_count() or torch.cuda.is_initialized()
+    if processes == 1 and here: return f(*args)
+    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=''):
+        if processes > 1: return launch(f, *args, processes=processes)
+        fork = multiprocessing.get_context('fork')
+        with ProcessPoolExecutor(1, fork, torch.set_num_threads, (1,)) as pool:
+            return pool.submit(f, *args).result()
 
 # %% ../nbs/07_experiments.ipynb #e370b2c6
 def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'RESERVE', 'Memory', 'size', 'Ledger', 'SameBatch', 'random_batch', 'make_step', 'rehearsal',
-           'cycle', 'as_on_gpu', 'unit_matrix', 'pretended', 'account', 'rehearsed', 'measured_peak', 'plot_memory',
-           'memory_cells', 'Plan', 'plan_run', 'sized', 'account_of', 'memory_of', 'free_at', 'text_of',
-           'measured_step', 'time_steps', 'about_here', 'plan_table']
+           'cycle', 'as_on_gpu', 'unit_matrix', 'pretended', 'account', 'rehearsed', 'rehearse', 'measured_peak',
+           'plot_memory', 'memory_cells', 'Plan', 'plan_run', 'sized', 'account_of', 'memory_of', 'gpu', 'free_at',
+           'text_of', 'measured_step', 'time_steps', 'about_here', 'plan_table']
 
-# %% ../nbs/07c_planner.ipynb #02e1c19d
-import contextlib, gc, json, os, shutil, time, weakref
+# %% ../nbs/07c_planner.ipynb #9929561e
+import contextlib, gc, json, os, shutil, subprocess, sys, time, weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ from .pretrain import Feed, JointStep, TrainConfig, check_shares, prepare_model
 from .adapters import MultilingualLM
 from .gradient_probes import CombinedStep
 from .meta_adapters import MetaConfig, MetaStep
-from .experiments import SYSTEMS, RunSpec, device, text_table
+from .experiments import SYSTEMS, RunSpec, device, on_cpu, text_table
 
 # %% ../nbs/07c_planner.ipynb #45d497b2
 KINDS = 'parameters', 'optimiser', 'gradients', 'copies', 'activations'
@@ -200,7 +200,7 @@ def unit_matrix(t: FakeTensor) -> np.ndarray:
     "Answer whoever asks for a matrix's numbers."
     return np.eye(*t.shape[-2:]) * np.ones(t.shape)
 
-# %% ../nbs/07c_planner.ipynb #d05a0908
+# %% ../nbs/07c_planner.ipynb #eac239af
 @contextlib.contextmanager
 def pretended(processes: int):
     "Be the first of several processes that are not there."
@@ -231,7 +231,11 @@ def account(shape: ModelConfig, cfg: TrainConfig, system: str = 'joint',  # key 
                      fused_attention, on != 'cpu', meta, processes)
 
 @cache
-def rehearsed(shape, cfg, system, langs, fused, gpu, meta, processes) -> Memory:
+def rehearsed(*about) -> Memory:
+    "Rehearse once, away from the GPUs: also a backward pass on the CPU wakes CUDA in its process."
+    return on_cpu(rehearse, *about)
+
+def rehearse(shape, cfg, system, langs, fused, gpu, meta, processes) -> Memory:
     "Rehearse on shapes, with the ledger open."
     ledger = Ledger(block=512 if gpu else 1)
     with (FakeTensorMode(), pretended(processes), ledger,
@@ -370,7 +374,7 @@ class Plan:
         long = f'{self.hours:,.1f} hours' if self.hours >= 1 else f'{self.hours * 60:.1f} minutes'
         return f'{long}: {self.step_s:.3g} s a step, {self.how}'
 
-# %% ../nbs/07c_planner.ipynb #004e4da8
+# %% ../nbs/07c_planner.ipynb #54131345
 def plan_run(spec: RunSpec,
              processes: int = 1,
              seconds: float = 30.,  # to measure a step for; 0: no hours in the plan
@@ -407,7 +411,16 @@ def memory_of(on: str, processes: int) -> tuple[float, str]:  # bytes for each p
         ram = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
         return ram / processes, "its share of this machine's memory"
     if device() == 'cpu': return 32e9 - RESERVE, 'a V100 of 32 GB; there is no GPU here'
-    return torch.cuda.get_device_properties(0).total_memory - RESERVE, torch.cuda.get_device_name()
+    name, memory = gpu()
+    return memory - RESERVE, name
+
+@cache
+def gpu() -> tuple[str, int]:  # name, bytes
+    "Ask for the GPU in a process of its own; one that has used CUDA could start no others on it."
+    ask = 'import torch; p = torch.cuda.get_device_properties(0); print(p.total_memory, p.name)'
+    said = subprocess.run([sys.executable, '-c', ask], capture_output=True, text=True, check=True)
+    memory, name = said.stdout.split(maxsplit=1)
+    return name.strip(), int(memory)
 
 def free_at(folder) -> int:
     "Tell how many bytes are free on the disk of a folder that need not exist yet."
@@ -415,7 +428,7 @@ def free_at(folder) -> int:
     while not place.exists(): place = place.parent
     return shutil.disk_usage(place).free
 
-# %% ../nbs/07c_planner.ipynb #d8aec328
+# %% ../nbs/07c_planner.ipynb #ff5d4607
 def text_of(spec: RunSpec, folder) -> tuple[float | None, float, float]:  # ids, copy, ids held
     "Tell what the tokenised text takes: what is there, or the source's estimate."
     capped = ''.join(f'-{l}{n}' for l, n in sorted(spec.max_sentences.items()))
@@ -467,7 +480,7 @@ def time_steps(shape, cfg, system, langs, meta, on, seconds) -> float:  # for on
 
 def about_here() -> str:
     "Name what was measured on."
-    if device() == 'cuda': return torch.cuda.get_device_name()
+    if device() == 'cuda': return gpu()[0]
     return f'a CPU, {torch.get_num_threads()} thread(s)'
 
 def plan_table(plans: Iterable[Plan]) -> str:

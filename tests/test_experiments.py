@@ -1,11 +1,12 @@
 "Runs where a notebook does not go: killed workers, locked folders, data without test sets."
-import errno, multiprocessing
+import errno, multiprocessing, os
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 import pytest
+import torch
 from interference_nb.data import InputError
-from interference_nb.experiments import (SCALES, Scale, alone, lessons, plan, read_scores, run,
-                                         run_all)
+from interference_nb.experiments import (SCALES, Scale, alone, lessons, on_cpu, plan, read_scores,
+                                         run, run_all)
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig, read_record
 from interference_nb.transformer import ModelConfig
@@ -36,6 +37,15 @@ def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
     def flock(*_): raise OSError(errno.ENOSYS, 'Function not implemented')
     monkeypatch.setattr(fcntl, 'flock', flock)
     with alone(tmp_path/'run'): assert (tmp_path/'run').is_dir()
+
+def where(): return os.getpid(), os.environ.get('CUDA_VISIBLE_DEVICES')
+
+def test_small_runs_leave_the_gpus_alone(monkeypatch):
+    "They run without, and not in a process that may want to share them later."
+    assert on_cpu(where)[0] == os.getpid()
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    pid, seen = on_cpu(where)
+    assert pid != os.getpid() and seen == '' and where()[1] != ''
 
 def test_no_checkpoint_repeats_the_pretraining_only(tmp_path):
     "What a committed record holds stays, where the weights come out the same."

@@ -1,6 +1,7 @@
 "The account of memory against two allocators, plans that do not fit, and the commands."
 import json, subprocess, sys
 from dataclasses import replace
+from types import SimpleNamespace
 import pytest
 import torch
 from interference_nb import planner
@@ -110,6 +111,21 @@ def test_account_on_a_gpu(system, precision, again):
                             activation_checkpointing=again)
     counted = account(model, cfg, system, precision=precision).peak
     assert measured_peak(model, cfg, system, on='cuda') == pytest.approx(counted, rel=.05)
+
+
+def test_a_plan_leaves_the_gpus_to_the_processes_that_follow(monkeypatch):
+    "As in the full-scale notebooks: who has used CUDA can start no processes that share it."
+    def woken(*_): pytest.fail('CUDA was woken')
+    said = SimpleNamespace(stdout='32000000000 A GPU\n')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, '_lazy_init', woken)
+    monkeypatch.setattr(planner.subprocess, 'run', lambda *_, **kw: said)
+    planner.gpu.cache_clear()
+    planner.rehearsed.cache_clear()
+    plan = plan_run(PAPER, 4, seconds=0)
+    planner.gpu.cache_clear()
+    assert (plan.where, plan.room) == ('A GPU', 31e9) and plan.memory.peak > 1e9
 
 
 def test_toy_plan_needs_no_gpu_and_little(tmp_path):
