@@ -9,18 +9,18 @@ __all__ = ['DEMO_SYSTEMS', 'SHARED', 'TORCHRUN', 'DemoConfig', 'interference_dem
            'CausesConfig', 'probe_run', 'probe_cells', 'prune_run', 'interference_causes', 'ReproduceConfig',
            'interference_reproduce', 'executor_of', 'make_app', 'main', 'first_speaks', 'end']
 
-# %% ../nbs/09_cli.ipynb #b01b900a
+# %% ../nbs/09_cli.ipynb #8ae5884a
 import os, sys, threading, time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
-from .data import InputError, corpus_statistics, cpu_count, statistics_table
+from .data import InputError, corpus_statistics, statistics_table
 from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cost,
                                          findings, load_results, materials, metrics, open_run,
-                                         plan, prune_model, run, run_all, table_cells, table_page,
-                                         text_of, text_table)
+                                         plan, prune_model, run, run_all, side_by_side,
+                                         table_cells, table_page, text_of, text_table)
 from .reproduce import (check_records, choose, make_setting, plan_cells,
                                        specs_of, write, write_index)
 from .distributed import joined, processes
@@ -33,7 +33,7 @@ from .pretrain import (Record, TrainConfig, load_checkpoint, progress_bar,
 from .toy_languages import open_source
 from .transformer import ModelConfig
 
-# %% ../nbs/09_cli.ipynb #51ef61a0
+# %% ../nbs/09_cli.ipynb #6e30af6a
 DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt'
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DemoConfig:
     steps: int | None = None  # in place of the scale's number of steps
     scale: str | None = None  # 'toy' for toy data and 'pocket' for text, if not given
     out: Path | None = None  # folder of the records; runs/demo-<data> if not given
-    workers: int | None = None  # runs side by side; one a core if not given
+    workers: int | None = None  # runs side by side; one a GPU, or a core, if not given
 
 # %% ../nbs/09_cli.ipynb #3c285600
 def split_commas(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -321,7 +321,7 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
 
-# %% ../nbs/09_cli.ipynb #bebd03a8
+# %% ../nbs/09_cli.ipynb #51ce7ea8
 @dataclass(frozen=True)
 class ProbeCommand:
     "Compare the gradients of a pretrained run's languages, at its checkpoint."
@@ -345,7 +345,7 @@ class CausesConfig:
     seeds: int = 5  # how many; three at least for a standard error worth the name
     steps: int | None = None  # of pretraining, in place of the study's own
     out: Path | None = None  # folder of the records; runs/causes-<toy or text> if not given
-    workers: int | None = None  # runs side by side; one a core if not given
+    workers: int | None = None  # runs side by side; one a GPU, or a core, if not given
 
 # %% ../nbs/09_cli.ipynb #debca023
 def probe_run(cfg: ProbeCommand) -> list[dict]:  # rows, also in the run's probe/probe.jsonl
@@ -425,7 +425,7 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
           f'records: {out}/*/record.jsonl')
     return out
 
-# %% ../nbs/09_cli.ipynb #d7a9be2a
+# %% ../nbs/09_cli.ipynb #89cc9b89
 @dataclass(frozen=True)
 class ReproduceConfig:
     "Make the paper's tables and figures: plan, run what is missing, write them."
@@ -438,7 +438,7 @@ class ReproduceConfig:
     seeds: int | None = None  # how many; the scale's own number if not given
     steps: int | None = None  # of pretraining, in place of the scale's own
     out: Path | None = None  # folder of records and pages; runs/reproduce-<scale> if not given
-    workers: int | None = None  # runs side by side; one a core if not given
+    workers: int | None = None  # runs side by side; one a GPU, or a core, if not given
     engine: str = 'local'  # 'slurm': a job a run, by submitit
     slurm: dict[str, str] = field(default_factory=dict)  # settings of its jobs: timeout_min 600
     dry_run: bool = False  # print the plan and stop
@@ -455,7 +455,7 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
     exhibits = choose(split_commas(cfg.exhibits), setting)
     out, source = cfg.out or Path('runs')/f'reproduce-{cfg.scale}', open_source(setting.data)
     t0, specs = time.time(), specs_of(exhibits, setting, source)
-    workers, failed = cfg.workers or cpu_count(), check_records(specs, out)
+    workers, failed = cfg.workers or side_by_side(), check_records(specs, out)
     if cfg.dry_run or not cfg.write_only:
         *cells, note = plan_cells(exhibits, setting, source, out, workers)
         n = setting.seeds

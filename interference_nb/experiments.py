@@ -6,10 +6,10 @@
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
            'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'is_pretrained', 'keep_lessons', 'alone', 'teach_one',
            'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
-           'check_format', 'device', 'on_cpu', 'pretrain_all', 'small', 'cost', 'run_all', 'metrics', 'Score',
-           'read_scores', 'read_counts', 'complete_records', 'load_results', 'Paired', 'paired', 'table_columns',
-           'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings',
-           'verdict_table', 'about_records', 'table_page']
+           'check_format', 'device', 'on_cpu', 'pretrain_all', 'small', 'cost', 'side_by_side', 'run_all', 'metrics',
+           'Score', 'read_scores', 'read_counts', 'complete_records', 'load_results', 'Paired', 'paired',
+           'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures',
+           'findings', 'verdict_table', 'about_records', 'table_page']
 
 # %% ../nbs/07_experiments.ipynb #1f7131ca
 import hashlib, itertools, json, math, multiprocessing, os, shutil, time
@@ -456,7 +456,7 @@ def small(spec: RunSpec, steps: int = 8, data: str = 'toy:pairs') -> RunSpec:
                    probe=spec.probe and replace(spec.probe, every=steps // 2, n_batches=4),
                    max_sentences=dict.fromkeys(spec.max_sentences, 300))
 
-# %% ../nbs/07_experiments.ipynb #2a9b7976
+# %% ../nbs/07_experiments.ipynb #2eda5e6a
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
@@ -470,6 +470,10 @@ def cost(spec: RunSpec) -> float:
         langs = 1 if task == 'nli' else K
         work += langs * trials * cfg.epochs * rows / spec.scale.train.batch_size / many
     return work + sum(c.steps * c.seeds * K for c in spec.prune)
+
+def side_by_side() -> int:
+    "Tell how many runs this machine takes at once: one on each GPU, else one on each core."
+    return torch.cuda.device_count() or cpu_count()
 
 def run_all(specs: list[RunSpec], folder, workers: int | None = None,
             executor: Executor | None = None,  # what runs them, if not processes of this machine
@@ -498,7 +502,7 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     if executor: return (yield from as_they_end(executor, todo, folder, []))
     while todo:                             # once, unless a worker is killed
         waiting = []
-        with local_workers(min(workers or cpu_count(), len(todo))) as pool:
+        with local_workers(min(workers or side_by_side(), len(todo))) as pool:
             yield from as_they_end(pool, todo, folder, waiting)
         todo = waiting
 

@@ -4,9 +4,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 import pytest
 import torch
-from interference_nb.data import InputError
+from interference_nb.data import InputError, cpu_count
 from interference_nb.experiments import (SCALES, Scale, alone, lessons, on_cpu, plan, read_scores,
-                                         run, run_all)
+                                         run, run_all, side_by_side)
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig, read_record
 from interference_nb.transformer import ModelConfig
@@ -85,3 +85,8 @@ def test_an_empty_development_set_is_named_before_any_work():
     spec, = plan(['joint'], ('en', 'x3'), 1, SCALES['toy'], tasks=('pos',))
     with pytest.raises(InputError, match="train on in 'en', but its development set is empty"):
         lessons(spec, Rows('train', 'test'))
+
+def test_a_run_for_each_gpu_or_for_each_core(monkeypatch):
+    assert side_by_side() == cpu_count()
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    assert side_by_side() == 4
