@@ -456,11 +456,12 @@ def small(spec: RunSpec, steps: int = 8, data: str = 'toy:pairs') -> RunSpec:
                    probe=spec.probe and replace(spec.probe, every=steps // 2, n_batches=4),
                    max_sentences=dict.fromkeys(spec.max_sentences, 300))
 
-# %% ../nbs/07_experiments.ipynb #2eda5e6a
+# %% ../nbs/07_experiments.ipynb #b3af32e7
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
-    work = steps * (0 if system.hub else K + 4 if system.meta else K if system.combine else 1)
+    meta = system.meta and (spec.meta or system.meta).passes(K)
+    work = steps * (0 if system.hub else meta or (K if system.combine else 1))
     many = spec.scale.train.accumulate      # batches that a plain step takes
     if spec.probe: work += -(-steps // spec.probe.every) * 2 * K * spec.probe.n_batches / many
     for task in spec.tasks:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from interference_nb.data import InputError, cpu_count
-from interference_nb.experiments import (SCALES, Scale, alone, lessons, on_cpu, plan, read_scores,
-                                         run, run_all, side_by_side)
+from interference_nb.experiments import (SCALES, RunSpec, Scale, alone, cost, lessons, on_cpu,
+                                         plan, read_scores, run, run_all, side_by_side)
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig, read_record
 from interference_nb.transformer import ModelConfig
@@ -90,3 +90,8 @@ def test_a_run_for_each_gpu_or_for_each_core(monkeypatch):
     assert side_by_side() == cpu_count()
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     assert side_by_side() == 4
+
+def test_cost_counts_the_passes_of_the_meta_step():
+    one, rests = (cost(RunSpec(s, ('en', 'fr'), ('en', 'fr'), 0, TINY, tasks=()))
+                  for s in ('meta_adpt', 'meta_rest3'))
+    assert (one, rests) == (6 * 20, 2.25 * 20)
