@@ -33,7 +33,7 @@ from .pretrain import (Record, TrainConfig, load_checkpoint, progress_bar,
 from .toy_languages import open_source
 from .transformer import ModelConfig
 
-# %% ../nbs/09_cli.ipynb #6e30af6a
+# %% ../nbs/09_cli.ipynb #e8e6d26e
 DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt'
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class DemoConfig:
     "Compare systems on two languages: see interference, and its treatment."
     data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     langs: tuple[str, ...] = ('en', 'x3')  # the pair (spaces or commas between)
-    systems: tuple[str, ...] = DEMO_SYSTEMS  # also: attn, share_adpt, joint_all, pcgrad, gradvac
+    # also: attn, share_adpt, joint6x, joint_all, pcgrad, gradvac, and the meta step done otherwise:
+    # meta_one_sided, meta_rest3, meta_sample1, meta_first_order, meta_exact
+    systems: tuple[str, ...] = DEMO_SYSTEMS
     tasks: tuple[str, ...] = ('ner', 'pos')  # finetuned in each language, tested in both
     seeds: int = 3  # how many; three at least for a standard error worth the name
     steps: int | None = None  # in place of the scale's number of steps
@@ -164,7 +166,7 @@ def draw(folder: Path, **plots):
     for name, plot in plots.items():
         (folder/f'{name}.svg').write_text(svg(plot()), encoding='utf-8')
 
-# %% ../nbs/09_cli.ipynb #5f640429
+# %% ../nbs/09_cli.ipynb #ff55495a
 @dataclass(frozen=True)
 class PrepareConfig:
     "Train the vocabulary of some languages and tokenise their text, once."
@@ -189,7 +191,7 @@ class PretrainConfig:
     model: ModelConfig
     train: TrainConfig
     meta: MetaConfig = field(default_factory=MetaConfig)  # for meta_adpt
-    system: str = 'joint'  # a key of SYSTEMS: mono, joint, ffn, adpt, meta_adpt, pcgrad, ...
+    system: str = 'joint'  # such as mono, joint, ffn, adpt, meta_adpt, meta_rest3, pcgrad
     langs: tuple[str, ...] = ('en', 'x3')
     data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     max_sentences: dict[str, int] = field(default_factory=dict)  # caps by language
@@ -203,7 +205,7 @@ class PlanConfig:
     model: ModelConfig
     train: TrainConfig
     meta: MetaConfig = field(default_factory=MetaConfig)  # for meta_adpt
-    system: str = 'joint'  # a key of SYSTEMS: mono, joint, ffn, adpt, meta_adpt, pcgrad, ...
+    system: str = 'joint'  # such as mono, joint, ffn, adpt, meta_adpt, meta_rest3, pcgrad
     langs: tuple[str, ...] = ('en', 'x3')
     data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     max_sentences: dict[str, int] = field(default_factory=dict)  # caps by language

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
-           'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'is_pretrained', 'keep_lessons', 'alone', 'teach_one',
-           'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
-           'check_format', 'device', 'on_cpu', 'pretrain_all', 'small', 'cost', 'side_by_side', 'run_all', 'metrics',
-           'Score', 'read_scores', 'read_counts', 'complete_records', 'load_results', 'Paired', 'paired',
-           'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures',
+           'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'make_step', 'is_pretrained', 'keep_lessons', 'alone',
+           'teach_one', 'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates',
+           'held_lesson', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'small', 'cost', 'side_by_side',
+           'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records', 'load_results', 'Paired',
+           'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures',
            'findings', 'verdict_table', 'about_records', 'table_page']
 
 # %% ../nbs/07_experiments.ipynb #1f7131ca
@@ -186,7 +186,7 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, p
                         max_sentences=caps).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #5be393df
+# %% ../nbs/07_experiments.ipynb #23a2c5bc
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
@@ -244,9 +244,7 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
     torch.manual_seed(cfg.seed)
     model_cfg = replace(spec.scale.model, vocab_size=tokenizer.vocab_size)
     model = MultilingualLM(model_cfg, spec.langs, system.variant).to(device())
-    if meta: step = MetaStep(model, cfg, meta)
-    elif system.combine: step = CombinedStep(model, cfg, system.combine)
-    else: step = JointStep(model, cfg)
+    step = make_step(model, cfg, spec.system, meta)
     revision = {k: v for k, v in source.revision().items()
                 if '/' not in k or k.split('/')[1] in spec.pair}
     about = dict(run=spec.config, variant=system.variant, tokenizer=tokenizer.fingerprint,
@@ -257,6 +255,12 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
     before = home/'record-before.jsonl'
     if before.exists() and not processes()[0]: keep_lessons(before, home/'record.jsonl')
     return model
+
+def make_step(model, cfg: TrainConfig, system: str, meta: MetaConfig | None = None):
+    "Make the step of a system."
+    about = SYSTEMS[system]
+    if about.meta: return MetaStep(model, cfg, meta or about.meta)
+    return CombinedStep(model, cfg, about.combine) if about.combine else JointStep(model, cfg)
 
 def is_pretrained(spec: RunSpec, home: Path) -> bool:
     "Say if the model is there; a record without its checkpoint is put aside, to train once more."
