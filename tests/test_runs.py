@@ -229,3 +229,12 @@ def test_full_scale_notebooks_hold_what_they_promise():
         assert '```sh' in text or 'interference data prepare' in text, path.name
         shared += any(c.startswith('folder') and 'processes=2' in c for c in code)
     assert shared >= 3
+
+def test_commands_for_several_processes_start_again_when_one_dies():
+    found = 0
+    for path in [ROOT/'README.md', *ROOT.glob('nbs/**/*.ipynb')]:
+        text = path.read_text(encoding='utf-8')
+        for line in (l for l in text.splitlines() if 'torchrun --' in l):
+            assert '--max-restarts 3' in line, f'{path.name}: {line}'
+            found += 1
+    assert found > 8
