@@ -289,7 +289,7 @@ def memory_cells(memories: dict[str, Memory]) -> tuple[list[str], list[list[str]
     return ['', *KINDS, 'peak, GB'], [[name, *(gb(getattr(m, k)) for k in KINDS), gb(m.peak)]
                                       for name, m in memories.items()]
 
-# %% ../nbs/07c_planner.ipynb #81ecc79d
+# %% ../nbs/07c_planner.ipynb #06070951
 RESERVE = 1e9   # bytes of a GPU that CUDA and NCCL take themselves
 
 @dataclass(frozen=True)
@@ -363,11 +363,11 @@ class Plan:
     @property
     def time(self) -> str:
         "Say how long it takes, and how that is known."
-        if self.hours is None: return 'not measured'
+        if self.hours is None: return 'not measured' + f' ({self.how})' * bool(self.how)
         long = f'{self.hours:,.1f} hours' if self.hours >= 1 else f'{self.hours * 60:.1f} minutes'
         return f'{long}: {self.step_s:.3g} s a step, {self.how}'
 
-# %% ../nbs/07c_planner.ipynb #54131345
+# %% ../nbs/07c_planner.ipynb #32bc520d
 def plan_run(spec: RunSpec,
              processes: int = 1,
              seconds: float = 30.,  # to measure a step for; 0: no hours in the plan
@@ -375,14 +375,18 @@ def plan_run(spec: RunSpec,
              on: str | None = None,  # 'cuda' or 'cpu'; None: as below
              strict: bool = False,  # raise `InputError` for what is too small, before measuring
              ) -> Plan:
-    "Plan a run on this machine's GPU; else on its CPU, or, unmeasured, on the paper's V100."
+    "Plan a run on this machine's GPU; else on its CPU; else, unmeasured, on the paper's V100."
     if SYSTEMS[spec.system].hub:
         raise InputError(f'{spec.system} comes from the hub and is not pretrained. '
                          'Plan another system.')
-    on = on or ('cuda' if device() == 'cuda' or not seconds else 'cpu')
-    room, where = memory_of(on, processes)
-    memory = account_of(spec, spec.train, processes, on)
-    plan = Plan(spec, processes, memory, room, where, *text_of(spec, folder), free_at(folder))
+    def planned(on, how=''):
+        room, where = memory_of(on, processes)
+        memory = account_of(spec, spec.train, processes, on)
+        return Plan(spec, processes, memory, room, where, *text, free_at(folder), how=how)
+    text = text_of(spec, folder)
+    plan = planned(on or ('cuda' if device() == 'cuda' or not seconds else 'cpu'))
+    if device() == 'cpu' and not on and plan.memory.peak > plan.room:
+        plan, seconds = planned('cuda', 'more than the memory of this machine'), 0
     if strict: plan.check()
     if not seconds: return plan
     step_s, how = measured_step(spec, processes, seconds)

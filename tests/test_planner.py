@@ -237,3 +237,17 @@ def test_pretrain_by_torchrun(tmp_path):
 def test_one_process_for_what_one_process_does(tmp_path):
     done = torchrun(2, 'plan', 'toy', '--out', tmp_path)
     assert done.returncode != 0 and 'Start it without torchrun' in done.stderr
+
+
+def test_a_laptop_plans_for_the_gpus_of_the_paper(capsys, tmp_path, monkeypatch):
+    "Its own memory is too small, its network is off: a plan all the same, without hours."
+    own = planner.memory_of
+    monkeypatch.setattr(planner, 'memory_of',
+                        lambda on, n: (8e9 / n, 'a laptop') if on == 'cpu' else own(on, n))
+    monkeypatch.setattr(planner, 'device', lambda: 'cpu')
+    monkeypatch.setattr(planner, 'measured_step', lambda *_: pytest.fail('measured'))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    status, out, err = command(capsys, 'plan', 'paper', '--system', 'meta_adpt', '--langs', 'en',
+                               'sw', '--data', 'hub', '--processes', 4, '--out', tmp_path)
+    assert status == 0 and 'not measured (more than the memory of this machine)' in out, err
+    assert 'a V100 of 32 GB; there is no GPU here' in out
