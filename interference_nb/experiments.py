@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
-           'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'make_step', 'is_pretrained', 'keep_lessons', 'alone',
-           'teach_one', 'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates',
-           'held_lesson', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'small', 'cost', 'side_by_side',
-           'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records', 'load_results', 'Paired',
-           'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures',
-           'findings', 'verdict_table', 'about_records', 'table_page']
+           'vocabulary', 'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'make_step', 'is_pretrained',
+           'keep_lessons', 'alone', 'teach_one', 'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete',
+           'held', 'held_gates', 'held_lesson', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'small', 'cost',
+           'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records',
+           'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
+           'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
 
 # %% ../nbs/07_experiments.ipynb #1f7131ca
 import hashlib, itertools, json, math, multiprocessing, os, shutil, time
@@ -149,23 +149,29 @@ def plan(systems, langs, seeds: int, scale: Scale, data: str = 'toy',
     return [RunSpec(s, own, langs, seed, scale, str(data), tuple(tasks))
             for seed in range(seeds) for s in systems for own in models(s)]
 
-# %% ../nbs/07_experiments.ipynb #dd7f739f
+# %% ../nbs/07_experiments.ipynb #7349c67f
 def materials(spec: RunSpec, folder,  # of the experiment
               workers: int | None = 1,  # processes that tokenise; None: one a core
               source=None):  # in place of the one that `spec.data` names
     "Open the data of a run: source, vocabulary of the pair, {lang: {split: Corpus}}."
+    source, place, tokenizer = vocabulary(spec, folder, source)
+    return source, tokenizer, prepare_corpus(source, spec.pair, tokenizer, place,
+                                             spec.max_sentences or None, workers)
+
+def vocabulary(spec: RunSpec, folder, source=None,
+               make: bool = True):  # train the BPE if it is not there; else it is None
+    "Open the source of a run, name the folder of its ids, and give its pair's vocabulary."
     toy = spec.data.split(':')[0] == 'toy'
     source = source or open_source(spec.data, seed=spec.seed if toy else 0)
     langs = check_languages(source, spec.pair)
     capped = ''.join(f'-{l}{n}' for l, n in sorted(spec.max_sentences.items()))
-    folder = Path(folder)/'data'/('+'.join(spec.pair) + capped + (f'-{spec.seed}' if toy else ''))
-    caps = spec.max_sentences or None
-    if toy: tokenizer = toy_tokenizer(source, langs)
-    else: tokenizer = cached_tokenizer(source, langs, spec.scale.model.vocab_size,
-                                       spec.scale.train.temperature, caps, folder/'tokenizer')
-    return source, tokenizer, prepare_corpus(source, langs, tokenizer, folder, caps, workers)
+    place = Path(folder)/'data'/('+'.join(spec.pair) + capped + (f'-{spec.seed}' if toy else ''))
+    if toy: return source, place, toy_tokenizer(source, langs)
+    if not make and not place.exists(): return source, place, None
+    about = spec.scale.model.vocab_size, spec.scale.train.temperature, spec.max_sentences or None
+    return source, place, cached_tokenizer(source, langs, *about, place/'tokenizer', make)
 
-# %% ../nbs/07_experiments.ipynb #9494a6e3
+# %% ../nbs/07_experiments.ipynb #086f0cee
 def weights_hash(model) -> str:
     "Name a model's weights, bit for bit."
     found = hashlib.sha256()
@@ -174,12 +180,14 @@ def weights_hash(model) -> str:
         found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:12]
 
-def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path):
+def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
+                     make: bool = True):
     "Train the pair's BPE once; the file's name says what it was trained on."
     about = config_hash(dict(source=source.name, revision=source.revision(), langs=langs,
                              V=vocab_size, T=temperature, **(dict(caps=caps) if caps else {})))
     path = path.with_name(f'tokenizer-{about}')
     if not path.exists():
+        if not make: return None
         path.parent.mkdir(parents=True, exist_ok=True)
         check_room(disk_needed(source, langs, path.parent, None, caps), path.parent)
         train_tokenizer(source, langs, vocab_size, temperature=temperature,

@@ -8,8 +8,8 @@ __all__ = ['KINDS', 'COLOURS', 'RESERVE', 'ALONE', 'Memory', 'size', 'Ledger', '
            'memory_cells', 'Plan', 'plan_run', 'sized', 'account_of', 'memory_of', 'gpu', 'free_at', 'text_of',
            'measured_step', 'time_steps', 'about_here', 'plan_table']
 
-# %% ../nbs/07c_planner.ipynb #b2d9b065
-import contextlib, gc, json, os, shutil, subprocess, sys, time, weakref
+# %% ../nbs/07c_planner.ipynb #2b94a175
+import contextlib, gc, itertools, os, shutil, subprocess, sys, time, weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -24,15 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from .data import Batch, InputError, disk_needed
-from .toy_languages import open_source
+from .data import SPLITS, Batch, InputError, _find, _key, disk_needed
 from .transformer import ModelConfig
 from . import transformer
 from .distributed import traffic
 from .pretrain import Feed, TrainConfig, check_shares, prepare_model
 from .adapters import MultilingualLM
 from .meta_adapters import MetaConfig
-from .experiments import SYSTEMS, RunSpec, device, make_step, on_cpu, text_table
+from .experiments import (SYSTEMS, RunSpec, device, make_step, on_cpu, text_table,
+                                         vocabulary)
 
 # %% ../nbs/07c_planner.ipynb #45d497b2
 KINDS = 'parameters', 'optimiser', 'gradients', 'copies', 'activations'
@@ -425,18 +425,19 @@ def free_at(folder) -> int:
     while not place.exists(): place = place.parent
     return shutil.disk_usage(place).free
 
-# %% ../nbs/07c_planner.ipynb #4b1d2e10
+# %% ../nbs/07c_planner.ipynb #7c0e2cc7
 def text_of(spec: RunSpec, folder) -> tuple[float | None, float, float]:  # ids, copy, ids held
     "Tell what the tokenised text takes: what is there, or the source's estimate."
-    capped = ''.join(f'-{l}{n}' for l, n in sorted(spec.max_sentences.items()))
-    toy = spec.data.split(':')[0] == 'toy'
-    place = Path(folder)/'data'/('+'.join(spec.pair) + capped + (f'-{spec.seed}' if toy else ''))
-    try: entries = json.loads((place/'manifest.json').read_text()).values()
-    except (OSError, ValueError): entries = ()
-    held = sum(2. * e['tokens'] for e in entries)
-    if {e['lang'] for e in entries} >= set(spec.pair): return held, 0., held
-    rows = disk_needed(open_source(spec.data), spec.pair, place, None, spec.max_sentences or None)
-    known = toy or all(r['text'] for r in rows)
+    caps = spec.max_sentences or None
+    source, place, tokenizer = vocabulary(spec, folder, make=False)
+    key = lambda lang, split: _key(source, lang, split, tokenizer, caps, 0)
+    found = {at: f for at in itertools.product(spec.pair, SPLITS)
+             if tokenizer and (f := _find(place, key(*at)))}
+    held = sum(2. * entry['tokens'] for _, entry in found.values())
+    if all((l, s) in found for l in spec.pair for s in ('train', 'validation')):
+        return held, 0., held
+    rows = disk_needed(source, spec.pair, place, tokenizer, caps)
+    known = not hasattr(source, 'size') or all(r['text'] for r in rows)
     new = sum(r['ids'] for r in rows)
     return (held + new if known else None), float(sum(r['copy'] for r in rows)), held
 

@@ -251,3 +251,16 @@ def test_a_laptop_plans_for_the_gpus_of_the_paper(capsys, tmp_path, monkeypatch)
                                'sw', '--data', 'hub', '--processes', 4, '--out', tmp_path)
     assert status == 0 and 'not measured (more than the memory of this machine)' in out, err
     assert 'a V100 of 32 GB; there is no GPU here' in out
+
+
+def test_text_of_another_vocabulary_is_not_there_yet(tmp_path):
+    "What lies in the folder counts only if this run will read it."
+    from interference_nb.data import WordTokenizer, prepare_corpus
+    from interference_nb.experiments import materials, vocabulary
+    source, place, tokenizer = vocabulary(TOY, tmp_path)
+    prepare_corpus(source, TOY.pair, WordTokenizer(['a', 'b']), place)
+    assert planner.text_of(TOY, tmp_path)[2] == 0
+    materials(TOY, tmp_path)
+    own = {e for e in place.glob('*/*.ids')}
+    assert len(own) == 12
+    assert 0 < planner.text_of(TOY, tmp_path)[2] < sum(e.stat().st_size for e in own)
