@@ -6,9 +6,9 @@
 __all__ = ['KINDS', 'COLOURS', 'RESERVE', 'ALONE', 'Memory', 'size', 'Ledger', 'SameBatch', 'random_batch', 'rehearsal', 'cycle',
            'as_on_gpu', 'unit_matrix', 'pretended', 'account', 'rehearsed', 'rehearse', 'measured_peak', 'plot_memory',
            'memory_cells', 'Plan', 'plan_run', 'sized', 'account_of', 'memory_of', 'gpu', 'free_at', 'text_of',
-           'measured_step', 'time_steps', 'about_here', 'plan_table']
+           'measured_step', 'time_steps', 'about_here', 'plan_table', 'total_disk']
 
-# %% ../nbs/07c_planner.ipynb #2b94a175
+# %% ../nbs/07c_planner.ipynb #f3038263
 import contextlib, gc, itertools, os, shutil, subprocess, sys, time, weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -31,8 +31,8 @@ from .distributed import traffic
 from .pretrain import Feed, TrainConfig, check_shares, prepare_model
 from .adapters import MultilingualLM
 from .meta_adapters import MetaConfig
-from .experiments import (SYSTEMS, RunSpec, device, make_step, on_cpu, text_table,
-                                         vocabulary)
+from .experiments import (SYSTEMS, RunSpec, device, make_step, on_cpu, sharing_data,
+                                         text_table, vocabulary)
 
 # %% ../nbs/07c_planner.ipynb #45d497b2
 KINDS = 'parameters', 'optimiser', 'gradients', 'copies', 'activations'
@@ -425,7 +425,7 @@ def free_at(folder) -> int:
     while not place.exists(): place = place.parent
     return shutil.disk_usage(place).free
 
-# %% ../nbs/07c_planner.ipynb #7c0e2cc7
+# %% ../nbs/07c_planner.ipynb #941ae903
 def text_of(spec: RunSpec, folder) -> tuple[float | None, float, float]:  # ids, copy, ids held
     "Tell what the tokenised text takes: what is there, or the source's estimate."
     caps = spec.max_sentences or None
@@ -493,6 +493,20 @@ def plan_table(plans: Iterable[Plan]) -> str:
         text = '?' if p.text is None else f'{p.text / 1e9:,.2f}'
         return [p.spec.name, f'{p.steps:,}', f'{p.steps * p.batch_tokens / 1e9:,.3g}', hours,
                 f'{p.memory.peak / 1e9:.1f}', 'yes' if p.memory.peak <= p.room else 'NO',
-                f'{p.memory.reduced / 1e6:,.0f}', text, f'{p.checkpoint / 1e9:.2f}']
-    return text_table(['run', 'steps', '1e9 tokens', 'hours', 'GB a process', 'fits', 'MB a step',
-                       'text GB', 'checkpoint GB'], [line(p) for p in plans])
+                f'{p.memory.reduced / 1e6:,.0f}', text, f'{p.checkpoint / 2e9:.2f}']
+    plans = list(plans)
+    text, kept, need = total_disk(plans)
+    total = ['all', *[''] * 6, f'{text / 1e9:,.2f}', f'{kept / 1e9:.2f}']
+    said = text_table(['run', 'steps', '1e9 tokens', 'hours', 'GB a process', 'fits', 'MB a step',
+                       'text GB', 'checkpoint GB'], [*map(line, plans), total])
+    if not plans or need <= (free := plans[0].free): return said
+    return (f'{said}\nPROBLEM  all of them write {size(need)}, but the disk has {size(free)} free. '
+            'Make room, or name another folder.')
+
+def total_disk(plans: list[Plan]) -> tuple[float, float, float]:  # ids, checkpoints, to be written
+    "Add up what runs leave on a disk: shared text once, one checkpoint each, the last one twice."
+    of = {id(p.spec): p for p in plans}
+    first = [of[id(same[0])] for same in sharing_data(p.spec for p in plans)]
+    text, held = sum(p.text or 0 for p in first), sum(p.held for p in first)
+    kept = sum(p.checkpoint for p in plans) / 2
+    return text, kept, text - held + kept + max((p.checkpoint for p in plans), default=0) / 2
