@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
-           'vocabulary', 'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'make_step', 'is_pretrained',
-           'keep_lessons', 'alone', 'teach_one', 'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete',
-           'held', 'held_gates', 'held_lesson', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'small', 'cost',
-           'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records',
-           'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
-           'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
+           'vocabulary', 'run', 'room_for_checkpoint', 'run_own', 'run_hub', 'teach', 'pretrained', 'make_step',
+           'is_pretrained', 'keep_lessons', 'alone', 'teach_one', 'lessons', 'usable', 'text_of', 'open_run',
+           'prune_model', 'complete', 'held', 'held_gates', 'held_lesson', 'check_format', 'device', 'on_cpu',
+           'pretrain_all', 'small', 'cost', 'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts',
+           'complete_records', 'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table',
+           'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records',
+           'table_page']
 
 # %% ../nbs/07_experiments.ipynb #1f7131ca
 import hashlib, itertools, json, math, multiprocessing, os, shutil, time
@@ -194,7 +195,7 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, p
                         max_sentences=caps).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #23a2c5bc
+# %% ../nbs/07_experiments.ipynb #dd3de105
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
@@ -204,11 +205,26 @@ def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of it
         with first_process_first():         # the others find its decisions and its files
             if (rows := complete(spec, home)): return rows if first else None
             if first: locked.enter_context(alone(home))
+            if first and not hub: room_for_checkpoint(spec, home)
             data = None if hub else materials(spec, folder, workers)
             if data: lessons(spec, data[0])                 # refuses tasks without rows
             trained = is_pretrained(spec, home)
         if not first and (hub or trained): return None
         return run_hub(spec, home, progress) if hub else run_own(spec, home, data, progress)
+
+def room_for_checkpoint(spec: RunSpec, home: Path):
+    "Raise `InputError` if the disk cannot take the checkpoint, which is there twice while written."
+    before = (home/'checkpoint.safetensors').exists()
+    if before and any(r['kind'] == 'end' for r in held(spec, home)): return
+    shape = replace(spec.scale.model, vocab_size=spec.scale.model.vocab_size or 300)
+    variant = SYSTEMS[spec.system].variant
+    with torch.device('meta'): model = MultilingualLM(shape, spec.langs, variant)
+    size = 3 * sum(4 * p.numel() for p in model.parameters())      # and Adam's two moments
+    need, free = size * (2 - before), shutil.disk_usage(home).free
+    if need > free:
+        raise InputError(f'the checkpoint of {spec.name} takes up to {need / 1e9:,.2f} GB on the '
+                         f'disk of {home}, which has {free / 1e9:,.2f} GB free. Make room, or name '
+                         'another folder with --out.')
 
 def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict] | None:
     "Pretrain, prune and finetune one of our models; all but the first process leave when trained."
