@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
-           'run', 'run_own', 'run_hub', 'teach', 'pretrained', 'is_pretrained', 'keep_lessons', 'alone', 'teach_one',
-           'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
-           'check_format', 'device', 'pretrain_all', 'small', 'cost', 'run_all', 'metrics', 'Score', 'read_scores',
-           'read_counts', 'complete_records', 'load_results', 'Paired', 'paired', 'table_columns', 'table_cells',
-           'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings', 'verdict_table',
-           'about_records', 'table_page']
+           'vocabulary', 'run', 'room_for_checkpoint', 'run_own', 'run_hub', 'teach', 'pretrained', 'make_step',
+           'is_pretrained', 'keep_lessons', 'alone', 'teach_one', 'lessons', 'usable', 'text_of', 'open_run',
+           'prune_model', 'complete', 'held', 'held_gates', 'held_lesson', 'check_format', 'device', 'on_cpu',
+           'pretrain_all', 'small', 'cost', 'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts',
+           'complete_records', 'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table',
+           'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records',
+           'table_page']
 
-# %% ../nbs/07_experiments.ipynb #1e12ca4a
-import hashlib, itertools, json, math, multiprocessing, shutil, time
+# %% ../nbs/07_experiments.ipynb #1f7131ca
+import hashlib, itertools, json, math, multiprocessing, os, shutil, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 import numpy as np
 import torch
 from .data import (InputError, Stream, check_languages, check_room, cpu_count,
@@ -27,7 +29,7 @@ from .data import (InputError, Stream, check_languages, check_room, cpu_count,
                                   train_tokenizer)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig
-from .distributed import first_process_first, processes
+from .distributed import first_process_first, launch, processes
 from .pretrain import (Feed, JointStep, Record, TrainConfig, config_hash,
                                       load_checkpoint, perplexity, read_record, run_info,
                                       same_config, save_checkpoint, train)
@@ -148,23 +150,29 @@ def plan(systems, langs, seeds: int, scale: Scale, data: str = 'toy',
     return [RunSpec(s, own, langs, seed, scale, str(data), tuple(tasks))
             for seed in range(seeds) for s in systems for own in models(s)]
 
-# %% ../nbs/07_experiments.ipynb #dd7f739f
+# %% ../nbs/07_experiments.ipynb #7349c67f
 def materials(spec: RunSpec, folder,  # of the experiment
               workers: int | None = 1,  # processes that tokenise; None: one a core
               source=None):  # in place of the one that `spec.data` names
     "Open the data of a run: source, vocabulary of the pair, {lang: {split: Corpus}}."
+    source, place, tokenizer = vocabulary(spec, folder, source)
+    return source, tokenizer, prepare_corpus(source, spec.pair, tokenizer, place,
+                                             spec.max_sentences or None, workers)
+
+def vocabulary(spec: RunSpec, folder, source=None,
+               make: bool = True):  # train the BPE if it is not there; else it is None
+    "Open the source of a run, name the folder of its ids, and give its pair's vocabulary."
     toy = spec.data.split(':')[0] == 'toy'
     source = source or open_source(spec.data, seed=spec.seed if toy else 0)
     langs = check_languages(source, spec.pair)
     capped = ''.join(f'-{l}{n}' for l, n in sorted(spec.max_sentences.items()))
-    folder = Path(folder)/'data'/('+'.join(spec.pair) + capped + (f'-{spec.seed}' if toy else ''))
-    caps = spec.max_sentences or None
-    if toy: tokenizer = toy_tokenizer(source, langs)
-    else: tokenizer = cached_tokenizer(source, langs, spec.scale.model.vocab_size,
-                                       spec.scale.train.temperature, caps, folder/'tokenizer')
-    return source, tokenizer, prepare_corpus(source, langs, tokenizer, folder, caps, workers)
+    place = Path(folder)/'data'/('+'.join(spec.pair) + capped + (f'-{spec.seed}' if toy else ''))
+    if toy: return source, place, toy_tokenizer(source, langs)
+    if not make and not place.exists(): return source, place, None
+    about = spec.scale.model.vocab_size, spec.scale.train.temperature, spec.max_sentences or None
+    return source, place, cached_tokenizer(source, langs, *about, place/'tokenizer', make)
 
-# %% ../nbs/07_experiments.ipynb #9494a6e3
+# %% ../nbs/07_experiments.ipynb #086f0cee
 def weights_hash(model) -> str:
     "Name a model's weights, bit for bit."
     found = hashlib.sha256()
@@ -173,19 +181,21 @@ def weights_hash(model) -> str:
         found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:12]
 
-def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path):
+def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
+                     make: bool = True):
     "Train the pair's BPE once; the file's name says what it was trained on."
     about = config_hash(dict(source=source.name, revision=source.revision(), langs=langs,
                              V=vocab_size, T=temperature, **(dict(caps=caps) if caps else {})))
     path = path.with_name(f'tokenizer-{about}')
     if not path.exists():
+        if not make: return None
         path.parent.mkdir(parents=True, exist_ok=True)
         check_room(disk_needed(source, langs, path.parent, None, caps), path.parent)
         train_tokenizer(source, langs, vocab_size, temperature=temperature,
                         max_sentences=caps).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #112a75ea
+# %% ../nbs/07_experiments.ipynb #dd3de105
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
@@ -195,11 +205,26 @@ def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of it
         with first_process_first():         # the others find its decisions and its files
             if (rows := complete(spec, home)): return rows if first else None
             if first: locked.enter_context(alone(home))
+            if first and not hub: room_for_checkpoint(spec, home)
             data = None if hub else materials(spec, folder, workers)
             if data: lessons(spec, data[0])                 # refuses tasks without rows
             trained = is_pretrained(spec, home)
         if not first and (hub or trained): return None
         return run_hub(spec, home, progress) if hub else run_own(spec, home, data, progress)
+
+def room_for_checkpoint(spec: RunSpec, home: Path):
+    "Raise `InputError` if the disk cannot take the checkpoint, which is there twice while written."
+    before = (home/'checkpoint.safetensors').exists()
+    if before and any(r['kind'] == 'end' for r in held(spec, home)): return
+    shape = replace(spec.scale.model, vocab_size=spec.scale.model.vocab_size or 300)
+    variant = SYSTEMS[spec.system].variant
+    with torch.device('meta'): model = MultilingualLM(shape, spec.langs, variant)
+    size = 3 * sum(4 * p.numel() for p in model.parameters())      # and Adam's two moments
+    need, free = size * (2 - before), shutil.disk_usage(home).free
+    if need > free:
+        raise InputError(f'the checkpoint of {spec.name} takes up to {need / 1e9:,.2f} GB on the '
+                         f'disk of {home}, which has {free / 1e9:,.2f} GB free. Make room, or name '
+                         'another folder with --out.')
 
 def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict] | None:
     "Pretrain, prune and finetune one of our models; all but the first process leave when trained."
@@ -243,9 +268,7 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
     torch.manual_seed(cfg.seed)
     model_cfg = replace(spec.scale.model, vocab_size=tokenizer.vocab_size)
     model = MultilingualLM(model_cfg, spec.langs, system.variant).to(device())
-    if meta: step = MetaStep(model, cfg, meta)
-    elif system.combine: step = CombinedStep(model, cfg, system.combine)
-    else: step = JointStep(model, cfg)
+    step = make_step(model, cfg, spec.system, meta)
     revision = {k: v for k, v in source.revision().items()
                 if '/' not in k or k.split('/')[1] in spec.pair}
     about = dict(run=spec.config, variant=system.variant, tokenizer=tokenizer.fingerprint,
@@ -256,6 +279,12 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
     before = home/'record-before.jsonl'
     if before.exists() and not processes()[0]: keep_lessons(before, home/'record.jsonl')
     return model
+
+def make_step(model, cfg: TrainConfig, system: str, meta: MetaConfig | None = None):
+    "Make the step of a system."
+    about = SYSTEMS[system]
+    if about.meta: return MetaStep(model, cfg, meta or about.meta)
+    return CombinedStep(model, cfg, about.combine) if about.combine else JointStep(model, cfg)
 
 def is_pretrained(spec: RunSpec, home: Path) -> bool:
     "Say if the model is there; a record without its checkpoint is put aside, to train once more."
@@ -281,10 +310,10 @@ def alone(home: Path):
         try:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError: pass                                        # not on this system
-        except OSError as e:
+        except BlockingIOError as e:
             raise InputError(f'another process works on {home}. Wait for it, or name another '
                              'folder with --out.') from e
+        except (ImportError, OSError): pass             # not on this system, or this file system
         yield
 
 def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, lang: str,
@@ -426,6 +455,17 @@ def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
+def on_cpu(f, *args,  # called as f(*args) in each process
+           processes: int = 1):
+    "Call a function without GPUs, outside this process if there are any: it may share them later."
+    here = not torch.cuda.device_count() or torch.cuda.is_initialized()
+    if processes == 1 and here: return f(*args)
+    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=''):
+        if processes > 1: return launch(f, *args, processes=processes)
+        fork = multiprocessing.get_context('fork')
+        with ProcessPoolExecutor(1, fork, torch.set_num_threads, (1,)) as pool:
+            return pool.submit(f, *args).result()
+
 # %% ../nbs/07_experiments.ipynb #e370b2c6
 def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
     "Pretrain runs one after another, all processes together; nothing is finetuned or pruned."
@@ -444,11 +484,12 @@ def small(spec: RunSpec, steps: int = 8, data: str = 'toy:pairs') -> RunSpec:
                    probe=spec.probe and replace(spec.probe, every=steps // 2, n_batches=4),
                    max_sentences=dict.fromkeys(spec.max_sentences, 300))
 
-# %% ../nbs/07_experiments.ipynb #2a9b7976
+# %% ../nbs/07_experiments.ipynb #b3af32e7
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
-    work = steps * (0 if system.hub else K + 4 if system.meta else K if system.combine else 1)
+    meta = system.meta and (spec.meta or system.meta).passes(K)
+    work = steps * (0 if system.hub else meta or (K if system.combine else 1))
     many = spec.scale.train.accumulate      # batches that a plain step takes
     if spec.probe: work += -(-steps // spec.probe.every) * 2 * K * spec.probe.n_batches / many
     for task in spec.tasks:
@@ -458,6 +499,10 @@ def cost(spec: RunSpec) -> float:
         langs = 1 if task == 'nli' else K
         work += langs * trials * cfg.epochs * rows / spec.scale.train.batch_size / many
     return work + sum(c.steps * c.seeds * K for c in spec.prune)
+
+def side_by_side() -> int:
+    "Tell how many runs this machine takes at once: one on each GPU, else one on each core."
+    return torch.cuda.device_count() or cpu_count()
 
 def run_all(specs: list[RunSpec], folder, workers: int | None = None,
             executor: Executor | None = None,  # what runs them, if not processes of this machine
@@ -486,7 +531,7 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     if executor: return (yield from as_they_end(executor, todo, folder, []))
     while todo:                             # once, unless a worker is killed
         waiting = []
-        with local_workers(min(workers or cpu_count(), len(todo))) as pool:
+        with local_workers(min(workers or side_by_side(), len(todo))) as pool:
             yield from as_they_end(pool, todo, folder, waiting)
         todo = waiting
 

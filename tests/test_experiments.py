@@ -1,11 +1,12 @@
 "Runs where a notebook does not go: killed workers, locked folders, data without test sets."
-import multiprocessing
+import errno, multiprocessing, os
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 import pytest
-from interference_nb.data import InputError
-from interference_nb.experiments import (SCALES, Scale, alone, lessons, plan, read_scores, run,
-                                         run_all)
+import torch
+from interference_nb.data import InputError, cpu_count
+from interference_nb.experiments import (SCALES, RunSpec, Scale, alone, cost, lessons, on_cpu,
+                                         plan, read_scores, run, run_all, side_by_side)
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig, read_record
 from interference_nb.transformer import ModelConfig
@@ -30,6 +31,21 @@ def test_a_folder_is_worked_on_by_one(tmp_path):
     with alone(tmp_path/spec.name):
         with pytest.raises(InputError, match='another process works on'): run(spec, tmp_path)
     run(spec, tmp_path)
+
+def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip('fcntl')
+    def flock(*_): raise OSError(errno.ENOSYS, 'Function not implemented')
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    with alone(tmp_path/'run'): assert (tmp_path/'run').is_dir()
+
+def where(): return os.getpid(), os.environ.get('CUDA_VISIBLE_DEVICES')
+
+def test_small_runs_leave_the_gpus_alone(monkeypatch):
+    "They run without, and not in a process that may want to share them later."
+    assert on_cpu(where)[0] == os.getpid()
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    pid, seen = on_cpu(where)
+    assert pid != os.getpid() and seen == '' and where()[1] != ''
 
 def test_no_checkpoint_repeats_the_pretraining_only(tmp_path):
     "What a committed record holds stays, where the weights come out the same."
@@ -69,3 +85,13 @@ def test_an_empty_development_set_is_named_before_any_work():
     spec, = plan(['joint'], ('en', 'x3'), 1, SCALES['toy'], tasks=('pos',))
     with pytest.raises(InputError, match="train on in 'en', but its development set is empty"):
         lessons(spec, Rows('train', 'test'))
+
+def test_a_run_for_each_gpu_or_for_each_core(monkeypatch):
+    assert side_by_side() == cpu_count()
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    assert side_by_side() == 4
+
+def test_cost_counts_the_passes_of_the_meta_step():
+    one, rests = (cost(RunSpec(s, ('en', 'fr'), ('en', 'fr'), 0, TINY, tasks=()))
+                  for s in ('meta_adpt', 'meta_rest3'))
+    assert (one, rests) == (6 * 20, 2.25 * 20)

@@ -1,6 +1,7 @@
 "The account of memory against two allocators, plans that do not fit, and the commands."
 import json, subprocess, sys
 from dataclasses import replace
+from types import SimpleNamespace
 import pytest
 import torch
 from interference_nb import planner
@@ -112,6 +113,21 @@ def test_account_on_a_gpu(system, precision, again):
     assert measured_peak(model, cfg, system, on='cuda') == pytest.approx(counted, rel=.05)
 
 
+def test_a_plan_leaves_the_gpus_to_the_processes_that_follow(monkeypatch):
+    "As in the full-scale notebooks: who has used CUDA can start no processes that share it."
+    def woken(*_): pytest.fail('CUDA was woken')
+    said = SimpleNamespace(stdout='32000000000 A GPU\n')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, '_lazy_init', woken)
+    monkeypatch.setattr(planner.subprocess, 'run', lambda *_, **kw: said)
+    planner.gpu.cache_clear()
+    planner.rehearsed.cache_clear()
+    plan = plan_run(PAPER, 4, seconds=0)
+    planner.gpu.cache_clear()
+    assert (plan.where, plan.room) == ('A GPU', 31e9) and plan.memory.peak > 1e9
+
+
 def test_toy_plan_needs_no_gpu_and_little(tmp_path):
     plan = plan_run(TOY, seconds=.2, folder=tmp_path/'not'/'there')
     assert 0 < plan.hours < 1 and not plan.problems()
@@ -221,3 +237,30 @@ def test_pretrain_by_torchrun(tmp_path):
 def test_one_process_for_what_one_process_does(tmp_path):
     done = torchrun(2, 'plan', 'toy', '--out', tmp_path)
     assert done.returncode != 0 and 'Start it without torchrun' in done.stderr
+
+
+def test_a_laptop_plans_for_the_gpus_of_the_paper(capsys, tmp_path, monkeypatch):
+    "Its own memory is too small, its network is off: a plan all the same, without hours."
+    own = planner.memory_of
+    monkeypatch.setattr(planner, 'memory_of',
+                        lambda on, n: (8e9 / n, 'a laptop') if on == 'cpu' else own(on, n))
+    monkeypatch.setattr(planner, 'device', lambda: 'cpu')
+    monkeypatch.setattr(planner, 'measured_step', lambda *_: pytest.fail('measured'))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    status, out, err = command(capsys, 'plan', 'paper', '--system', 'meta_adpt', '--langs', 'en',
+                               'sw', '--data', 'hub', '--processes', 4, '--out', tmp_path)
+    assert status == 0 and 'not measured (more than the memory of this machine)' in out, err
+    assert 'a V100 of 32 GB; there is no GPU here' in out
+
+
+def test_text_of_another_vocabulary_is_not_there_yet(tmp_path):
+    "What lies in the folder counts only if this run will read it."
+    from interference_nb.data import WordTokenizer, prepare_corpus
+    from interference_nb.experiments import materials, vocabulary
+    source, place, tokenizer = vocabulary(TOY, tmp_path)
+    prepare_corpus(source, TOY.pair, WordTokenizer(['a', 'b']), place)
+    assert planner.text_of(TOY, tmp_path)[2] == 0
+    materials(TOY, tmp_path)
+    own = {e for e in place.glob('*/*.ids')}
+    assert len(own) == 12
+    assert 0 < planner.text_of(TOY, tmp_path)[2] < sum(e.stat().st_size for e in own)

@@ -11,7 +11,7 @@ from interference_nb import data
 from interference_nb.data import (FolderSource, HubSource, InputError, WordTokenizer, check_room,
                                   disk_needed, prepare_corpus, train_tokenizer)
 from interference_nb.distributed import launch, processes
-from interference_nb.experiments import (SCALES, Scale, alone, plan, run, run_all,
+from interference_nb.experiments import (SCALES, Scale, alone, materials, plan, run, run_all,
                                          small)
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig, load_checkpoint, read_record
@@ -167,7 +167,9 @@ def test_a_disk_too_small_is_told_before_it_starts(tmp_path, monkeypatch):
         prepare_corpus(source, ['en', 'sw'], tokenizer, tmp_path/'ids')
     assert not (tmp_path/'ids').exists()
     spec, = plan(['joint'], ('en', 'sw'), 1, SCALES['pocket'], tmp_path/'text')
-    with pytest.raises(InputError, match='GB free'): run(spec, tmp_path/'runs')
+    with pytest.raises(InputError, match='the text of .* GB free'): materials(spec, tmp_path/'runs')
+    with pytest.raises(InputError, match='the checkpoint of joint-en.* GB free'):
+        run(spec, tmp_path/'runs')
 
 def test_the_hub_counts_its_copy_and_streaming_has_none(tmp_path):
     fake = dict(resolver=lambda *a: ('c0ffee', True), sizer=lambda *a: (10**9, 3 * 10**9))
@@ -229,3 +231,12 @@ def test_full_scale_notebooks_hold_what_they_promise():
         assert '```sh' in text or 'interference data prepare' in text, path.name
         shared += any(c.startswith('folder') and 'processes=2' in c for c in code)
     assert shared >= 3
+
+def test_commands_for_several_processes_start_again_when_one_dies():
+    found = 0
+    for path in [ROOT/'README.md', *ROOT.glob('nbs/**/*.ipynb')]:
+        text = path.read_text(encoding='utf-8')
+        for line in (l for l in text.splitlines() if 'torchrun --' in l):
+            assert '--max-restarts 3' in line, f'{path.name}: {line}'
+            found += 1
+    assert found > 8
