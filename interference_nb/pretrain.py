@@ -41,7 +41,7 @@ class TrainConfig:
     precision: str = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16' (autocast)
     mixed: bool = False  # each batch of a step draws its own language
     activation_checkpointing: bool = False  # compute activations twice to keep fewer
-    compile: bool = False  # compile the blocks; pays on a GPU
+    compile: bool = False  # compile the blocks, for long runs on GPUs: takes minutes at first
 
     def __post_init__(self):
         whole = ('steps', 'batch_size', 'seq_len', 'accumulate', 'eval_every', 'checkpoint_every')
