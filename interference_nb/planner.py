@@ -425,7 +425,7 @@ def free_at(folder) -> int:
     while not place.exists(): place = place.parent
     return shutil.disk_usage(place).free
 
-# %% ../nbs/07c_planner.ipynb #941ae903
+# %% ../nbs/07c_planner.ipynb #fc007c99
 def text_of(spec: RunSpec, folder) -> tuple[float | None, float, float]:  # ids, copy, ids held
     "Tell what the tokenised text takes: what is there, or the source's estimate."
     caps = spec.max_sentences or None
@@ -496,7 +496,8 @@ def plan_table(plans: Iterable[Plan]) -> str:
                 f'{p.memory.reduced / 1e6:,.0f}', text, f'{p.checkpoint / 2e9:.2f}']
     plans = list(plans)
     text, kept, need = total_disk(plans)
-    total = ['all', *[''] * 6, f'{text / 1e9:,.2f}', f'{kept / 1e9:.2f}']
+    text = '?' if any(p.text is None for p in plans) else f'{text / 1e9:,.2f}'
+    total = ['all', *[''] * 6, text, f'{kept / 1e9:.2f}']
     said = text_table(['run', 'steps', '1e9 tokens', 'hours', 'GB a process', 'fits', 'MB a step',
                        'text GB', 'checkpoint GB'], [*map(line, plans), total])
     if not plans or need <= (free := plans[0].free): return said
