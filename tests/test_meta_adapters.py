@@ -129,7 +129,8 @@ def everything(home):
 def test_settings_mean_the_same_in_two_processes(tmp_path):
     everything(tmp_path)
     launch(everything, tmp_path, processes=2)
-    alone, a, b = (torch.load(tmp_path / f'{n}.pt') for n in ('0-1', '0-2', '1-2'))
+    alone, a, b = (torch.load(tmp_path / f'{n}.pt', weights_only=True)
+                   for n in ('0-1', '0-2', '1-2'))
     for name, (cfg, meta) in SETTINGS.items():
         assert torch.equal(a[name][0], b[name][0])
         torch.testing.assert_close(a[name][0], alone[name][0], rtol=1e-5, atol=1e-6)

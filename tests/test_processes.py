@@ -100,7 +100,8 @@ def runs(toy, tmp_path_factory):
     signal.alarm(100)
     for world in (1, 2, 4): launch(everything, toy, home, processes=world)
     signal.alarm(0)
-    load = lambda world: [torch.load(home/f'{world}-{rank}.pt') for rank in range(world)]
+    load = lambda world: [torch.load(home/f'{world}-{rank}.pt', weights_only=True)
+                          for rank in range(world)]
     return SimpleNamespace(home=home, of={world: load(world) for world in (1, 2, 4)})
 
 @pytest.mark.parametrize('kind', KINDS)
