@@ -20,8 +20,6 @@ THREADS = min(2, os.cpu_count() or 1)
 PEERS = 'xlm', 'bert', 'xmod'
 
 # One process imports everything once, from PYTHONPATH; contestants fork from it.
-os.environ['OMP_NUM_THREADS'] = str(THREADS)
-os.environ['PYTHONPATH'] = os.pathsep.join([str(HERE), *filter(None, [os.getenv('PYTHONPATH')])])
 FORK = multiprocessing.get_context('forkserver')
 FORK.set_forkserver_preload(['contestants'])
 
@@ -269,6 +267,8 @@ def main():
     parser.add_argument('--only', default='', help='sections to measure anew, with commas between')
     parser.add_argument('--out', type=Path, help='file to write; default: benchmarks/MACHINE.json')
     options = parser.parse_args()
+    path = str(HERE), os.getenv('PYTHONPATH')
+    os.environ.update(OMP_NUM_THREADS=str(THREADS), PYTHONPATH=os.pathsep.join(filter(None, path)))
     start, sections, about = time.perf_counter(), {}, machine()
     out = options.out or HERE/f'{"quick" if options.quick else name(about)}.json'
     todo = plan(options.quick, about)

@@ -8,7 +8,6 @@ FOLDER = Path(__file__).parents[1]/'benchmarks'
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setenv('PYTHONPATH', '')            # bench adds to it
     import bench
     return bench
 
