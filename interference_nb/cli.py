@@ -234,14 +234,16 @@ class FinetuneCommand:
     search: bool = False  # try the scale's values of batch size and learning rates; take the best
     workers: int = 1  # trials side by side, one on each GPU in turn
 
-# %% ../nbs/09_cli.ipynb #a762f54d
+# %% ../nbs/09_cli.ipynb #87063af8
 def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
     "Describe what a command works on as a run without tasks."
     if system not in SYSTEMS:
         raise InputError(f"unknown system '{system}'. Use one of {', '.join(SYSTEMS)}.")
+    if SYSTEMS[system].hub:
+        raise InputError(f'{system} comes from the hub and is not pretrained. Use another system.')
     langs, caps = split_commas(langs or cfg.langs), dict(cfg.max_sentences)
     if SYSTEMS[system].mono and len(langs) != 1:
-        raise InputError(f'mono is a model of one language, not of {", ".join(langs)}. '
+        raise InputError(f'{system} is a model of one language, not of {", ".join(langs)}. '
                          'Use --langs en.')
     return RunSpec(system, langs, langs, scale.train.seed, scale, cfg.data, (), caps, meta)
 
@@ -427,7 +429,7 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
           f'records: {out}/*/record.jsonl')
     return out
 
-# %% ../nbs/09_cli.ipynb #89cc9b89
+# %% ../nbs/09_cli.ipynb #99b1659a
 @dataclass(frozen=True)
 class ReproduceConfig:
     "Make the paper's tables and figures: plan, run what is missing, write them."
@@ -437,6 +439,8 @@ class ReproduceConfig:
     targets: tuple[str, ...] = ()  # of ar fr ru hi sw te; all if not given
     systems: tuple[str, ...] = ()  # rows to show; all that an exhibit has if not given
     tasks: tuple[str, ...] = ()  # of ner pos qa nli; all if not given
+    # all, or monolingual, bilingual, variants, meta-adapters, low-resource, trilingual, hub
+    family: str = 'all'  # of runs: plan and run these only
     seeds: int | None = None  # how many; the scale's own number if not given
     steps: int | None = None  # of pretraining, in place of the scale's own
     out: Path | None = None  # folder of records and pages; runs/reproduce-<scale> if not given
@@ -451,7 +455,7 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
     check_counts(cfg)
     setting = make_setting(cfg.scale, cfg.data, cfg.steps, seeds=cfg.seeds,
                            targets=split_commas(cfg.targets), systems=split_commas(cfg.systems),
-                           tasks=split_commas(cfg.tasks))
+                           tasks=split_commas(cfg.tasks), family=cfg.family)
     if cfg.engine not in ('local', 'slurm'):
         raise InputError(f"unknown engine '{cfg.engine}'. Use local or slurm.")
     exhibits = choose(split_commas(cfg.exhibits), setting)
@@ -469,6 +473,7 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
     elif todo := [s for s in specs if s.name not in failed]:
         failed |= run_missing(todo, out, workers, executor_of(cfg, out))
     if processes()[0]: return out
+    setting = replace(setting, family='all')            # pages show what else is there, too
     for e in exhibits: print(*write(e, setting, source, out, failed))
     print(f'{(time.time() - t0) / 60:.1f} minutes. All exhibits: '
           f'{write_index(setting, source, out)}')
@@ -487,7 +492,7 @@ def executor_of(cfg: ReproduceConfig, out: Path):
     executor.update_parameters(name='interference', cpus_per_task=1, **cfg.slurm)
     return executor
 
-# %% ../nbs/09_cli.ipynb #1ff508f7
+# %% ../nbs/09_cli.ipynb #2a0b5317
 def make_app():
     "Assemble the program from its commands."
     import tyro
@@ -553,6 +558,9 @@ def main(args: list[str] | None = None):
                            description='Negative interference in multilingual models, '
                                        'and its meta-learning treatment.')
     except InputError as e: end(str(e), 2)
+    except BrokenPipeError:                             # as of `interference --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
     except OSError as e:
         end(f"{e.filename or 'a file'}: {e.strerror or e}. Name another folder with --out, or make "
             'room on the disk.', 2)

@@ -664,7 +664,7 @@ def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
         if _matches(entry, key) and path.exists() and path.stat().st_size == 2 * entry['tokens']:
             return path, entry
 
-# %% ../nbs/00_data.ipynb #89efa7c2
+# %% ../nbs/00_data.ipynb #d18cf02f
 IDS_PER_BYTE = .65  # bytes of ids for one of text: more than 8,000 pieces take in English
 
 def disk_needed(source: Source,        # where the text comes from
@@ -686,11 +686,12 @@ def disk_needed(source: Source,        # where the text comes from
                                                       max_sentences, seed)): continue
             cap = _cap(max_sentences, lang) if split == 'train' else None
             look = text and (tokenizer or cap) and not copy
-            row['ids'] += _ids_size(source, lang, split, tokenizer, text, cap) if look else round(
-                text * IDS_PER_BYTE)
+            bound = min(text, 400 * cap) if cap else text       # bytes; sentences have fewer
+            row['ids'] += (_ids_size(source, lang, split, tokenizer, text, cap) if look
+                           else round(bound * IDS_PER_BYTE))
     return rows
 
-# %% ../nbs/00_data.ipynb #687a06c9
+# %% ../nbs/00_data.ipynb #920dcf3b
 def _ids_size(source: Source, lang: str, split: str, tokenizer, text: int, cap: int | None) -> int:
     "Estimate the bytes of ids from the first documents."
     sample = next(_chunks(source.text(lang, split)), [''])
@@ -712,10 +713,10 @@ def check_room(rows: list[dict],  # from disk_needed
     for place, need in disks.values():
         if need > (free := shutil.disk_usage(place).free):
             raise InputError(
-                f"the text of {', '.join(r['lang'] for r in rows)} takes about {need / 1e9:,.2f} "
-                f"GB on the disk of {place}, which has {free / 1e9:,.2f} GB free. Make room, name "
-                "a folder on another disk, or prepare it from HubSource(streaming=True), which "
-                "keeps no copy of the hub's text.")
+                f"the text of {', '.join(dict.fromkeys(r['lang'] for r in rows))} takes about "
+                f"{need / 1e9:,.2f} GB on the disk of {place}, which has {free / 1e9:,.2f} GB "
+                "free. Make room, name a folder on another disk, or prepare it from "
+                "HubSource(streaming=True), which keeps no copy of the hub's text.")
 
 @contextmanager
 def _in_turn(folder: Path):

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
-           'vocabulary', 'run', 'room_for_checkpoint', 'run_own', 'run_hub', 'teach', 'pretrained', 'make_step',
-           'is_pretrained', 'keep_lessons', 'alone', 'teach_one', 'lessons', 'usable', 'text_of', 'open_run',
-           'prune_model', 'complete', 'held', 'held_gates', 'held_lesson', 'check_format', 'device', 'on_cpu',
-           'pretrain_all', 'small', 'cost', 'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts',
-           'complete_records', 'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table',
-           'markdown_table', 'Claim', 'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records',
-           'table_page']
+           'vocabulary', 'run', 'room_for_checkpoint', 'checkpoint_size', 'sized', 'parameters', 'run_own', 'run_hub',
+           'teach', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_lessons', 'alone', 'teach_one',
+           'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
+           'check_format', 'device', 'on_cpu', 'aside', 'pretrain_all', 'ready', 'small', 'try_small', 'cost',
+           'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records',
+           'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
+           'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
 
-# %% ../nbs/07_experiments.ipynb #1f7131ca
-import hashlib, itertools, json, math, multiprocessing, os, shutil, time
+# %% ../nbs/07_experiments.ipynb #17c0a994
+import hashlib, itertools, json, math, multiprocessing, os, shutil, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -195,7 +196,7 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, p
                         max_sentences=caps).save(path)
     return load_tokenizer(path)
 
-# %% ../nbs/07_experiments.ipynb #dd3de105
+# %% ../nbs/07_experiments.ipynb #77d346c7
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
@@ -214,17 +215,28 @@ def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of it
 
 def room_for_checkpoint(spec: RunSpec, home: Path):
     "Raise `InputError` if the disk cannot take the checkpoint, which is there twice while written."
+    if has_model(spec, home): return
     before = (home/'checkpoint.safetensors').exists()
-    if before and any(r['kind'] == 'end' for r in held(spec, home)): return
-    shape = replace(spec.scale.model, vocab_size=spec.scale.model.vocab_size or 300)
-    variant = SYSTEMS[spec.system].variant
-    with torch.device('meta'): model = MultilingualLM(shape, spec.langs, variant)
-    size = 3 * sum(4 * p.numel() for p in model.parameters())      # and Adam's two moments
-    need, free = size * (2 - before), shutil.disk_usage(home).free
+    need, free = checkpoint_size(spec) * (2 - before), shutil.disk_usage(home).free
     if need > free:
         raise InputError(f'the checkpoint of {spec.name} takes up to {need / 1e9:,.2f} GB on the '
                          f'disk of {home}, which has {free / 1e9:,.2f} GB free. Make room, or name '
                          'another folder with --out.')
+
+def checkpoint_size(spec: RunSpec) -> int:  # bytes
+    "Tell what a run's checkpoint takes: its weights and Adam's two moments."
+    return 12 * parameters(sized(spec), len(spec.langs), SYSTEMS[spec.system].variant)
+
+def sized(spec: RunSpec) -> ModelConfig:
+    "Give the model's config with a vocabulary; a toy language's has about 300 words."
+    return replace(spec.scale.model, vocab_size=spec.scale.model.vocab_size or 300)
+
+@cache
+def parameters(shape: ModelConfig, n_langs: int, variant: str) -> int:
+    "Count a model's weights."
+    langs = [f'l{i}' for i in range(n_langs)]
+    with torch.device('meta'): model = MultilingualLM(shape, langs, variant)
+    return sum(p.numel() for p in model.parameters())
 
 def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict] | None:
     "Pretrain, prune and finetune one of our models; all but the first process leave when trained."
@@ -286,11 +298,16 @@ def make_step(model, cfg: TrainConfig, system: str, meta: MetaConfig | None = No
     if about.meta: return MetaStep(model, cfg, meta or about.meta)
     return CombinedStep(model, cfg, about.combine) if about.combine else JointStep(model, cfg)
 
+def has_model(spec: RunSpec, home: Path) -> bool:
+    "Say if a run was pretrained to its end and its checkpoint is there."
+    ended = any(r['kind'] == 'end' for r in held(spec, home))
+    return ended and (home/'checkpoint.safetensors').exists()
+
 def is_pretrained(spec: RunSpec, home: Path) -> bool:
     "Say if the model is there; a record without its checkpoint is put aside, to train once more."
-    if not any(r['kind'] == 'end' for r in held(spec, home)): return False
-    if (home/'checkpoint.safetensors').exists(): return True
-    (home/'record.jsonl').replace(home/'record-before.jsonl')
+    if has_model(spec, home): return True
+    if any(r['kind'] == 'end' for r in held(spec, home)):
+        (home/'record.jsonl').replace(home/'record-before.jsonl')
     return False
 
 def keep_lessons(before: Path, path: Path):
@@ -369,8 +386,8 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
     "Open a finished run again: how it was made, its data, its vocabulary, its model."
     home = Path(home)                   # tokenizer, corpora, model
     if not (home/'record.jsonl').exists():
-        raise InputError(f'no run in {home}. Name with --run a folder that '
-                         '`interference pretrain` made.')
+        raise InputError(f'no run in {home}. Name a folder that `interference pretrain` '
+                         'made.')
     rows = read_record(home/'record.jsonl')
     if not rows or 'run' not in rows[0].get('config', {}):
         raise InputError(f'{home} holds no whole record. Pretrain again into another folder.')
@@ -458,19 +475,34 @@ def device() -> str:
 def on_cpu(f, *args,  # called as f(*args) in each process
            processes: int = 1):
     "Call a function without GPUs, outside this process if there are any: it may share them later."
-    here = not torch.cuda.device_count() or torch.cuda.is_initialized()
-    if processes == 1 and here: return f(*args)
+    if processes == 1: return aside(f, *args, CUDA_VISIBLE_DEVICES='')
     with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=''):
-        if processes > 1: return launch(f, *args, processes=processes)
-        fork = multiprocessing.get_context('fork')
-        with ProcessPoolExecutor(1, fork, torch.set_num_threads, (1,)) as pool:
-            return pool.submit(f, *args).result()
+        return launch(f, *args, processes=processes)
 
-# %% ../nbs/07_experiments.ipynb #e370b2c6
+def aside(f, *args, **environment: str):
+    "Call a function in a process of its own, if this one has GPUs and has not used them yet."
+    if not torch.cuda.device_count() or torch.cuda.is_initialized(): return f(*args)
+    fork = multiprocessing.get_context('fork')
+    with (patch.dict(os.environ, environment),
+          ProcessPoolExecutor(1, fork, torch.set_num_threads, (1,)) as pool):
+        return pool.submit(f, *args).result()
+
+# %% ../nbs/07_experiments.ipynb #16ca872c
 def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
     "Pretrain runs one after another, all processes together; nothing is finetuned or pruned."
-    for spec in specs:
-        if not SYSTEMS[spec.system].hub: run(replace(spec, tasks=(), prune=()), folder, progress)
+    specs = [s for s in specs if not SYSTEMS[s.system].hub]
+    for i, spec in enumerate(specs, 1):
+        if progress and not processes()[0]:
+            path = Path(folder)/spec.name/'record.jsonl'
+            there = path.exists() and any(r['kind'] == 'end' for r in read_record(path))
+            print(f'{i} of {len(specs)}: {spec.name}' + ', pretrained already' * there, flush=True)
+        run(replace(spec, tasks=(), prune=()), folder, progress)
+
+def ready(specs: list[RunSpec], folder) -> list[RunSpec]:
+    "Choose the runs whose models are there: pretrained to their end, or the hub's."
+    found = [s for s in specs if SYSTEMS[s.system].hub or has_model(s, Path(folder)/s.name)]
+    print(f'{len(found)} of {len(specs)} models are there')
+    return found
 
 def small(spec: RunSpec, steps: int = 8, data: str = 'toy:pairs') -> RunSpec:
     "Give a run at a size for seconds on a CPU: a few steps of a tiny model on toy languages."
@@ -484,7 +516,16 @@ def small(spec: RunSpec, steps: int = 8, data: str = 'toy:pairs') -> RunSpec:
                    probe=spec.probe and replace(spec.probe, every=steps // 2, n_batches=4),
                    max_sentences=dict.fromkeys(spec.max_sentences, 300))
 
-# %% ../nbs/07_experiments.ipynb #b3af32e7
+def try_small(spec: RunSpec, processes: int = 1) -> dict:  # what its last evaluation found
+    "Pretrain a small copy of a run on the CPU, in a folder that passes."
+    tiny = small(spec)
+    with tempfile.TemporaryDirectory() as folder:
+        on_cpu(pretrain_all, [tiny], folder, False, processes=processes)
+        end = next(r for r in read_record(Path(folder)/tiny.name/'record.jsonl')
+                   if r['kind'] == 'end')
+    return dict(run=tiny.name, **{k: end[k] for k in ('step', 'passes', 'ppl')})
+
+# %% ../nbs/07_experiments.ipynb #13b188ba
 def cost(spec: RunSpec) -> float:
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
@@ -498,7 +539,8 @@ def cost(spec: RunSpec) -> float:
         rows = cfg.epoch_rows or cfg.max_train or 10_000
         langs = 1 if task == 'nli' else K
         work += langs * trials * cfg.epochs * rows / spec.scale.train.batch_size / many
-    return work + sum(c.steps * c.seeds * K for c in spec.prune)
+    gates = sum(c.steps * c.seeds * K * c.batch_size for c in spec.prune)
+    return work + gates / spec.scale.train.batch_size / many
 
 def side_by_side() -> int:
     "Tell how many runs this machine takes at once: one on each GPU, else one on each core."
@@ -535,12 +577,13 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
             yield from as_they_end(pool, todo, folder, waiting)
         todo = waiting
 
-# %% ../nbs/07_experiments.ipynb #eb915c07
+# %% ../nbs/07_experiments.ipynb #537da0c4
 def sharing_data(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     "Put runs with the same text and vocabulary together; those of the hub's models need none."
     out = {}
     for s in (s for s in specs if not SYSTEMS[s.system].hub):
-        key = (s.data, s.pair, s.seed, *sorted(s.max_sentences.items()), s.scale.model.vocab_size,
+        seed = s.seed if s.data.split(':')[0] == 'toy' else 0       # real text has none
+        key = (s.data, s.pair, seed, *sorted(s.max_sentences.items()), s.scale.model.vocab_size,
                s.scale.train.temperature)
         out.setdefault(key, []).append(s)
     return list(out.values())

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'RESERVE', 'ALONE', 'Memory', 'size', 'Ledger', 'SameBatch', 'random_batch', 'rehearsal', 'cycle',
            'as_on_gpu', 'unit_matrix', 'pretended', 'account', 'rehearsed', 'rehearse', 'measured_peak', 'plot_memory',
-           'memory_cells', 'Plan', 'plan_run', 'sized', 'account_of', 'memory_of', 'gpu', 'free_at', 'text_of',
-           'measured_step', 'time_steps', 'about_here', 'plan_table', 'total_disk']
+           'memory_cells', 'Plan', 'plan_run', 'account_of', 'memory_of', 'gpu', 'free_at', 'text_of', 'measured_step',
+           'time_steps', 'about_here', 'plan_family', 'step_of', 'plan_table', 'about_plans', 'total_disk',
+           'plan_lessons']
 
-# %% ../nbs/07c_planner.ipynb #f3038263
+# %% ../nbs/07c_planner.ipynb #11ca592e
 import contextlib, gc, itertools, os, shutil, subprocess, sys, time, weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -31,8 +32,10 @@ from .distributed import traffic
 from .pretrain import Feed, TrainConfig, check_shares, prepare_model
 from .adapters import MultilingualLM
 from .meta_adapters import MetaConfig
-from .experiments import (SYSTEMS, RunSpec, device, make_step, on_cpu, sharing_data,
-                                         text_table, vocabulary)
+from .experiments import (SYSTEMS, RunSpec, aside, checkpoint_size, cost, device,
+                                         make_step, on_cpu, sharing_data, sized, text_table,
+                                         vocabulary)
+from .reproduce import disk
 
 # %% ../nbs/07c_planner.ipynb #45d497b2
 KINDS = 'parameters', 'optimiser', 'gradients', 'copies', 'activations'
@@ -289,7 +292,7 @@ def memory_cells(memories: dict[str, Memory]) -> tuple[list[str], list[list[str]
     return ['', *KINDS, 'peak, GB'], [[name, *(gb(getattr(m, k)) for k in KINDS), gb(m.peak)]
                                       for name, m in memories.items()]
 
-# %% ../nbs/07c_planner.ipynb #06070951
+# %% ../nbs/07c_planner.ipynb #c68f806c
 RESERVE = 1e9   # bytes of a GPU that CUDA and NCCL take themselves
 
 @dataclass(frozen=True)
@@ -306,6 +309,7 @@ class Plan:
     free: float  # bytes free on the disk of the run's folder
     step_s: float | None = None  # measured seconds for a step; None: not measured
     how: str = ''  # that was measured
+    gpus: int = 0  # of this machine, if the plan is for it
 
     @property
     def steps(self) -> int: return self.spec.train.steps
@@ -321,7 +325,7 @@ class Plan:
 
     @property
     def checkpoint(self) -> int:  # bytes, twice: the old one goes when the new one is whole
-        return 2 * (self.memory.parameters + self.memory.optimiser)
+        return 2 * checkpoint_size(self.spec)
 
     @property
     def disk(self) -> float:  # bytes still to be written
@@ -330,6 +334,10 @@ class Plan:
     def problems(self) -> list[str]:
         "Say what is too small, and what would help."
         out, m = [], self.memory.peak
+        if 0 < self.gpus < self.processes:
+            out.append(f'{self.processes} processes, but this machine has {self.gpus} '
+                       f'GPU{"s" * (self.gpus > 1)}. Plan {self.gpus}, or hide the GPUs '
+                       '(CUDA_VISIBLE_DEVICES="") to plan for another machine.')
         if m > self.room:
             out.append(f'{self.spec.name} takes {size(m)} a process, but there are '
                        f'{size(self.room)} ({self.where}). Switch train.activation_checkpointing '
@@ -348,13 +356,13 @@ class Plan:
     def __str__(self):
         cfg, m, n = self.spec.train, self.memory, self.processes
         text = 'not known before it is prepared' if self.text is None else size(self.text)
-        parts = ', '.join(f'{kind} {size(getattr(m, kind))}' for kind in KINDS)
+        parts = ', '.join(f'{k} {size(b)}' for k in KINDS if (b := getattr(m, k)))
         lines = (f'{self.spec.name}, {n} process{"es" * (n > 1)}',
                  f'steps    {self.steps:,}, each {cfg.accumulate} x {cfg.batch_size} rows of '
                  f'{cfg.seq_len} tokens; {self.steps * self.batch_tokens:,} tokens in all',
                  f'time     {self.time}',
-                 f'memory   {size(m.peak)} a process, of {size(self.room)} ({self.where}):',
-                 f'         {parts}',
+                 f'memory   {size(m.peak)} a process, of {size(self.room)} ({self.where})',
+                 f'         at the fullest moment ({m.moment}): {parts}',
                  f'traffic  {size(m.reduced)} reduced a step',
                  f'disk     ids {text}' + f', the hub\'s copy {size(self.copy)}' * bool(self.copy)
                  + f', checkpoint {size(self.checkpoint)} while written; free {size(self.free)}')
@@ -367,7 +375,7 @@ class Plan:
         long = f'{self.hours:,.1f} hours' if self.hours >= 1 else f'{self.hours * 60:.1f} minutes'
         return f'{long}: {self.step_s:.3g} s a step, {self.how}'
 
-# %% ../nbs/07c_planner.ipynb #32bc520d
+# %% ../nbs/07c_planner.ipynb #4e65d483
 def plan_run(spec: RunSpec,
              processes: int = 1,
              seconds: float = 30.,  # to measure a step for; 0: no hours in the plan
@@ -382,19 +390,17 @@ def plan_run(spec: RunSpec,
     def planned(on, how=''):
         room, where = memory_of(on, processes)
         memory = account_of(spec, spec.train, processes, on)
-        return Plan(spec, processes, memory, room, where, *text, free_at(folder), how=how)
+        gpus = torch.cuda.device_count() if on == 'cuda' else 0
+        return Plan(spec, processes, memory, room, where, *text, free_at(folder), how=how,
+                    gpus=gpus)
     text = text_of(spec, folder)
     plan = planned(on or ('cuda' if device() == 'cuda' or not seconds else 'cpu'))
     if device() == 'cpu' and not on and plan.memory.peak > plan.room:
         plan, seconds = planned('cuda', 'more than the memory of this machine'), 0
     if strict: plan.check()
     if not seconds: return plan
-    step_s, how = measured_step(spec, processes, seconds)
+    step_s, how = aside(measured_step, spec, processes, seconds)
     return replace(plan, step_s=step_s, how=how)
-
-def sized(spec: RunSpec) -> ModelConfig:
-    "Give the model's config with a vocabulary; a toy language's has about 300 words."
-    return replace(spec.scale.model, vocab_size=spec.scale.model.vocab_size or 300)
 
 def account_of(spec: RunSpec, cfg: TrainConfig, processes: int, on: str) -> Memory:
     "Account for a run."
@@ -425,7 +431,7 @@ def free_at(folder) -> int:
     while not place.exists(): place = place.parent
     return shutil.disk_usage(place).free
 
-# %% ../nbs/07c_planner.ipynb #fc007c99
+# %% ../nbs/07c_planner.ipynb #f1952245
 def text_of(spec: RunSpec, folder) -> tuple[float | None, float, float]:  # ids, copy, ids held
     "Tell what the tokenised text takes: what is there, or the source's estimate."
     caps = spec.max_sentences or None
@@ -465,7 +471,7 @@ def measured_step(spec: RunSpec, processes: int, seconds: float) -> tuple[float,
         return step_s, f'scaled from a step of {rows} rows, {how}'
     finally: torch.set_num_threads(threads)
 
-ALONE = 'without communication, loading and evaluation'     # what the measured step leaves out
+ALONE = 'without communication, loading, evaluation and probes'     # left out
 
 def time_steps(shape, cfg, system, langs, meta, on, seconds) -> float:  # for one step
     "Take steps for a while."
@@ -486,23 +492,57 @@ def about_here() -> str:
     if device() == 'cuda': return gpu()[0]
     return f'a CPU, {torch.get_num_threads()} thread(s)'
 
+# %% ../nbs/07c_planner.ipynb #98a9d3ce
+def plan_family(specs: Iterable[RunSpec],  # pretrained one after another
+                processes: int = 4,  # that share each step
+                seconds: float | None = None,  # to measure each system for; None: 30 on a GPU
+                folder='runs') -> str:
+    "Plan runs on this machine's GPUs, else, unmeasured, on the paper's V100s, for the terminal."
+    if seconds is None: seconds = 30. if device() == 'cuda' else 0.
+    plans, steps = [], {}
+    for same in sharing_data(specs):
+        text = dict(zip(('text', 'copy', 'held'), text_of(same[0], folder), strict=True))
+        for s in same:
+            alike = step_of(s.system), len(s.langs)
+            if alike not in steps: steps[alike] = plan_run(s, processes, seconds, folder)
+            plans.append(replace(steps[alike], spec=s, **text))
+    return plan_table(plans)
+
+def step_of(system: str) -> str:
+    "Name the first system that takes the same step: joint2x takes joint's, only more of them."
+    step = lambda name: replace(SYSTEMS[name], steps=1, mono=False)
+    return next(name for name in SYSTEMS if step(name) == step(system))
+
 def plan_table(plans: Iterable[Plan]) -> str:
-    "Set plans side by side, for the terminal."
-    def line(p):
-        hours = '–' if p.hours is None else f'{p.hours:,.1f}'
-        text = '?' if p.text is None else f'{p.text / 1e9:,.2f}'
-        return [p.spec.name, f'{p.steps:,}', f'{p.steps * p.batch_tokens / 1e9:,.3g}', hours,
-                f'{p.memory.peak / 1e9:.1f}', 'yes' if p.memory.peak <= p.room else 'NO',
-                f'{p.memory.reduced / 1e6:,.0f}', text, f'{p.checkpoint / 2e9:.2f}']
-    plans = list(plans)
-    text, kept, need = total_disk(plans)
-    text = '?' if any(p.text is None for p in plans) else f'{text / 1e9:,.2f}'
-    total = ['all', *[''] * 6, text, f'{kept / 1e9:.2f}']
-    said = text_table(['run', 'steps', '1e9 tokens', 'hours', 'GB a process', 'fits', 'MB a step',
-                       'text GB', 'checkpoint GB'], [*map(line, plans), total])
-    if not plans or need <= (free := plans[0].free): return said
-    return (f'{said}\nPROBLEM  all of them write {size(need)}, but the disk has {size(free)} free. '
-            'Make room, or name another folder.')
+    "Add plans up by system, for the terminal."
+    plans, systems = list(plans), {}
+    for p in plans: systems.setdefault(p.spec.system, []).append(p)
+    def line(name, some):
+        hours = '–' if some[0].hours is None else f'{sum(p.hours for p in some):,.1f}'
+        tokens = sum(p.steps * p.batch_tokens for p in some) / 1e9
+        text, kept, _ = total_disk(some)
+        text = '?' if any(p.text is None for p in some) else f'{text / 1e9:,.2f}'
+        return [name, f'{len(some)}', f'{sum(p.steps for p in some):,}',
+                f'{tokens:,.{0 if tokens > 100 else 3}f}', hours,
+                f'{max(p.memory.peak for p in some) / 1e9:.1f}',
+                'yes' if all(p.memory.peak <= p.room for p in some) else 'NO',
+                f'{max(p.memory.reduced for p in some) / 1e6:,.0f}', text, f'{kept / 1e9:.2f}']
+    said = text_table(['system', 'runs', 'steps', '1e9 tokens', 'hours', 'GB a process', 'fits',
+                       'MB a step', 'text GB', 'checkpoints GB'],
+                      [line(*item) for item in (*systems.items(), ('all', plans))])
+    need, free = total_disk(plans)[2], plans[0].free
+    problems = [p for some in systems.values() for p in some[0].problems()]
+    if need > free:
+        problems.append(f'all of them write {size(need)}, but the disk has {size(free)} free. '
+                        'Make room, or name another folder.')
+    return '\n'.join([said, *about_plans(plans), *(f'PROBLEM  {p}' for p in problems)])
+
+def about_plans(plans: list[Plan]) -> list[str]:
+    "Say how hours are known and whose memory it is."
+    hows = dict.fromkeys(p.how or 'not measured' for p in plans)
+    text = 'text: not known without the network, before it is prepared'
+    return [f'hours: {"; ".join(hows)}', f'memory: {size(plans[0].room)} ({plans[0].where})',
+            *[text] * any(p.text is None for p in plans)]
 
 def total_disk(plans: list[Plan]) -> tuple[float, float, float]:  # ids, checkpoints, to be written
     "Add up what runs leave on a disk: shared text once, one checkpoint each, the last one twice."
@@ -511,3 +551,40 @@ def total_disk(plans: list[Plan]) -> tuple[float, float, float]:  # ids, checkpo
     text, held = sum(p.text or 0 for p in first), sum(p.held for p in first)
     kept = sum(p.checkpoint for p in plans) / 2
     return text, kept, text - held + kept + max((p.checkpoint for p in plans), default=0) / 2
+
+# %% ../nbs/07c_planner.ipynb #ef166a8c
+def plan_lessons(specs: list[RunSpec],  # pretrained already
+                 workers: int = 4,  # runs at once, each on a GPU
+                 seconds: float | None = None,  # as for `plan_family`
+                 folder='runs') -> str:
+    "Plan the gates and the finetuning of runs, for the terminal."
+    if seconds is None: seconds = 30. if device() == 'cuda' else 0.
+    spec = next(s for s in specs if not SYSTEMS[s.system].hub)
+    spec = replace(spec, system='joint', langs=spec.pair)
+    plan, cfg, scale = plan_run(spec, 1, seconds, folder), spec.train, spec.scale
+    bare = lambda s, **kw: replace(s, **dict(tasks=(), prune=(), probe=None) | kw)
+    parts = {'gates': [bare(s, prune=s.prune) for s in specs if s.prune]}
+    parts |= {t: [bare(s, tasks=(t,)) for s in specs if t in s.tasks] for t in scale.finetune}
+    def peak(name, some):                   # of a plain step with as many rows of as many tokens
+        own = scale.finetune.get(name)
+        rows = (max(scale.search.get(name, {}).get('batch_size', (own.batch_size,))) if own
+                else max(c.batch_size for s in some for c in s.prune))
+        length = min(own.max_len, scale.model.max_len) if own else cfg.seq_len
+        batch = replace(cfg, batch_size=rows, seq_len=length, accumulate=1)
+        return account_of(spec, batch, 1, 'cuda').peak
+    def line(name, some, peak):
+        work = sum(cost(s) - cost(bare(s)) for s in some)
+        hours = [f'{work * plan.step_s / 3600 / n:,.1f}' if plan.step_s else '–'
+                 for n in (1, workers)]
+        trials = disk(some, workers) - disk(some, 0)
+        return trials, [name, f'{len(some)}', f'{work:,.0f}', *hours, f'{peak / 1e9:.1f}',
+                        f'{trials / 1e9:,.2f}']
+    peaks = {name: peak(name, some) for name, some in parts.items() if some}
+    lines = [line(name, parts[name], n)[1] for name, n in peaks.items()]
+    every = [bare(s, tasks=s.tasks, prune=s.prune) for s in specs]
+    need, total = line('all', every, max(peaks.values()))
+    said = text_table(['', 'runs', 'plain steps', 'hours of a GPU', f'hours of {workers}',
+                       'GB a process', 'GB of trials'], [*lines, total])
+    short = (f'PROBLEM  trials take {size(need)}, but the disk has {size(plan.free)} free. Make '
+             'room, name another folder, or start fewer at once.')
+    return '\n'.join([said, *about_plans([replace(plan, text=0)]), *[short] * (need > plan.free)])

@@ -1,5 +1,5 @@
 "The account of memory against two allocators, plans that do not fit, and the commands."
-import json, subprocess, sys
+import json, os, subprocess, sys
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest
@@ -7,7 +7,7 @@ import torch
 from interference_nb import planner
 from interference_nb.cli import main
 from interference_nb.data import InputError
-from interference_nb.experiments import SCALES, SYSTEMS, RunSpec
+from interference_nb.experiments import SCALES, SYSTEMS, RunSpec, cost
 from interference_nb.meta_adapters import MetaConfig
 from interference_nb.planner import KINDS, account, measured_peak, plan_run
 from interference_nb.pretrain import TrainConfig, read_record
@@ -113,6 +113,9 @@ def test_account_on_a_gpu(system, precision, again):
     assert measured_peak(model, cfg, system, on='cuda') == pytest.approx(counted, rel=.05)
 
 
+def measured_elsewhere(*_): return os.getpid(), 'there'
+
+
 def test_a_plan_leaves_the_gpus_to_the_processes_that_follow(monkeypatch):
     "As in the full-scale notebooks: who has used CUDA can start no processes that share it."
     def woken(*_): pytest.fail('CUDA was woken')
@@ -126,6 +129,36 @@ def test_a_plan_leaves_the_gpus_to_the_processes_that_follow(monkeypatch):
     plan = plan_run(TOY, seconds=0)
     planner.gpu.cache_clear()
     assert (plan.where, plan.room) == ('A GPU', 31e9) and plan.memory.peak > 1e6
+    monkeypatch.setattr(planner, 'measured_step', measured_elsewhere)
+    assert plan_run(TOY, seconds=1).step_s != os.getpid()
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    "A plan of this machine says so; one of the paper's, made where no GPU is, does not."
+    assert not plan_run(PAPER, 4, 0).problems()
+    monkeypatch.setattr(planner, 'device', lambda: 'cuda')
+    monkeypatch.setattr(planner, 'gpu', lambda: ('A GPU', 32 * 10**9))
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    assert 'but this machine has 1 GPU.' in plan_run(PAPER, 4, 0).problems()[0]
+    assert not plan_run(PAPER, 1, 0).problems()
+
+
+def test_a_family_is_planned_as_a_whole(monkeypatch):
+    "All of its runs count; a step that several systems take is measured once, for each."
+    measured = []
+    def step(spec, *_): return measured.append(spec.system) or (3600., 'by a sundial')
+    monkeypatch.setattr(planner, 'measured_step', step)
+    systems = [replace(TOY, system=s, seed=n) for s in ('joint', 'joint2x', 'adpt') for n in (0, 1)]
+    said = planner.plan_family(systems, 1, seconds=1, folder='nowhere').splitlines()
+    runs = {l.split()[0]: l.split() for l in said if l.split()[0] in ('joint2x', 'all')}
+    steps = SCALES['toy'].train.steps
+    assert measured == ['joint', 'adpt']
+    assert [runs[k][1:3] for k in runs] == [['2', f'{4 * steps:,}'], ['6', f'{8 * steps:,}']]
+    assert runs['all'][4] == f'{8 * steps:,.1f}' and 'hours: by a sundial' in said
+    after = planner.plan_lessons(systems, 2, seconds=1, folder='nowhere').splitlines()
+    work = sum(cost(s) - cost(replace(s, tasks=())) for s in systems)
+    assert [l for l in after if l.startswith('all')][0].split()[2:5] == [
+        f'{work:,.0f}', f'{work:,.1f}', f'{work / 2:,.1f}']
 
 
 def test_toy_plan_needs_no_gpu_and_little(tmp_path):
@@ -232,6 +265,16 @@ def test_pretrain_by_torchrun(tmp_path):
     rows = read_record(tmp_path/'joint-en+x3-0'/'record.jsonl')
     end = next(r for r in rows if r['kind'] == 'end')
     assert (rows[0]['world'], end['step'], end['reduced_mb'] > 0) == (2, 4, True)
+
+
+def test_help_may_be_cut_short():
+    "As by `head`: no message, and the status of a closed pipe."
+    program = [sys.executable, '-c', 'from interference_nb.cli import main; main()']
+    with subprocess.Popen([*program, 'plan', 'paper', '--help'], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, b'')
 
 
 def test_one_process_for_what_one_process_does(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from interference_nb import reproduce
 from interference_nb.cli import main
 from interference_nb.data import InputError
-from interference_nb.experiments import RunSpec, Scale, run_all
+from interference_nb.experiments import RunSpec, Scale, parameters, run_all, sized
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.gradient_probes import ProbeConfig
 from interference_nb.l0_pruning import PruneConfig
@@ -76,6 +76,7 @@ def test_a_failed_run_stops_no_other(command, tmp_path):
     (['table2', '--scale', 'huge'], "unknown scale 'huge'"),
     (['table2', '--systems', 'jiont'], "unknown system 'jiont'"),
     (['table2', '--targets', 'de'], "unknown target 'de'"),
+    (['table2', '--family', 'bilingul'], "unknown family 'bilingul'"),
     (['table2', '--tasks', 'nre'], "unknown task 'nre'"),
     (['table2', '--seeds', '0'], '0 seeds'),
     (['table2', '--workers', '0'], '0 workers'),
@@ -154,9 +155,11 @@ def test_disk_counts_the_trials_of_the_runs_at_work():
     grid = {'ner': {'lr': (1., 2.), 'batch_size': (1, 2, 3)}}
     spec = replace(RunSpec('joint', ('en', 'ar'), ('en', 'ar'), 0, replace(MICRO, search=grid)),
                    tasks=('ner',))
-    n = reproduce.parameters(spec)
+    n = parameters(sized(spec), 2, 'joint')
     assert reproduce.disk([spec] * 3, 2) == 3 * 12 * n
-    assert reproduce.disk([replace(spec, data='text')] * 3, 2) == 3 * 12 * n + 2 * 6 * 16 * n
+    text = replace(spec, data='text')
+    assert reproduce.disk([text] * 3, 2) == 3 * 12 * n + 2 * 6 * 16 * n
+    assert reproduce.disk([replace(text, system='xlm')], 2) == 0
 
 def test_without_submitit_slurm_says_what_to_install(command, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'submitit', None)

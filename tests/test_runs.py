@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interference_nb import data
+from interference_nb import cli, data
 from interference_nb.data import (FolderSource, HubSource, InputError, WordTokenizer, check_room,
                                   disk_needed, prepare_corpus, train_tokenizer)
 from interference_nb.distributed import launch, processes
-from interference_nb.experiments import (SCALES, Scale, alone, materials, plan, run, run_all,
-                                         small)
+from interference_nb.experiments import (SCALES, Scale, alone, materials, plan, pretrain_all,
+                                         ready, run, run_all, small)
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig, load_checkpoint, read_record
 from interference_nb.reproduce import (FAMILIES, SETTINGS, family, family_page, records_of)
@@ -197,6 +197,30 @@ def test_small_is_the_same_run():
         assert bool(tiny.probe) == bool(spec.probe) and len(tiny.prune) == len(spec.prune)
         assert tiny.scale.train.accumulate == spec.scale.train.accumulate
 
+def test_only_whole_models_are_ready(tmp_path, capsys):
+    "A checkpoint is there long before the model; a record without one is left as it is."
+    spec, other = plan(['joint'], ('en', 'x3'), 2, replace(TINY, train=replace(
+        TINY.train, accumulate=1)), tasks=())
+    run(spec, tmp_path)
+    path = tmp_path/spec.name/'record.jsonl'
+    whole = path.read_text()
+    assert ready([spec, other], tmp_path) == [spec]
+    assert capsys.readouterr().out == '1 of 2 models are there\n'
+    path.write_text(''.join(l for l in whole.splitlines(True)
+                            if json.loads(l)['kind'] not in ('end', 'done')))
+    assert ready([spec, other], tmp_path) == []
+    path.write_text(whole)
+    (path.parent/'checkpoint.safetensors').unlink()
+    assert ready([spec], tmp_path) == [] and path.read_text() == whole
+
+def test_runs_are_named_as_they_come(tmp_path, capsys):
+    specs = plan(['joint'], ('en', 'x3'), 2, replace(TINY, train=replace(
+        TINY.train, accumulate=1, steps=2, warmup=1, eval_every=2)))
+    pretrain_all(specs[:1], tmp_path, progress=False)
+    pretrain_all(specs, tmp_path)
+    said = capsys.readouterr().out
+    assert '1 of 2: joint-en+x3-0, pretrained already\n2 of 2: joint-en+x3-1\n' in said
+
 @pytest.mark.parametrize('name', FAMILIES)
 def test_a_family_shows_what_its_records_hold(name, tmp_path):
     "At full scale too, once there are records: here those of the toy scale stand in."
@@ -215,6 +239,10 @@ def test_a_family_shows_what_its_records_hold(name, tmp_path):
     assert f'{n} of {n} runs are complete at the scale of the paper.' in page
     assert 'Not run' not in page and 'ppl' in page
 
+def cells_of(path, kind):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    return [''.join(c['source']) for c in cells if c['cell_type'] == kind]
+
 def test_full_scale_notebooks_hold_what_they_promise():
     "A config, a plan, a CPU cell, a marked GPU cell, a command, and what the records say."
     assert [p.stem for p in FULL_SCALE] == [
@@ -222,15 +250,32 @@ def test_full_scale_notebooks_hold_what_they_promise():
         '15_low_resource', '16_trilingual', '17_causes', '18_finetuning']
     shared = 0
     for path in FULL_SCALE:
-        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-        code = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
-        text = '\n'.join(''.join(c['source']) for c in cells)
+        code, text = cells_of(path, 'code'), '\n'.join(cells_of(path, 'markdown'))
+        own = [c for c in code if 'import' not in c]
+        has = lambda what, own=own: any(re.search(what, c) for c in own)
         assert sum(c.startswith('#| gpu') for c in code) == 1, path.name
-        assert 'pprint(' in text and 'small' in text, path.name
-        assert 'family_page(' in text or '../07b_results.ipynb' in text, path.name
+        assert has(r'pprint\(') and has(r'small\(|map\(small'), path.name
+        assert has(r'plan_family\(specs|plan_lessons\(specs|disk_needed\('), path.name
+        assert has(r'family_page\(') or '../07b_results.ipynb' in ''.join(code), path.name
         assert '```sh' in text or 'interference data prepare' in text, path.name
-        shared += any(c.startswith('folder') and 'processes=2' in c for c in code)
+        shared += has('processes=2')
     assert shared >= 3
+
+@pytest.mark.parametrize('path', FULL_SCALE[1:], ids=lambda p: p.stem)
+def test_a_notebooks_command_makes_its_runs(path, tmp_path, monkeypatch):
+    "The command is taken from the notebook, and so is the line that lists its runs."
+    command, = re.findall('--no-python interference (reproduce .*)', ' '.join(
+        '\n'.join(cells_of(path, 'markdown')).splitlines(keepends=True)))
+    line, = re.findall('^specs = .*', '\n'.join(cells_of(path, 'code')), re.M)
+    here, asked = dict(family=family, replace=replace), []
+    exec(line, here)
+    monkeypatch.setattr(cli, 'plan_cells', lambda *_: (['run'], [], ''))
+    monkeypatch.setattr(cli, 'write', lambda *_: [])
+    monkeypatch.setattr(cli, 'write_index', lambda *_: '')
+    monkeypatch.setattr(cli, 'run_missing', lambda specs, *_: asked.extend(specs) or {})
+    cli.main([*command.split(), '--out', str(tmp_path)])
+    name = lambda specs: sorted((s.name, json.dumps(s.config)) for s in specs)
+    assert name(asked) == name(here['specs'])
 
 def test_commands_for_several_processes_start_again_when_one_dies():
     found = 0
