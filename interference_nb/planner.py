@@ -37,7 +37,7 @@ from .experiments import (SYSTEMS, RunSpec, aside, checkpoint_size, cost, device
                                          vocabulary)
 from .reproduce import disk
 
-# %% ../nbs/07c_planner.ipynb #45d497b2
+# %% ../nbs/07c_planner.ipynb #32eab292
 KINDS = 'parameters', 'optimiser', 'gradients', 'copies', 'activations'
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Memory:
     def peak(self) -> int:
         "Add up. [@eq-peak]"
         return sum(getattr(self, kind) for kind in KINDS)
+
+    @property
+    def parts(self) -> str:
+        "Name what is there at that moment, with its size."
+        return ', '.join(f'{k} {size(b)}' for k in KINDS if (b := getattr(self, k)))
 
 def size(n: float) -> str:
     "Write a number of bytes."
@@ -292,7 +297,7 @@ def memory_cells(memories: dict[str, Memory]) -> tuple[list[str], list[list[str]
     return ['', *KINDS, 'peak, GB'], [[name, *(gb(getattr(m, k)) for k in KINDS), gb(m.peak)]
                                       for name, m in memories.items()]
 
-# %% ../nbs/07c_planner.ipynb #c68f806c
+# %% ../nbs/07c_planner.ipynb #b1778197
 RESERVE = 1e9   # bytes of a GPU that CUDA and NCCL take themselves
 
 @dataclass(frozen=True)
@@ -356,13 +361,12 @@ class Plan:
     def __str__(self):
         cfg, m, n = self.spec.train, self.memory, self.processes
         text = 'not known before it is prepared' if self.text is None else size(self.text)
-        parts = ', '.join(f'{k} {size(b)}' for k in KINDS if (b := getattr(m, k)))
         lines = (f'{self.spec.name}, {n} process{"es" * (n > 1)}',
                  f'steps    {self.steps:,}, each {cfg.accumulate} x {cfg.batch_size} rows of '
                  f'{cfg.seq_len} tokens; {self.steps * self.batch_tokens:,} tokens in all',
                  f'time     {self.time}',
-                 f'memory   {size(m.peak)} a process, of {size(self.room)} ({self.where})',
-                 f'         at the fullest moment ({m.moment}): {parts}',
+                 f'memory   {size(m.peak)} a process at the fullest moment ({m.moment}),',
+                 f'         of {size(self.room)} ({self.where}): {m.parts}',
                  f'traffic  {size(m.reduced)} reduced a step',
                  f'disk     ids {text}' + f', the hub\'s copy {size(self.copy)}' * bool(self.copy)
                  + f', checkpoint {size(self.checkpoint)} while written; free {size(self.free)}')

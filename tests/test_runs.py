@@ -178,6 +178,8 @@ def test_the_hub_counts_its_copy_and_streaming_has_none(tmp_path):
     check_room([row], tmp_path)
     assert disk_needed(HubSource(**fake), ['sw'], tmp_path)[0]['text'] == 10**9
     far = dict(fake, sizer=lambda *a: (10**15, 10**15))
+    twice = disk_needed(HubSource(**far), ['sw'], tmp_path) * 2
+    with pytest.raises(InputError, match='the text of sw takes'): check_room(twice, tmp_path)
     with pytest.raises(InputError, match='streaming=True'):
         prepare_corpus(HubSource(**far), ['sw'], toy_tokenizer(ToySource(0), ('en',)), tmp_path)
 
