@@ -207,6 +207,10 @@ def test_compiled_blocks_change_rounding_only(toy, monkeypatch):
     with pytest.raises(InputError, match='no blocks to compile'):
         pretrain.prepare_model(torch.nn.Linear(1, 1), compiled)
 
+def test_matrix_products_may_repeat_on_a_gpu():
+    "CUDA reads this when it begins: deterministic operations warn at each product without it."
+    assert os.environ['CUBLAS_WORKSPACE_CONFIG'] in (':4096:8', ':16:8')
+
 def test_another_precision_is_refused(toy, tmp_path):
     "A run goes on in the precision that it had, whatever 'auto' means on the machine."
     trained(toy, tmp_path, stop_at=2)
@@ -226,6 +230,12 @@ def test_failure_of_a_process_is_told(tmp_path):
     with pytest.raises(InputError, match='process 1 of 2 failed: OSError: no such file'):
         launch(fails, processes=2)
     assert lives.read_text() == '..' and signal.getsignal(signal.SIGTERM) is answers
+    def too_large():
+        with open(tmp_path/f'life{processes()[0]}', 'a') as f: f.write('.')
+        raise torch.OutOfMemoryError('out of memory')
+    with pytest.raises(InputError, match='failed: OutOfMemoryError: out of memory'):
+        launch(too_large, processes=2)
+    assert (tmp_path/'life0').read_text() == '.'
 
 def test_first_process_first(tmp_path):
     "The others wait for rank 0, and fail with it; ten times leave no more open than once."
