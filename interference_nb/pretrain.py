@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FREE', 'TrainConfig', 'learning_rate', 'Feed', 'check_shares', 'pinned', 'perplexity', 'make_adam', 'Precision',
-           'JointStep', 'save_checkpoint', 'sync_folder', 'load_checkpoint', 'training_state', 'restore_training_state',
-           'Record', 'read_record', 'config_hash', 'run_info', 'train', 'clocks', 'seed_step', 'prepare_model',
-           'keep_memory', 'end_by', 'progress_bar', 'same_config', 'RunLog']
+           'JointStep', 'save_checkpoint', 'sync_file', 'sync_folder', 'load_checkpoint', 'training_state',
+           'restore_training_state', 'Record', 'room_for', 'read_record', 'config_hash', 'run_info', 'train', 'clocks',
+           'seed_step', 'prepare_model', 'keep_memory', 'end_by', 'progress_bar', 'same_config', 'RunLog']
 
 # %% ../nbs/01a_pretrain.ipynb #03c3be5b
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
@@ -255,7 +255,7 @@ class JointStep:
         "What a record and a checkpoint say of this step."
         return dict(name='joint')
 
-# %% ../nbs/01a_pretrain.ipynb #2d6c1902
+# %% ../nbs/01a_pretrain.ipynb #dcbb7efa
 def save_checkpoint(path, tensors: dict[str, torch.Tensor], meta: dict):
     "Write tensors and a dict of plain values to one file, atomically."
     from safetensors.torch import save_file
@@ -265,7 +265,7 @@ def save_checkpoint(path, tensors: dict[str, torch.Tensor], meta: dict):
     try:
         on_cpu = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         save_file(on_cpu, part, {'meta': json.dumps(meta)})
-        with open(part, 'rb+') as f: os.fsync(f.fileno())
+        sync_file(part)
         os.replace(part, path)
         sync_folder(path.parent)
     except Exception as e:
@@ -273,12 +273,16 @@ def save_checkpoint(path, tensors: dict[str, torch.Tensor], meta: dict):
         raise InputError(f'could not write {path} ({e}). The checkpoint before it is untouched: '
                          'make room on the disk and run the same command again.') from e
 
+def sync_file(path):
+    "Make what a file holds outlive a power cut."
+    with open(path, 'rb+') as f: os.fsync(f.fileno())
+
 def sync_folder(path):
     "Make a file's new name outlive a power cut, where the system can."
-    if os.name != 'posix': return
-    folder = os.open(path, os.O_RDONLY)
-    try: os.fsync(folder)
-    finally: os.close(folder)
+    with contextlib.suppress(OSError):      # Windows cannot, nor some folders over a network
+        folder = os.open(path, os.O_RDONLY)
+        try: os.fsync(folder)
+        finally: os.close(folder)
 
 def load_checkpoint(path, device='cpu') -> tuple[dict[str, torch.Tensor], dict]:  # (tensors, meta)
     "Read what `save_checkpoint` wrote."
@@ -314,7 +318,7 @@ def restore_training_state(model, step, state: dict[str, torch.Tensor]):
             moments.setdefault(int(i), {})[k] = t
         opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()['param_groups']))
 
-# %% ../nbs/01a_pretrain.ipynb #b90d8801
+# %% ../nbs/01a_pretrain.ipynb #50ad6cf8
 class Record:
     "An append-only file of JSON lines (or just a list, without a path); `rows` holds them."
     def __init__(self, path=None,
@@ -323,23 +327,34 @@ class Record:
         if self.path and self.path.exists():
             self.rows = [r for r in read_record(self.path) if keep(r)]
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(self.path.name + '.part')
-            part.write_text(''.join(json.dumps(r) + '\n' for r in self.rows), encoding='utf-8')
-            os.replace(part, self.path)
+            with room_for(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                part = self.path.with_name(self.path.name + '.part')
+                part.write_text(''.join(json.dumps(r) + '\n' for r in self.rows), encoding='utf-8')
+                sync_file(part)
+                os.replace(part, self.path)
 
     def write(self, kind: str, **fields) -> dict:
         "Append one line."
         row = dict(kind=kind, **fields)
         self.rows.append(row)
         if self.path:
-            with open(self.path, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
+            with room_for(self.path), open(self.path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(row) + '\n')
         return row
 
     def sync(self):
         "Make the lines outlive a power cut."
         if self.path:
-            with open(self.path, 'rb+') as f: os.fsync(f.fileno())
+            with room_for(self.path): sync_file(self.path)
+
+@contextlib.contextmanager
+def room_for(path):
+    "Say what could not be written, and what to do."
+    try: yield
+    except OSError as e:
+        raise InputError(f'could not write {path} ({e}). Make room on the disk, or see that you '
+                         'may write there, and run the same command again.') from e
 
 def read_record(path) -> list[dict]:
     "Read a record's lines; a last line cut short by a kill is left out."
@@ -371,7 +386,7 @@ def run_info() -> dict:
                 python=platform.python_version(), torch=torch.__version__,
                 date=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
 
-# %% ../nbs/01a_pretrain.ipynb #1698eaa8
+# %% ../nbs/01a_pretrain.ipynb #f0def4f6
 def train(model, feed: Feed, cfg: TrainConfig,
           dev: dict[str, list[Batch]],  # {language: held-out batches}; see `dev_batches`
           step=None,  # the plug-in; `JointStep(model, cfg)` by default
@@ -386,7 +401,7 @@ def train(model, feed: Feed, cfg: TrainConfig,
     prepare_model(model, cfg)
     log = RunLog(model, step, cfg, feed, dev, folder, about)
     last = min(cfg.steps, stop_at or cfg.steps)
-    if log.first == 0: log.evaluate(0)
+    if log.first in (0, cfg.steps): log.evaluate(log.first)    # the end's: who resumes has no rows
     model.train()
     with (StopSignals(folder is not None) as signals,
           progress_bar(cfg.steps, log.first, progress and log.main) as bar):
@@ -406,7 +421,7 @@ def train(model, feed: Feed, cfg: TrainConfig,
             if stop and done < last: end_by(stop)
         return log.end() if last == cfg.steps else log.rows
 
-# %% ../nbs/01a_pretrain.ipynb #a082e9aa
+# %% ../nbs/01a_pretrain.ipynb #c3e21f11
 def clocks() -> np.ndarray:  # wall and processor seconds since some time in the past
     "Read both clocks: the second is fairer on a machine shared with others."
     return np.array([time.perf_counter(), time.process_time()])
@@ -486,7 +501,8 @@ class RunLog:
         self.passes = step.passes       # of all processes, when this one began
         self.check_start()
         self.record = Record(Path(folder)/'record.jsonl' if folder and self.main else None,
-                             keep=lambda r: r['kind'] in ('start', 'step', 'eval', 'resume')
+                             keep=lambda r: self.first      # else this run begins anew
+                             and r['kind'] in ('start', 'step', 'eval', 'resume')
                              and r.get('step', -1) <= self.first)
         here = dict(world=feed.world, precision=step.amp.name)
         if not self.rows:

@@ -126,6 +126,38 @@ def test_killed_at_twenty_moments(home):
     assert os.waitpid(forked(home, cut), 0)[1] == 0
     assert_same(cut, home/'whole')
 
+def test_cut_after_the_last_checkpoint(home):
+    "With all steps taken, a restart writes what is missing, in each process; so does a new start."
+    cfg = replace(CFG, steps=10)
+    two = lambda f, name: launch(f, home, home/name, calm, cfg, processes=2)
+    kinds = lambda name: [r['kind'] for r in read_record(home/name/'record.jsonl')]
+    two(run, 'ended'), two(killed_at_the_end, 'unended')
+    assert_same(home/'unended', home/'ended')
+    two(run, 'ended')
+    assert_same(home/'unended', home/'ended')
+    (home/'ended'/'record.jsonl').unlink()
+    run(home, home/'ended', calm, cfg)
+    assert kinds('ended') == ['start', 'eval', 'end']
+
+def killed_at_the_end(*args):
+    "Kill rank 0 before the record's `end`, in the first life."
+    if processes()[0] == 0 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        pretrain.RunLog.end = die
+    run(*args)
+
+def test_a_run_begun_anew_says_where_it_ran(tmp_path, monkeypatch):
+    "What left no checkpoint leaves nothing in the record either."
+    def on(hardware, callback=calm):
+        monkeypatch.setattr(pretrain, 'run_info', lambda: dict(hardware=hardware))
+        run(tmp_path, tmp_path/'run', callback, replace(CFG, steps=6))
+    def break_off(k, *_):
+        if k == 3: raise KeyError
+    with pytest.raises(KeyError): on('old', break_off)
+    on('new')
+    rows = read_record(tmp_path/'run'/'record.jsonl')
+    assert [r['hardware'] for r in rows if r['kind'] == 'start'] == ['new']
+    assert [r['kind'] for r in rows].count('eval') == 2
+
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGUSR1, 138),
                                           (signal.SIGINT, 77)])
 def test_stop_signals_write_a_checkpoint(home, number, code):

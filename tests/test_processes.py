@@ -1,5 +1,5 @@
 "One, two and four processes, a full disk, workers left alone: what a notebook cell cannot show."
-import os, resource, shutil, signal, subprocess, sys, time
+import errno, os, resource, shutil, signal, stat, subprocess, sys, time
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,8 +12,8 @@ from interference_nb.distributed import (first_process_first, gathered, joined, 
                                          mean_over_processes, processes, traffic)
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.meta_adapters import ESTIMATORS, MetaConfig, MetaStep
-from interference_nb.pretrain import (Feed, JointStep, TrainConfig, load_checkpoint, read_record,
-                                      save_checkpoint, seed_step, train)
+from interference_nb.pretrain import (Feed, JointStep, Record, TrainConfig, load_checkpoint,
+                                      read_record, save_checkpoint, seed_step, train)
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 
@@ -265,10 +265,26 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     try:
         with pytest.raises(InputError, match='could not write .*checkpoint before it is untouched'):
             save_checkpoint(path, {'w': torch.ones(100_000)}, dict(step=2))
+        with pytest.raises(InputError, match='could not write .*record.jsonl .*Make room'):
+            Record(tmp_path/'log'/'record.jsonl').write('step', loss=[0.] * 9999)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     tensors, meta = load_checkpoint(path)
     assert meta['step'] == 1 and not tensors['w'].any()
-    assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.safetensors']   # and nothing else
+    assert [p.name for p in tmp_path.glob('c*')] == ['checkpoint.safetensors']  # and nothing else
+
+def test_what_outlives_a_power_cut(tmp_path, monkeypatch):
+    "Files are on the disk before they get their name; a folder, where the system can."
+    usual, calls = os.fsync, []
+    def only_files(handle):
+        calls.append('fsync')
+        if stat.S_ISDIR(os.fstat(handle).st_mode): raise OSError(errno.EINVAL, 'Invalid argument')
+        usual(handle)
+    def renamed(*names): calls.append('replace'); os.rename(*names)
+    monkeypatch.setattr(pretrain.os, 'fsync', only_files)
+    monkeypatch.setattr(pretrain.os, 'replace', renamed)
+    Record(tmp_path/'record.jsonl')
+    save_checkpoint(tmp_path/'checkpoint.safetensors', {'w': torch.zeros(1)}, dict(step=1))
+    assert calls == ['fsync', 'replace', 'fsync', 'replace', 'fsync']
 
 def test_a_full_disk_ends_all_processes(toy, tmp_path):
     "What stops the first process's checkpoint stops the others, with its message, at once."
