@@ -444,7 +444,9 @@ def prepare_model(model, cfg):
                          'Switch activation_checkpointing off.')
     if cfg.compile and not hasattr(model, 'blocks'):
         raise InputError('this model has no blocks to compile. Switch compile off.')
-    for block in model.blocks if cfg.compile else (): block.compile()
+    if cfg.compile:
+        torch._dynamo.config.cache_size_limit = 256     # graphs: each language has several
+        for block in model.blocks: block.compile()
 
 def keep_memory():
     "Let glibc keep freed memory: what goes back after a step is fetched page by page in the next."
