@@ -205,7 +205,7 @@ class Precision:
         if self.name == 'float32': return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.name))
 
-# %% ../nbs/01a_pretrain.ipynb #9e9197f3
+# %% ../nbs/01a_pretrain.ipynb #0ba7c23e
 class JointStep:
     "Update all parameters on one language's batches: JointPair, or Mono if there is no other."
     memory: dict[str, torch.Tensor] = {}    # what else a step remembers; checkpoints keep it
@@ -218,15 +218,16 @@ class JointStep:
     def __call__(self, k: int, feed: Feed, lr: float) -> dict:  # {'loss': mean over the batches}
         "Take step k."
         loss = self.backward(feed.train(k))
-        if self.cfg.mixed: self.fill(feed.langs_at(k))
+        if self.cfg.mixed: self.fill()
         self.update('all', lr)
         return dict(loss=loss)
 
-    def fill(self, langs: tuple[str, ...]):
+    def fill(self):
         "Give zeros to what other processes have a gradient of, that all average the same list."
-        for lang in langs:
-            for p in getattr(self.model, 'phi', {}).get(lang, {}).values():
-                if p.grad is None: p.grad = torch.zeros_like(p)
+        params = list(self.model.parameters())
+        anywhere = gathered(torch.tensor([p.grad is not None for p in params])).any(0).tolist()
+        for p, needed in zip(params, anywhere):
+            if needed and p.grad is None: p.grad = torch.zeros_like(p)
 
     def backward(self, batches: list[Batch]) -> torch.Tensor:
         "Add the gradient of the batches' mean loss to every parameter's `.grad`."

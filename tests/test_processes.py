@@ -15,7 +15,7 @@ from interference_nb.meta_adapters import ESTIMATORS, MetaConfig, MetaStep
 from interference_nb.pretrain import (Feed, JointStep, Record, TrainConfig, load_checkpoint,
                                       read_record, save_checkpoint, seed_step, train)
 from interference_nb.toy_languages import ToySource, toy_tokenizer
-from interference_nb.transformer import ModelConfig
+from interference_nb.transformer import MaskedLM, ModelConfig
 
 LANGS, STEPS = ('en', 'x3'), 3
 CFG = TrainConfig.toy(steps=STEPS, accumulate=4, seed=3, eval_every=3, checkpoint_every=2)
@@ -23,7 +23,8 @@ MIXED = replace(CFG, mixed=True)
 META = {name: MetaConfig(estimator=name) for name in ESTIMATORS}
 META |= dict(mixed_meta=MetaConfig(), sampled=MetaConfig(sample=1, rest=1),
              released=MetaConfig.released(validation='train'))
-KINDS = dict(joint=JointStep, mixed=JointStep, pcgrad=CombinedStep)
+KINDS = dict(joint=JointStep, mixed=JointStep, mixed_vectors=JointStep, pcgrad=CombinedStep,
+             gradvac=lambda *a: CombinedStep(*a, 'gradvac'))
 KINDS |= {name: lambda *a, meta=meta: MetaStep(*a, meta) for name, meta in META.items()}
 
 @pytest.fixture(scope='module')
@@ -34,11 +35,12 @@ def toy(tmp_path_factory):
     home = tmp_path_factory.mktemp('text')
     return tok.vocab_size, prepare_corpus(source, LANGS, tok, home, workers=1)
 
-def start(toy, cfg):
+def start(toy, cfg, vectors=False):     # or a model whose languages have a vector each
     V, corpora = toy
     stream = lambda l: Stream(corpora[l]['train'], cfg.batch_size, cfg.seq_len, 0, V, cfg.mask_prob)
     torch.manual_seed(0)
-    model = MultilingualLM(ModelConfig.toy(V), LANGS, 'adpt')
+    size = ModelConfig.toy(V, language_embeddings=vectors)
+    model = MaskedLM(size, LANGS) if vectors else MultilingualLM(size, LANGS, 'adpt')
     return model, Feed({l: stream(l) for l in LANGS}, cfg)
 
 def plain_descent(step):
@@ -52,7 +54,7 @@ def weights(model): return torch.cat([p.detach().reshape(-1) for p in model.para
 def some_steps(toy, kind):
     "Take steps of one kind; return the weights, the losses and the bytes of each step."
     cfg = MIXED if kind.startswith('mixed') else CFG
-    model, feed = start(toy, cfg)
+    model, feed = start(toy, cfg, kind == 'mixed_vectors')
     step, losses, sent = plain_descent(KINDS[kind](model, cfg)), [], []
     for k in range(STEPS):
         seed_step(cfg.seed, k)
@@ -148,7 +150,9 @@ def test_bytes_reduced(runs, toy):
     theta, own = size(model.theta), size(model.phi['en'])
     both = len(start(toy, MIXED)[1].langs_at(0))            # languages of a mixed step
     # a meta step: g at theta, v and phi's at theta', the second-order term, theta's own update
-    expected = dict(joint=[theta + own], mixed=[theta + both * own], pcgrad=[2 * (theta + own)],
+    vectors = dict(start(toy, MIXED, vectors=True)[0].named_parameters())
+    expected = dict(joint=[theta + own], mixed=[theta + both * own], mixed_vectors=[size(vectors)],
+                    pcgrad=[2 * (theta + own)], gradvac=[2 * (theta + own)],
                     first_order=[theta, own, theta],
                     mixed_meta=[theta, theta + both * own, both * own, theta])
     for name in ('exact', 'finite_difference', 'one_sided'):
