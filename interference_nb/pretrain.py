@@ -8,8 +8,9 @@ __all__ = ['FREE', 'TrainConfig', 'learning_rate', 'Feed', 'check_shares', 'pinn
            'restore_training_state', 'Record', 'room_for', 'read_record', 'config_hash', 'run_info', 'train', 'clocks',
            'seed_step', 'prepare_model', 'keep_memory', 'end_by', 'progress_bar', 'same_config', 'RunLog']
 
-# %% ../nbs/01a_pretrain.ipynb #03c3be5b
+# %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -84,7 +85,7 @@ def learning_rate(k: int,  # step, from 0
                                      "Use 'inverse_sqrt', 'linear' or 'constant'.")
     return cfg.lr * up * down
 
-# %% ../nbs/01a_pretrain.ipynb #7f5db25d
+# %% ../nbs/01a_pretrain.ipynb #8b451e06
 class Feed:
     "Deal the batches of a run: which language at step k, and which of its batches."
     def __init__(self,
@@ -128,12 +129,12 @@ class Feed:
         return [self.streams[self.langs[self.order[k, i]]].batch(int(self.turn[k, i]))
                 for i in self.share(0)]
 
-    def _take(self, what, draw, k):
-        "Draw batches of step k; on a GPU, the next step's are drawn meanwhile."
-        when, future = self._next.pop(what, (None, None))
+    def _take(self, what, draw, k, then=None):
+        "Draw batches of step k; on a GPU those of `then`, the next step, are drawn meanwhile."
+        (when, future), then = self._next.pop(what, (None, None)), then or k + 1
         batches = future.result() if when == k else self._drawn(draw, k)
-        if self._ahead and k + 1 < self.cfg.steps:
-            self._next[what] = k + 1, self._ahead.submit(self._drawn, draw, k + 1)
+        if self._ahead and then < self.cfg.steps:
+            self._next[what] = then, self._ahead.submit(self._drawn, draw, then)
         return [b.to(self.device) for b in batches]
 
     def _drawn(self, draw, k):
@@ -147,10 +148,13 @@ class Feed:
         "Training batches of all languages at once, for a step that looks at each."
         return {l: self._take(('every', l), partial(self._draw, l), k) for l in self.langs}
 
-    def fresh(self, k: int, lang: str) -> list[Batch]:
-        "As many batches of `lang` apart from the training batches: a meta step's validation."
-        draw = lambda k: [self.validation[lang].batch(i) for i in self.share(k)]
-        return self._take(('fresh', lang), draw, k)
+    def fresh(self, k: int,
+              langs: Callable[[int], Sequence[str]],  # step -> languages
+              rest: int = 0,  # steps until the next one that asks
+              ) -> list[Batch]:  # apart from the training batches, as many of each language
+        "A meta step's validation batches."
+        draw = lambda k: [self.validation[l].batch(i) for l in langs(k) for i in self.share(k)]
+        return self._take('fresh', draw, k, k + rest + 1)
 
 # %% ../nbs/01a_pretrain.ipynb #db175c89
 def check_shares(batches: int, world: int, name: str = 'accumulate'):
