@@ -406,7 +406,7 @@ def train(model, feed: Feed, cfg: TrainConfig,
     prepare_model(model, cfg)
     log = RunLog(model, step, cfg, feed, dev, folder, about)
     last = min(cfg.steps, stop_at or cfg.steps)
-    if log.first in (0, cfg.steps): log.evaluate(log.first)    # the end's: who resumes has no rows
+    if log.first in (0, cfg.steps): log.evaluate(log.first)    # no rows at the end: resumed
     model.train()
     with (StopSignals(folder is not None) as signals,
           progress_bar(cfg.steps, log.first, progress and log.main) as bar):
