@@ -504,7 +504,7 @@ def open_masked_lm(
                          'Open it with import_hf.')
     return AnyModel(module, hf_loss, langs), tokenizer
 
-# %% ../nbs/05b_export.ipynb #67930e01
+# %% ../nbs/05b_export.ipynb #9988bbfe
 def push_to_hub(
     folder: str | Path,             # from `export_hf`
     repo_id: str,                   # 'owner/name'
@@ -532,7 +532,7 @@ def push_to_hub(
         status = getattr(getattr(e, 'response', None), 'status_code', None)
         what = ('Is your token missing, old, or without the right to write? Run `hf auth login`, '
                 'or pass token=.' if status in (401, 403) else
-                f'Is it reachable? The export is in {folder}: try again from there.')
+                f'Is it reachable? {folder} stays as it is: push it again later.')
         reason = str(e).strip().partition('\n')[0] or type(e).__name__
         raise InputError(f'{repo_id} did not reach the hub ({reason}). {what}') from e
     return str(done.commit_url)
