@@ -263,13 +263,13 @@ class JointStep:
 # %% ../nbs/01a_pretrain.ipynb #dcbb7efa
 def save_checkpoint(path, tensors: dict[str, torch.Tensor], meta: dict):
     "Write tensors and a dict of plain values to one file, atomically."
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
     try:
         on_cpu = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-        save_file(on_cpu, part, {'meta': json.dumps(meta)})
+        part.write_bytes(save(on_cpu, {'meta': json.dumps(meta)}))
         sync_file(part)
         os.replace(part, path)
         sync_folder(path.parent)
