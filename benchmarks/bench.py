@@ -6,8 +6,9 @@
 
 Every contestant waits in a process of its own and steps when it is its turn, so what disturbs the
 machine for a while disturbs all of them. A ratio is taken within a round; the table gives the
-median of the rounds and, in brackets, the lowest and highest. All numbers go to
-benchmarks/MACHINE.json.
+median of the rounds (of memory, the ratio of the highest marks) and, in brackets, the lowest and
+highest. All numbers go to benchmarks/MACHINE.json. What --only measures joins those that are there,
+if commit, machine and packages are still the same.
 """
 import argparse, functools, json, multiprocessing, os, re, statistics, sys, time
 from dataclasses import asdict, replace
@@ -149,10 +150,11 @@ class Results:
         return self.sections.get(section, {}).get('contestants', {}).get(label)
 
     def ratio(self, section, a, b, what='seconds'):     # (median, lowest, highest)
-        "Divide a by b round by round."
+        "Divide a by b round by round; of memory, the middle is highest by highest."
         a, b = self.rows(section, a), self.rows(section, b)
         if not (a and b): return None
-        return spread([x / y for x, y in zip(a[what], b[what])])
+        middle, low, high = spread([x / y for x, y in zip(a[what], b[what])])
+        return max(a[what]) / max(b[what]) if what == 'peak_mb' else middle, low, high
 
     def rate(self, section, label):
         "Work a second: tokens, MB or floating-point operations."
@@ -160,10 +162,11 @@ class Results:
         return row and spread([row['work'] / s for s in row['seconds']])
 
     def peer(self, section, ours='ours'):
-        "The fastest peer's time over ours."
-        times = {p: statistics.median(row['seconds']) for p in PEERS
-                 if (row := self.rows(section, p))}
-        return self.ratio(section, min(times, key=times.get), ours) if times else None
+        "The fastest peer's time over ours; None unless all peers ran."
+        rows = {p: self.rows(section, p) for p in PEERS}
+        if not all(rows.values()): return None
+        fastest = min(rows, key=lambda p: statistics.median(rows[p]['seconds']))
+        return self.ratio(section, fastest, ours)
 
     def loader(self):
         "Tokens drawn a second over tokens trained a second."
@@ -202,8 +205,7 @@ def table(sections: dict) -> list[dict]:
         row(f'{label} / adapters, time', r.ratio(section, n, 'adapters'), goal, False)
         row(f'{label} / adapters, memory', r.ratio(section, n, 'adapters', 'peak_mb'),
             goal and 1.2, False)
-        row(f'{label} / adapters, live tensors', r.ratio(section, n, 'adapters', 'tensors_mb'),
-            goal and 1.2, False)
+        row(f'{label} / adapters, live tensors', r.ratio(section, n, 'adapters', 'tensors_mb'))
     row('activations recomputed / adapters, time', r.ratio('meta', 'recomputed', 'adapters'))
     row('activations recomputed / adapters, memory',
         r.ratio('meta', 'recomputed', 'adapters', 'peak_mb'))
@@ -233,7 +235,7 @@ def verdict(row: dict) -> str:
     if row['measured'] is None: return 'not measured'
     if row['goal'] is None: return ''
     if row['met']: return 'met'
-    return f'not met: {row["measured"][0] / row["goal"] - 1:+.0%}'
+    return f'not met: {row["measured"][0] / row["goal"] - 1:+.1%}'
 
 def show(rows: list[dict]) -> str:
     "Set the table as text."
@@ -258,8 +260,14 @@ def machine() -> dict:
 
 def name(about: dict) -> str:
     "Name this kind of machine."
-    if not about['gpu']: return f'cpu-{about["cores"]}-cores'
-    return re.sub(r'[^a-z0-9]+', '-', about['gpu'].lower()).strip('-')
+    if about['gpu']: return re.sub(r'[^a-z0-9]+', '-', about['gpu'].lower()).strip('-')
+    cores, threads = about['cores'], about['threads']
+    return f'cpu-{cores}-cores' + f'-{threads}-threads' * (threads != cores)
+
+def differences(a: dict, b: dict) -> list[str]:
+    "Name the conditions that two files do not have in common, dates aside."
+    a, b = (dict(r['machine'], quick=r['quick'], text=r['text'], date=None) for r in (a, b))
+    return [k for k in {**a, **b} if a.get(k) != b.get(k)]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -269,23 +277,30 @@ def main():
     options = parser.parse_args()
     path = str(HERE), os.getenv('PYTHONPATH')
     os.environ.update(OMP_NUM_THREADS=str(THREADS), PYTHONPATH=os.pathsep.join(filter(None, path)))
-    start, sections, about = time.perf_counter(), {}, machine()
+    start, about = time.perf_counter(), machine()
+    text = "the user's folder" if os.environ.get('INTERFERENCE_DATA') else 'generated'
+    result = dict(machine=about, quick=options.quick, seed=0, text=text, sections={}, table=[],
+                  wall_s=0.)
     out = options.out or HERE/f'{"quick" if options.quick else name(about)}.json'
     todo = plan(options.quick, about)
     if options.only:
         if unknown := set(options.only.split(',')) - todo.keys():
             parser.error(f'unknown section {", ".join(unknown)}. There are: {", ".join(todo)}.')
-        if out.exists(): sections = json.loads(out.read_text())['sections']
         todo = {n: s for n, s in todo.items() if n in options.only.split(',')}
-    text = "the user's folder" if os.environ.get('INTERFERENCE_DATA') else 'generated'
+        if out.exists():
+            now, result = result, json.loads(out.read_text())
+            if other := differences(now, result):
+                parser.error(f'{out} was measured under other conditions ({", ".join(other)}). '
+                             'Name another file with --out, or measure all of it.')
+    sections, before = result['sections'], result['wall_s']
     left = sum(s['budget'] for s in todo.values())
     for n, section in todo.items():
         left -= section['budget']
         if not sys.stdout.isatty(): print(section['title'], flush=True)
         sections[n] = measure(section, left)
         for label, error in sections[n]['errors'].items(): print(f'{n}: {label} failed: {error}')
-        result = dict(machine=about, quick=options.quick, seed=0, text=text, sections=sections,
-                      table=table(sections), wall_s=round(time.perf_counter() - start, 1))
+        result |= dict(table=table(sections),
+                       wall_s=round(before + time.perf_counter() - start, 1))
         out.write_text(json.dumps(result, indent=1) + '\n')
     print(show(result['table']), f'\n{result["wall_s"] / 60:.1f} minutes; written to {out.name}')
 

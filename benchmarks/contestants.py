@@ -184,13 +184,16 @@ def serve(job: Job, pipe):
                        tensors_mb=getattr(step, 'tensors_mb', 0.)))
         while steps := pipe.recv():
             forget_peak()
-            if on_gpu: torch.cuda.reset_peak_memory_stats()
+            if on_gpu:
+                step(k); k += 1                 # fills the cache, which is not measured
+                torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
             done, cpu, start = passes(), time.process_time(), time.perf_counter()
             for _ in range(steps): step(k); k += 1
             if on_gpu: torch.cuda.synchronize()
             row = dict(seconds=(time.perf_counter() - start) / steps,
                        cpu=(time.process_time() - cpu) / steps, passes=(passes() - done) / steps)
             peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident(True) - before
+            if on_gpu: torch.cuda.empty_cache()         # for who steps next
             pipe.send(row | dict(peak_mb=peak))
     except (EOFError, OSError): pass            # nobody asks any more
     except Exception as e: pipe.send(dict(error=f'{type(e).__name__}: {e}'))

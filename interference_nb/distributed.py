@@ -6,7 +6,7 @@
 __all__ = ['traffic', 'processes', 'Traffic', 'mean_over_processes', 'buckets', 'gathered', 'joined', 'enough_devices', 'launch',
            'signals_kept', 'first_process_first', 'patient_group', 'fail_together', 'StopSignals']
 
-# %% ../nbs/01b_distributed.ipynb #3091ee03
+# %% ../nbs/01b_distributed.ipynb #c847d4ff
 import contextlib, functools, io, os, signal, sys, tempfile, threading, time
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from .data import InputError
 
-os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1');    # to ask for GPUs keeps fork safe
+os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')     # to ask for GPUs keeps fork safe
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8');    # GPUs' products repeat bit for bit
 
 # %% ../nbs/01b_distributed.ipynb #8375b59e
 def processes() -> tuple[int, int]:  # rank and number of processes
@@ -96,7 +97,7 @@ def enough_devices(n: int) -> int:  # GPUs of this machine
                          f'{gpus}, or hide the GPUs (CUDA_VISIBLE_DEVICES="") to use the cores.')
     return gpus
 
-# %% ../nbs/01b_distributed.ipynb #1794014d
+# %% ../nbs/01b_distributed.ipynb #633d7e1f
 def launch(f, *args,  # called as f(*args) in each process, inside `joined`
            processes: int = 4,  # one for each GPU; without GPUs one for each core to use
            restarts: int = 3):  # how often to start again when a process dies
@@ -117,9 +118,10 @@ def launch(f, *args,  # called as f(*args) in each process, inside `joined`
             if not gpus: torch.set_num_threads(1)
             try:
                 with joined(): f(*args)
-            except (RuntimeError, SignalException): raise   # may come of another process's death
             except Exception as e:
-                told.write_text(failed(os.environ['RANK'], f'{type(e).__name__}: {e}'))
+                again = isinstance(e, (RuntimeError, SignalException))  # may be another's death
+                if not again or isinstance(e, torch.OutOfMemoryError):
+                    told.write_text(failed(os.environ['RANK'], f'{type(e).__name__}: {e}'))
                 raise
     with tempfile.TemporaryDirectory() as home, signals_kept():
         told = Path(home)/'told'

@@ -7,8 +7,8 @@ __all__ = ['LINEAR', 'WEIGHTS', 'ADAPTERS', 'OWN', 'FILES', 'xlm_shape', 'to_xlm
            'save_hf_tokenizer', 'one_language', 'export_hf', 'with_adapters', 'import_hf', 'open_masked_lm',
            'push_to_hub']
 
-# %% ../nbs/05b_export.ipynb #1cb22edb
-import hashlib, importlib, json, os, shutil, unicodedata
+# %% ../nbs/05b_export.ipynb #a2d998a9
+import filecmp, hashlib, importlib, json, os, shutil, unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -212,13 +212,13 @@ def word_tokenizer(
                                         tk.decoders.Fuse(), tk.decoders.Strip(' ', 1, 0)])
     return out
 
-# %% ../nbs/05b_export.ipynb #97c70576
+# %% ../nbs/05b_export.ipynb #9d69f280
 def save_hf_tokenizer(
     tokenizer: Tokenizer | WordTokenizer,
     folder: str | Path,         # gets tokenizer.json and tokenizer_config.json
     max_len: int,               # longest sequence of the model
 ):
-    "Write what `AutoTokenizer` reads: the same ids, and <s> ... </s> around them."
+    "Write what `AutoTokenizer` reads: the same ids, and `<s>` ... `</s>` around them."
     tk, folder = _package('tokenizers'), Path(folder)
     out = (word_tokenizer if isinstance(tokenizer, WordTokenizer) else bpe_tokenizer)(tokenizer)
     out.add_special_tokens([tk.AddedToken(s, normalized=False, special=True) for s in SPECIALS])
@@ -251,7 +251,7 @@ def one_language(
                   for n, t in own.items()}
     return _filled(replace(model.cfg, language_embeddings=False), (lang,), variant, state)
 
-# %% ../nbs/05b_export.ipynb #08725c74
+# %% ../nbs/05b_export.ipynb #796efa15
 def _empty(cfg, langs, variant):
     "Make a model without numbers in it."
     with torch.device('meta'): return MultilingualLM(cfg, langs, variant)
@@ -270,7 +270,7 @@ WEIGHTS, ADAPTERS, OWN = 'model.safetensors', 'adapters.safetensors', 'interfere
 FILES = ('config.json', WEIGHTS, ADAPTERS, 'tokenizer.json', 'tokenizer_config.json', OWN,
          'README.md')
 
-def _config(model, tokenizer, about):
+def _config(model, files, about):       # files: name -> digest
     "Write XLM's configuration, and in a section of its own what only we want to know."
     cfg, (copies, heads, _) = model.cfg, xlm_shape(model.cfg)
     vectors = dict(use_lang_emb=False, n_langs=1)
@@ -279,7 +279,7 @@ def _config(model, tokenizer, about):
         vectors = dict(use_lang_emb=True, n_langs=max(2, len(ids)), lang2id=ids,
                        id2lang={str(k): l for l, k in ids.items()})
     ours = dict(format=1, model=asdict(cfg), langs=list(model.langs), variant=model.variant,
-                tokenizer=tokenizer.fingerprint, about=about)
+                files=files, about=about)
     return dict(
         architectures=['XLMWithLMHeadModel'], model_type='xlm', vocab_size=cfg.vocab_size,
         emb_dim=copies * cfg.dim, n_layers=cfg.n_layers, n_heads=heads, dropout=cfg.dropout,
@@ -290,15 +290,15 @@ def _config(model, tokenizer, about):
         tie_word_embeddings=True, dtype=str(model.bias.dtype).removeprefix('torch.'),
         **vectors, interference_nb=ours)
 
-def _save(path, tensors, **about):
-    "Write tensors to safetensors; None of them shares memory with another."
-    from safetensors.torch import save_file
+def _save(path, tensors):
+    "Write tensors as safetensors; none of them shares memory with another."
+    from safetensors.torch import save
     tensors = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
-    save_file(tensors, path, {'format': 'pt', **about})
+    path.write_bytes(save(tensors, {'format': 'pt'}))
 
-def _digest(path):
-    "Hash a file."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+def _digest(data):
+    "Hash bytes."
+    return hashlib.sha256(data).hexdigest()
 
 def _card(model, about):
     "Write the model card."
@@ -337,11 +337,11 @@ def _card(model, about):
                   *(f'| {n} | {list(t.shape)} |' for n, t in adapters.items()), '']
     return '\n'.join(lines)
 
-# %% ../nbs/05b_export.ipynb #d7879189
+# %% ../nbs/05b_export.ipynb #8cea5e4b
 def export_hf(
     model: MultilingualLM,
     tokenizer: Tokenizer | WordTokenizer,   # that it was trained with
-    folder: str | Path,                     # must not exist yet, or be empty
+    folder: str | Path,                     # new, or empty, or this export already
     lang: str | None = None,                # keep this language only; needed for ffn and attn
     **about,                                # plain values for card and config: commit, record
 ) -> Path:                                  # of the folder, whole or not there
@@ -357,19 +357,23 @@ def export_hf(
         raise InputError(f'in variant {model.variant} each language has layers of its own, and XLM '
                          'has no place for them. Choose one: '
                          f"lang={' or '.join(map(repr, model.langs))}.")
-    folder, config = Path(folder), _config(model, tokenizer, about)
-    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
-        raise InputError(f'{folder} is not empty. Name a new folder, or delete this one.')
+    folder = Path(folder)
     part = folder.with_name(f'{folder.name}.{os.getpid()}.part')
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         _save(part / WEIGHTS, to_xlm(model))
-        if adapters := _adapters(model):
-            _save(part / ADAPTERS, adapters, belongs_to=_digest(part / WEIGHTS))
+        if adapters := _adapters(model): _save(part / ADAPTERS, adapters)
         save_hf_tokenizer(tokenizer, part, model.cfg.max_len)
         tokenizer.save(part / OWN)
+        files = {p.name: _digest(p.read_bytes()) for p in sorted(part.iterdir())}
+        config = json.dumps(_config(model, files, about), indent=1, default=str)
+        (part / 'config.json').write_text(config)
         (part / 'README.md').write_text(_card(model, about), encoding='utf-8')
-        (part / 'config.json').write_text(json.dumps(config, indent=1, default=str))
+        if folder.is_dir() and any(folder.iterdir()):
+            names = [p.name for p in part.iterdir()]
+            if len(filecmp.cmpfiles(folder, part, names, shallow=False)[0]) == len(names):
+                return folder               # it is there already
+            raise InputError(f'{folder} is not empty. Name a new folder, or delete this one.')
         if folder.exists(): folder.rmdir()
         os.replace(part, folder)
     except OSError as e:
@@ -378,7 +382,7 @@ def export_hf(
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-# %% ../nbs/05b_export.ipynb #05c40f85
+# %% ../nbs/05b_export.ipynb #5e67dd91
 @contextmanager
 def with_adapters(
     module: nn.Module,          # what `AutoModelForMaskedLM` made of the folder
@@ -388,10 +392,13 @@ def with_adapters(
     "Put a language's adapters into the exported model."
     model = _described(folder)
     model.check(torch.zeros(1, 0), lang)
-    tensors, hooks = _tensors(Path(folder) / ADAPTERS, _adapters(model)), []
-    if getattr(module.config, 'interference_nb', {}).get('model') != asdict(model.cfg):
-        raise InputError(f'these are adapters of another model than {type(module).__name__}. '
-                         f'Load it from {folder}.')
+    if not (adapters := _adapters(model)):
+        raise InputError(f'{folder} holds a {model.variant} model: it has no adapters and needs '
+                         'none. Use it as it is.')
+    if getattr(module.config, 'interference_nb', None) != _read_config(folder)['interference_nb']:
+        raise InputError(f'these are adapters of another model than the {type(module).__name__} '
+                         f'given. Load it from {folder}.')
+    tensors, hooks = _tensors(folder, ADAPTERS, adapters), []
     D, xlm = model.cfg.dim, module.transformer
     def hook(place):
         own = f'{place}.' if model.variant == 'share_adpt' else f'{place}.{lang}.'
@@ -411,22 +418,19 @@ def with_adapters(
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/05b_export.ipynb #69e66f5e
+# %% ../nbs/05b_export.ipynb #4fd559bc
 def import_hf(
     folder: str | Path,         # from `export_hf`, or a local copy of it
 ) -> tuple[MultilingualLM, Tokenizer | WordTokenizer]:  # in evaluation mode; the same bits
     "Read an exported model back."
-    folder, model = Path(folder), _described(folder)
-    tokenizer, about = load_tokenizer(folder / OWN), _read_config(folder)['interference_nb']
-    if tokenizer.fingerprint != about['tokenizer']:
-        raise InputError(f'{folder / OWN} is not the tokenizer of this model. '
-                         'Copy the folder again.')
-    state = from_xlm(_tensors(folder / WEIGHTS, to_xlm(model)), model.cfg, model.langs)
-    if adapters := _adapters(model):
-        state |= _tensors(folder / ADAPTERS, adapters, belongs_to=_digest(folder / WEIGHTS))
-    return _filled(model.cfg, model.langs, model.variant, state), tokenizer
+    model = _described(folder)
+    for name in ('tokenizer.json', 'tokenizer_config.json', OWN): _whole(folder, name)
+    state = from_xlm(_tensors(folder, WEIGHTS, to_xlm(model)), model.cfg, model.langs)
+    if adapters := _adapters(model): state |= _tensors(folder, ADAPTERS, adapters)
+    return (_filled(model.cfg, model.langs, model.variant, state),
+            load_tokenizer(Path(folder) / OWN))
 
-# %% ../nbs/05b_export.ipynb #4f294d33
+# %% ../nbs/05b_export.ipynb #ead7fb8c
 def _read_config(folder):
     "Read config.json."
     try: return dict(json.loads((Path(folder) / 'config.json').read_text()))
@@ -441,31 +445,38 @@ def _described(folder):
     if about is None or config.get('model_type') != 'xlm':
         raise InputError(f"{folder} holds a model of kind {config.get('model_type')!r} that "
                          'export_hf did not write. To probe it, use open_masked_lm.')
-    try: return _empty(ModelConfig(**about['model']), tuple(about['langs']), about['variant'])
+    try: model = _empty(ModelConfig(**about['model']), tuple(about['langs']), about['variant'])
     except (KeyError, TypeError) as e:
         raise InputError(f'{folder}/config.json does not describe a model that this version knows '
                          f'({e}). Copy it again, or update interference_nb.') from e
+    ids = {l: k for k, l in enumerate(model.langs)}
+    if model.cfg.language_embeddings and config.get('lang2id') != ids:
+        raise InputError(f'{folder}/config.json has its languages in two orders. Copy it again.')
+    return model
 
-def _tensors(path, wanted, **about):
+def _whole(folder, name):
+    "Read a file's bytes if it is the one that was exported."
+    path, files = Path(folder) / name, _read_config(folder)['interference_nb'].get('files', {})
+    try: data = path.read_bytes()
+    except OSError as e:
+        raise InputError(f'{path} cannot be read ({e}). Copy the folder again.') from e
+    if _digest(data) != files.get(name):
+        raise InputError(f'{path} is cut short, or of another export than config.json. '
+                         'Copy the folder again.')
+    return data
+
+def _tensors(folder, name, wanted):
     "Read tensors if they have the names and shapes of those that are wanted."
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, 'pt') as f:
-            meta, found = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
-    except (OSError, SafetensorError) as e:
-        raise InputError(f'{path} is missing or not whole ({e}). Copy the folder again.') from e
+    from safetensors.torch import load
+    found = load(_whole(folder, name))
     shape = lambda t: 'nothing' if t is None else str(list(t.shape))
     for n in sorted({*wanted, *found}):
         if (a := shape(found.get(n))) != (b := shape(wanted.get(n))):
-            raise InputError(f'{path} does not belong to this config.json: {n} is {a}, should be '
-                             f'{b}. Copy the folder again.')
-    for k, v in about.items():
-        if meta.get(k) != v:
-            raise InputError(f'{path} was written for another {WEIGHTS} than the one beside it. '
-                             'Copy the folder again.')
+            raise InputError(f'{Path(folder) / name} does not belong to this config.json: {n} is '
+                             f'{a}, should be {b}. Copy the folder again.')
     return found
 
-# %% ../nbs/05b_export.ipynb #bf809d3e
+# %% ../nbs/05b_export.ipynb #ee3ee9ee
 def open_masked_lm(
     name: str | Path,               # a folder, or a model of the hub
     langs: Sequence[str],           # that it will be asked about
@@ -487,9 +498,13 @@ def open_masked_lm(
     if lost := sorted(found['missing_keys']):
         raise InputError(f'the weights of {name} lack {lost[0]} and {len(lost) - 1} more. '
                          'Is it a masked language model?')
+    about = getattr(module.config, 'interference_nb', None) or {}
+    if 'adpt' in about.get('variant', ''):
+        raise InputError(f'{name} has adapters, which transformers leaves out. '
+                         'Open it with import_hf.')
     return AnyModel(module, hf_loss, langs), tokenizer
 
-# %% ../nbs/05b_export.ipynb #f4199742
+# %% ../nbs/05b_export.ipynb #9988bbfe
 def push_to_hub(
     folder: str | Path,             # from `export_hf`
     repo_id: str,                   # 'owner/name'
@@ -513,10 +528,11 @@ def push_to_hub(
                          'token=.') from e
     except errors.HFValidationError as e:
         raise InputError(f'{repo_id!r} is no name for a model ({e}). Use owner/name.') from e
-    except errors.HfHubHTTPError as e:
-        status = getattr(e.response, 'status_code', None)
-        what = ('is your token missing, old, or without the right to write?'
-                if status in (401, 403) else 'is the hub reachable?')
-        raise InputError(f'the hub refused {repo_id} ({str(e).splitlines()[0]}): {what} Run '
-                         '`hf auth login`, or pass token=.') from e
+    except (OSError, errors.HfHubHTTPError.__bases__[0]) as e:      # the latter: its client's own
+        status = getattr(getattr(e, 'response', None), 'status_code', None)
+        what = ('Is your token missing, old, or without the right to write? Run `hf auth login`, '
+                'or pass token=.' if status in (401, 403) else
+                f'Is it reachable? {folder} stays as it is: push it again later.')
+        reason = str(e).strip().partition('\n')[0] or type(e).__name__
+        raise InputError(f'{repo_id} did not reach the hub ({reason}). {what}') from e
     return str(done.commit_url)

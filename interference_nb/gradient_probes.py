@@ -288,7 +288,7 @@ def _weighted(weights, G):
     "Add the rows up with weights."
     return torch.as_tensor(weights, dtype=G.dtype, device=G.device) @ G
 
-# %% ../nbs/04_gradient_probes.ipynb #4fa84098
+# %% ../nbs/04_gradient_probes.ipynb #88486ef5
 class CombinedStep(JointStep):
     "See all languages at every step and combine their gradients of theta."
     def __init__(
@@ -304,6 +304,7 @@ class CombinedStep(JointStep):
                              f'only {model.langs[0]}. Train on two or more.')
         super().__init__(model, cfg)
         self.theta, self.name = list(model.theta.values()), combiner
+        self.phi = {l: list(own.values()) for l, own in model.phi.items()}
         self.G = self.theta[0].new_zeros(len(model.langs), sum(p.numel() for p in self.theta))
         layers = groupby(model.theta.items(), key=lambda item: place(item[0]).layer)
         sizes = [sum(p.numel() for _, p in part) for _, part in layers]
@@ -318,7 +319,7 @@ class CombinedStep(JointStep):
                              f'{", ".join(batches)}. Give both the same languages.')
         for g, lang in zip(self.G.zero_(), self.model.langs):
             with gradients_into(self.theta, g): value = self.backward(batches[lang])
-            phi = [p.grad for p in self.model.phi[lang].values() if p.grad is not None]
+            phi = [p.grad for p in self.phi[lang] if p.grad is not None]
             if phi: torch._foreach_mul_(phi, feed.p[lang])
             g *= feed.p[lang]
             loss, own = loss + feed.p[lang] * value, own + phi

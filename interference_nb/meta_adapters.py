@@ -332,7 +332,7 @@ class MetaConfig:
         return cls(**{**dict(beta=None, estimator='exact', validation='held-out',
                              order='shared first', also_direct=True), **kw})
 
-# %% ../nbs/05_meta_adapters.ipynb #042348a1
+# %% ../nbs/05_meta_adapters.ipynb #62e61770
 class Updates(JointStep):
     "Turn batches into closures and gradients into updates: what `MetaStep` stands on."
     def losses(self, batches) -> list[Callable]:
@@ -354,10 +354,10 @@ class Updates(JointStep):
         return [second(feed.streams[b.lang]).batch(i).to(feed.device)
                 for i, b in zip(feed.share(k), batches, strict=True)]
 
-    def val_langs(self, k, feed, own) -> list[str]:
+    def val_langs(self, feed, k) -> list[str]:
         "Name the languages whose validation losses a step takes; drawn alike by all processes."
-        langs = [l for l in feed.langs if not (self.meta.others_only and l in own)]
-        n = self.meta.sample
+        own, n = feed.langs_at(k) if self.meta.others_only else (), self.meta.sample
+        langs = [l for l in feed.langs if l not in own]
         if n is None or n >= len(langs): return langs
         drawn = np.random.default_rng([self.cfg.seed, 104729, k]).choice(len(langs), n, False)
         return [langs[i] for i in sorted(drawn)]
@@ -386,7 +386,7 @@ def second(stream):
     "Give a stream over the same text that the shared update does not draw from."
     return stream.fork('second')
 
-# %% ../nbs/05_meta_adapters.ipynb #3b692836
+# %% ../nbs/05_meta_adapters.ipynb #177f0bae
 class MetaStep(Updates):
     "Update phi_i by the hypergradient and theta by the plain gradient [paper Algorithm 1]."
     def __init__(
@@ -427,8 +427,8 @@ class MetaStep(Updates):
     def update_specific(self, k, feed, own, batches, lr) -> dict:
         "Move phi of the step's languages along the hypergradient [paper Eq. 3]."
         meta, phi, s = self.meta, [p for l in own for p in self.phi[l]], self.scale()
-        langs = self.val_langs(k, feed, own)
-        val = [b for l in langs for b in feed.fresh(k, l)]
+        langs = self.val_langs(feed, k)
+        val = feed.fresh(k, partial(self.val_langs, feed), meta.rest)
         beta = (lr if meta.beta is None else meta.beta) / s     # losses times s, beta over s:
         with self.amp.autocast():                               # the hypergradient times s
             h = hypergradient(self.theta, phi, self.losses(batches), self.losses(val), beta,

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FREE', 'TrainConfig', 'learning_rate', 'Feed', 'check_shares', 'pinned', 'perplexity', 'make_adam', 'Precision',
-           'JointStep', 'save_checkpoint', 'sync_folder', 'load_checkpoint', 'training_state', 'restore_training_state',
-           'Record', 'read_record', 'config_hash', 'run_info', 'train', 'clocks', 'seed_step', 'prepare_model',
-           'keep_memory', 'end_by', 'progress_bar', 'same_config', 'RunLog']
+           'JointStep', 'save_checkpoint', 'sync_file', 'sync_folder', 'load_checkpoint', 'training_state',
+           'restore_training_state', 'Record', 'room_for', 'read_record', 'config_hash', 'run_info', 'train', 'clocks',
+           'seed_step', 'prepare_model', 'keep_memory', 'end_by', 'progress_bar', 'same_config', 'RunLog']
 
-# %% ../nbs/01a_pretrain.ipynb #03c3be5b
+# %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -84,7 +85,7 @@ def learning_rate(k: int,  # step, from 0
                                      "Use 'inverse_sqrt', 'linear' or 'constant'.")
     return cfg.lr * up * down
 
-# %% ../nbs/01a_pretrain.ipynb #7f5db25d
+# %% ../nbs/01a_pretrain.ipynb #8b451e06
 class Feed:
     "Deal the batches of a run: which language at step k, and which of its batches."
     def __init__(self,
@@ -128,12 +129,12 @@ class Feed:
         return [self.streams[self.langs[self.order[k, i]]].batch(int(self.turn[k, i]))
                 for i in self.share(0)]
 
-    def _take(self, what, draw, k):
-        "Draw batches of step k; on a GPU, the next step's are drawn meanwhile."
-        when, future = self._next.pop(what, (None, None))
+    def _take(self, what, draw, k, then=None):
+        "Draw batches of step k; on a GPU those of `then`, the next step, are drawn meanwhile."
+        (when, future), then = self._next.pop(what, (None, None)), then or k + 1
         batches = future.result() if when == k else self._drawn(draw, k)
-        if self._ahead and k + 1 < self.cfg.steps:
-            self._next[what] = k + 1, self._ahead.submit(self._drawn, draw, k + 1)
+        if self._ahead and then < self.cfg.steps:
+            self._next[what] = then, self._ahead.submit(self._drawn, draw, then)
         return [b.to(self.device) for b in batches]
 
     def _drawn(self, draw, k):
@@ -147,10 +148,13 @@ class Feed:
         "Training batches of all languages at once, for a step that looks at each."
         return {l: self._take(('every', l), partial(self._draw, l), k) for l in self.langs}
 
-    def fresh(self, k: int, lang: str) -> list[Batch]:
-        "As many batches of `lang` apart from the training batches: a meta step's validation."
-        draw = lambda k: [self.validation[lang].batch(i) for i in self.share(k)]
-        return self._take(('fresh', lang), draw, k)
+    def fresh(self, k: int,
+              langs: Callable[[int], Sequence[str]],  # step -> languages
+              rest: int = 0,  # steps until the next one that asks
+              ) -> list[Batch]:  # apart from the training batches, as many of each language
+        "A meta step's validation batches."
+        draw = lambda k: [self.validation[l].batch(i) for l in langs(k) for i in self.share(k)]
+        return self._take('fresh', draw, k, k + rest + 1)
 
 # %% ../nbs/01a_pretrain.ipynb #db175c89
 def check_shares(batches: int, world: int, name: str = 'accumulate'):
@@ -205,7 +209,7 @@ class Precision:
         if self.name == 'float32': return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.name))
 
-# %% ../nbs/01a_pretrain.ipynb #9e9197f3
+# %% ../nbs/01a_pretrain.ipynb #0ba7c23e
 class JointStep:
     "Update all parameters on one language's batches: JointPair, or Mono if there is no other."
     memory: dict[str, torch.Tensor] = {}    # what else a step remembers; checkpoints keep it
@@ -218,15 +222,16 @@ class JointStep:
     def __call__(self, k: int, feed: Feed, lr: float) -> dict:  # {'loss': mean over the batches}
         "Take step k."
         loss = self.backward(feed.train(k))
-        if self.cfg.mixed: self.fill(feed.langs_at(k))
+        if self.cfg.mixed: self.fill()
         self.update('all', lr)
         return dict(loss=loss)
 
-    def fill(self, langs: tuple[str, ...]):
+    def fill(self):
         "Give zeros to what other processes have a gradient of, that all average the same list."
-        for lang in langs:
-            for p in getattr(self.model, 'phi', {}).get(lang, {}).values():
-                if p.grad is None: p.grad = torch.zeros_like(p)
+        params = list(self.model.parameters())
+        anywhere = gathered(torch.tensor([p.grad is not None for p in params])).any(0).tolist()
+        for p, needed in zip(params, anywhere):
+            if needed and p.grad is None: p.grad = torch.zeros_like(p)
 
     def backward(self, batches: list[Batch]) -> torch.Tensor:
         "Add the gradient of the batches' mean loss to every parameter's `.grad`."
@@ -255,17 +260,17 @@ class JointStep:
         "What a record and a checkpoint say of this step."
         return dict(name='joint')
 
-# %% ../nbs/01a_pretrain.ipynb #2d6c1902
+# %% ../nbs/01a_pretrain.ipynb #dcbb7efa
 def save_checkpoint(path, tensors: dict[str, torch.Tensor], meta: dict):
     "Write tensors and a dict of plain values to one file, atomically."
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
     try:
         on_cpu = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-        save_file(on_cpu, part, {'meta': json.dumps(meta)})
-        with open(part, 'rb+') as f: os.fsync(f.fileno())
+        part.write_bytes(save(on_cpu, {'meta': json.dumps(meta)}))
+        sync_file(part)
         os.replace(part, path)
         sync_folder(path.parent)
     except Exception as e:
@@ -273,12 +278,16 @@ def save_checkpoint(path, tensors: dict[str, torch.Tensor], meta: dict):
         raise InputError(f'could not write {path} ({e}). The checkpoint before it is untouched: '
                          'make room on the disk and run the same command again.') from e
 
+def sync_file(path):
+    "Make what a file holds outlive a power cut."
+    with open(path, 'rb+') as f: os.fsync(f.fileno())
+
 def sync_folder(path):
     "Make a file's new name outlive a power cut, where the system can."
-    if os.name != 'posix': return
-    folder = os.open(path, os.O_RDONLY)
-    try: os.fsync(folder)
-    finally: os.close(folder)
+    with contextlib.suppress(OSError):      # Windows cannot, nor some folders over a network
+        folder = os.open(path, os.O_RDONLY)
+        try: os.fsync(folder)
+        finally: os.close(folder)
 
 def load_checkpoint(path, device='cpu') -> tuple[dict[str, torch.Tensor], dict]:  # (tensors, meta)
     "Read what `save_checkpoint` wrote."
@@ -314,7 +323,7 @@ def restore_training_state(model, step, state: dict[str, torch.Tensor]):
             moments.setdefault(int(i), {})[k] = t
         opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()['param_groups']))
 
-# %% ../nbs/01a_pretrain.ipynb #b90d8801
+# %% ../nbs/01a_pretrain.ipynb #50ad6cf8
 class Record:
     "An append-only file of JSON lines (or just a list, without a path); `rows` holds them."
     def __init__(self, path=None,
@@ -323,23 +332,34 @@ class Record:
         if self.path and self.path.exists():
             self.rows = [r for r in read_record(self.path) if keep(r)]
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(self.path.name + '.part')
-            part.write_text(''.join(json.dumps(r) + '\n' for r in self.rows), encoding='utf-8')
-            os.replace(part, self.path)
+            with room_for(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                part = self.path.with_name(self.path.name + '.part')
+                part.write_text(''.join(json.dumps(r) + '\n' for r in self.rows), encoding='utf-8')
+                sync_file(part)
+                os.replace(part, self.path)
 
     def write(self, kind: str, **fields) -> dict:
         "Append one line."
         row = dict(kind=kind, **fields)
         self.rows.append(row)
         if self.path:
-            with open(self.path, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
+            with room_for(self.path), open(self.path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(row) + '\n')
         return row
 
     def sync(self):
         "Make the lines outlive a power cut."
         if self.path:
-            with open(self.path, 'rb+') as f: os.fsync(f.fileno())
+            with room_for(self.path): sync_file(self.path)
+
+@contextlib.contextmanager
+def room_for(path):
+    "Say what could not be written, and what to do."
+    try: yield
+    except OSError as e:
+        raise InputError(f'could not write {path} ({e}). Make room on the disk, or see that you '
+                         'may write there, and run the same command again.') from e
 
 def read_record(path) -> list[dict]:
     "Read a record's lines; a last line cut short by a kill is left out."
@@ -371,7 +391,7 @@ def run_info() -> dict:
                 python=platform.python_version(), torch=torch.__version__,
                 date=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
 
-# %% ../nbs/01a_pretrain.ipynb #1698eaa8
+# %% ../nbs/01a_pretrain.ipynb #f0def4f6
 def train(model, feed: Feed, cfg: TrainConfig,
           dev: dict[str, list[Batch]],  # {language: held-out batches}; see `dev_batches`
           step=None,  # the plug-in; `JointStep(model, cfg)` by default
@@ -386,7 +406,7 @@ def train(model, feed: Feed, cfg: TrainConfig,
     prepare_model(model, cfg)
     log = RunLog(model, step, cfg, feed, dev, folder, about)
     last = min(cfg.steps, stop_at or cfg.steps)
-    if log.first == 0: log.evaluate(0)
+    if log.first in (0, cfg.steps): log.evaluate(log.first)    # no rows at the end: resumed
     model.train()
     with (StopSignals(folder is not None) as signals,
           progress_bar(cfg.steps, log.first, progress and log.main) as bar):
@@ -406,7 +426,7 @@ def train(model, feed: Feed, cfg: TrainConfig,
             if stop and done < last: end_by(stop)
         return log.end() if last == cfg.steps else log.rows
 
-# %% ../nbs/01a_pretrain.ipynb #a082e9aa
+# %% ../nbs/01a_pretrain.ipynb #c3e21f11
 def clocks() -> np.ndarray:  # wall and processor seconds since some time in the past
     "Read both clocks: the second is fairer on a machine shared with others."
     return np.array([time.perf_counter(), time.process_time()])
@@ -429,7 +449,9 @@ def prepare_model(model, cfg):
                          'Switch activation_checkpointing off.')
     if cfg.compile and not hasattr(model, 'blocks'):
         raise InputError('this model has no blocks to compile. Switch compile off.')
-    for block in model.blocks if cfg.compile else (): block.compile()
+    if cfg.compile:
+        torch._dynamo.config.cache_size_limit = 256     # graphs: each language has several
+        for block in model.blocks: block.compile()
 
 def keep_memory():
     "Let glibc keep freed memory: what goes back after a step is fetched page by page in the next."
@@ -486,7 +508,8 @@ class RunLog:
         self.passes = step.passes       # of all processes, when this one began
         self.check_start()
         self.record = Record(Path(folder)/'record.jsonl' if folder and self.main else None,
-                             keep=lambda r: r['kind'] in ('start', 'step', 'eval', 'resume')
+                             keep=lambda r: self.first      # else this run begins anew
+                             and r['kind'] in ('start', 'step', 'eval', 'resume')
                              and r.get('step', -1) <= self.first)
         here = dict(world=feed.world, precision=step.amp.name)
         if not self.rows:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .data import BOS, InputError
 
-# %% ../nbs/01_transformer.ipynb #6020669f
+# %% ../nbs/01_transformer.ipynb #7b00f673
 @dataclass(frozen=True)
 class ModelConfig:
     "Say how large the encoder is [paper sec. 3.2]."
@@ -33,9 +33,12 @@ class ModelConfig:
     documents_apart: bool = False   # in a packed row, attend within one's own document only
 
     def __post_init__(self):
-        if self.head_width < 1:
+        if self.n_heads < 1 or self.head_width < 1:
             raise InputError(f'{self.n_heads} heads do not fit into dim {self.dim}. '
-                             'Use fewer heads or set head_dim.')
+                             'Use another number of heads or set head_dim.')
+        for name in ('dropout', 'attention_dropout'):
+            if not 0 <= (p := getattr(self, name)) < 1:
+                raise InputError(f'{name} is {p}. It is a share: at least 0 and less than 1.')
 
     @property
     def head_width(self) -> int:    # tokens of one head
@@ -76,7 +79,7 @@ class ByLanguage(nn.ModuleDict):
     def forward(self, *args, lang=None, **kwargs):
         return self.pick(lang)(*args, **kwargs)
 
-# %% ../nbs/01_transformer.ipynb #c36d1769
+# %% ../nbs/01_transformer.ipynb #658ffbc5
 def dropout(
     x: Tensor,          # any shape
     p: float,           # probability that an entry becomes 0
@@ -85,12 +88,12 @@ def dropout(
     "Drop entries and rescale the rest; costs nothing when there is nothing to drop."
     if not (training and p): return x
     if x.is_cuda: return F.dropout(x, p)
-    n, size = round(p * 2**16), x.numel()
+    n, size = min(round(p * 2**16), 2**16 - 1), x.numel()       # a few are always kept
     draws = torch.empty(-(-size // 4), dtype=torch.int64, device=x.device).random_(-2**63, None)
     dropped = draws.view(torch.int16)[:size].view(x.shape) < n - 2**15
     return x * torch.where(dropped, 0., 1 / (1 - n / 2**16)).to(x.dtype)
 
-# %% ../nbs/01_transformer.ipynb #62f1f134
+# %% ../nbs/01_transformer.ipynb #5dd1a929
 def attend(
     qkv: Tensor,                    # [B,T,3,H,D/H] queries, keys and values
     mask: Tensor | None = None,     # [B,1,1 or T,T] True where a query may look; None: everywhere
@@ -103,7 +106,7 @@ def attend(
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)          # each [B,H,T,D/H]
     if p and q.device.type == 'cpu':
         scores = q / math.sqrt(d) @ k.transpose(-1, -2)     # [B,H,T,T]
-        if mask is not None: scores = scores.masked_fill(~mask, -math.inf)
+        if mask is not None: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         x = dropout(scores.softmax(-1), p, True) @ v
     else: x = F.scaled_dot_product_attention(q, k, v, mask, p, scale=1 / math.sqrt(d))
     return x.transpose(1, 2)[..., :d].flatten(2)

@@ -73,10 +73,8 @@ def home(tmp_path_factory):
 
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 
-def half_a_file(tensors, path, meta):
-    from safetensors.torch import save
-    whole = save(tensors, meta)
-    Path(path).write_bytes(whole[:len(whole) // 2])
+def half_a_file(path, data):
+    with open(path, 'wb') as f: f.write(data[:len(data) // 2])
     die()
 
 def half_a_line(record, kind, **row):
@@ -91,10 +89,9 @@ def at_call(module, name, death, n):
 
 def moments(rng):
     "Ten moments of a checkpoint: before, while and after each of its files is written and named."
-    import safetensors.torch
     def renamed(*args): os.rename(*args); die()
     for n in (rng.randrange(4), rng.randrange(4)):
-        yield at_call(safetensors.torch, 'save_file', half_a_file, n)
+        yield at_call(Path, 'write_bytes', half_a_file, n)
         yield at_call(pretrain.os, 'fsync', die, rng.randrange(9))
         yield at_call(pretrain.os, 'replace', die, 1 + n)       # call 0 is the record's
         yield at_call(pretrain.os, 'replace', renamed, 1 + n)
@@ -125,6 +122,38 @@ def test_killed_at_twenty_moments(home):
         assert known % EVERY == 0 and done - EVERY <= known <= done
     assert os.waitpid(forked(home, cut), 0)[1] == 0
     assert_same(cut, home/'whole')
+
+def test_cut_after_the_last_checkpoint(home):
+    "With all steps taken, a restart writes what is missing, in each process; so does a new start."
+    cfg = replace(CFG, steps=10)
+    two = lambda f, name: launch(f, home, home/name, calm, cfg, processes=2)
+    kinds = lambda name: [r['kind'] for r in read_record(home/name/'record.jsonl')]
+    two(run, 'ended'), two(killed_at_the_end, 'unended')
+    assert_same(home/'unended', home/'ended')
+    two(run, 'ended')
+    assert_same(home/'unended', home/'ended')
+    (home/'ended'/'record.jsonl').unlink()
+    run(home, home/'ended', calm, cfg)
+    assert kinds('ended') == ['start', 'eval', 'end']
+
+def killed_at_the_end(*args):
+    "Kill rank 0 before the record's `end`, in the first life."
+    if processes()[0] == 0 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        pretrain.RunLog.end = die
+    run(*args)
+
+def test_a_run_begun_anew_says_where_it_ran(tmp_path, monkeypatch):
+    "What left no checkpoint leaves nothing in the record either."
+    def on(hardware, callback=calm):
+        monkeypatch.setattr(pretrain, 'run_info', lambda: dict(hardware=hardware))
+        run(tmp_path, tmp_path/'run', callback, replace(CFG, steps=6))
+    def break_off(k, *_):
+        if k == 3: raise KeyError
+    with pytest.raises(KeyError): on('old', break_off)
+    on('new')
+    rows = read_record(tmp_path/'run'/'record.jsonl')
+    assert [r['hardware'] for r in rows if r['kind'] == 'start'] == ['new']
+    assert [r['kind'] for r in rows].count('eval') == 2
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGUSR1, 138),
                                           (signal.SIGINT, 77)])
@@ -176,10 +205,9 @@ def test_torchrun_restarts_and_stops(home):
 
 def killed_while_saving(home, folder):
     "Kill rank 0 in the middle of its third checkpoint, in the first life."
-    import safetensors.torch
     if processes()[0] == 0:
         if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-            at_call(safetensors.torch, 'save_file', half_a_file, 2)()
+            at_call(Path, 'write_bytes', half_a_file, 2)()
         else:
             assert step_of(folder) == 2 * EVERY
             (home/'again').touch()

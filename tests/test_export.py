@@ -1,6 +1,7 @@
 "Exported models: equal scores, equal ids, the same bits back, and what is broken is named."
 import json, random, shutil, unicodedata
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
@@ -92,7 +93,7 @@ def test_scores_are_equal_and_bits_come_back(variant, cfg, tmp_path):
     assert (logits - wanted)[~pad].abs().max() <= 1e-5 * scale
 
 
-@pytest.mark.parametrize('name', ['config.json', WEIGHTS, ADAPTERS, OWN])
+@pytest.mark.parametrize('name', ['config.json', WEIGHTS, ADAPTERS, 'tokenizer.json', OWN])
 @pytest.mark.parametrize('damage', ['gone', 'empty', 'half'])
 def test_a_folder_cut_short_is_refused(copy, name, damage):
     file = copy / name
@@ -112,6 +113,9 @@ def test_a_folder_cut_short_is_refused(copy, name, damage):
     (lambda c: c['interference_nb']['model'].update(n_layers=3), 'does not belong'),
     (lambda c: c['interference_nb']['model'].update(vocab_size=99), 'does not belong'),
     (lambda c: c['interference_nb']['model'].update(fancy=1), 'fancy'),
+    (lambda c: c['interference_nb']['model'].update(n_heads=0), '0 heads'),
+    (lambda c: c['interference_nb']['model'].update(language_embeddings=True), 'two orders'),
+    (lambda c: c['interference_nb'].pop('files'), 'another export'),
     (lambda c: c['interference_nb'].pop('langs'), 'langs')])
 def test_another_architecture_is_refused(copy, change, reason):
     config = json.loads((copy / 'config.json').read_text())
@@ -121,15 +125,26 @@ def test_another_architecture_is_refused(copy, change, reason):
 
 
 @pytest.mark.parametrize('cfg, seed', [(replace(SMALL, dim=32), 0), (SMALL, 1)])
-def test_adapters_of_another_model_are_refused(copy, cfg, seed, tmp_path):
+def test_another_models_files_are_refused(copy, cfg, seed, tmp_path):
     other = export_hf(build(cfg=cfg, seed=seed), WORDS, tmp_path / 'other')
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(copy)
+    with pytest.raises(InputError, match='another model'), with_adapters(theirs, other, 'en'): pass
     shutil.copy(other / ADAPTERS, copy / ADAPTERS)
     with pytest.raises(InputError, match=ADAPTERS): import_hf(copy)
-    if cfg != SMALL:
-        theirs = transformers.AutoModelForMaskedLM.from_pretrained(copy)
-        with pytest.raises(InputError, match=ADAPTERS), with_adapters(theirs, copy, 'en'): pass
-        with (pytest.raises(InputError, match='another model'),
-              with_adapters(theirs, other, 'en')): pass
+    with pytest.raises(InputError, match=ADAPTERS), with_adapters(theirs, copy, 'en'): pass
+    shutil.copy(other / WEIGHTS, copy / WEIGHTS)
+    with pytest.raises(InputError, match=WEIGHTS): import_hf(copy)
+
+
+def test_languages_in_another_order_are_refused(tmp_path):
+    out = export_hf(build('joint', replace(SMALL, language_embeddings=True)), WORDS, tmp_path / 'x')
+    config = (out / 'config.json').read_text()
+    about = json.loads(config)
+    about['interference_nb']['langs'].reverse()
+    (out / 'config.json').write_text(json.dumps(about))
+    with pytest.raises(InputError, match='two orders'): import_hf(out)
+    (out / 'config.json').write_text(config)
+    same_bits(import_hf(out)[0], build('joint', replace(SMALL, language_embeddings=True)))
 
 
 def test_adapters_leave_no_trace(adpt):
@@ -154,11 +169,26 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path, monkeyp
             (lambda: export_hf(torch.nn.Linear(1, 1), WORDS, out), 'Linear is not our model')):
         with pytest.raises(InputError, match=reason): wrong()
     (tmp_path / 'full').mkdir(); (tmp_path / 'full' / 'mine.txt').write_text('keep me')
-    with pytest.raises(InputError, match='not empty'): export_hf(build(), WORDS, tmp_path / 'full')
+    for place, reason in (('full', 'not empty'), ('full/mine.txt', 'could not write .*mine.txt'),
+                          ('full/mine.txt/x', 'could not write .*mine.txt/x')):
+        with pytest.raises(InputError, match=reason): export_hf(build(), WORDS, tmp_path / place)
     def full_disk(*args): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(export, 'save_hf_tokenizer', full_disk)
     with pytest.raises(InputError, match='No space left'): export_hf(build(), WORDS, out)
     assert [p.name for p in tmp_path.iterdir()] == ['full']
+
+
+def test_an_export_that_is_there_already_is_left_alone(tmp_path):
+    "And so can be pushed after a push that failed; others may read it as far as the umask lets."
+    out = export_hf(build(), WORDS, tmp_path / 'x', commit='abc')
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert export_hf(build(), WORDS, out, commit='abc') == out
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    assert len({p.stat().st_mode for p in out.iterdir()}) == 1
+    for model, commit in ((build(seed=1), 'abc'), (build(), 'abd')):
+        with pytest.raises(InputError, match='not empty'):
+            export_hf(model, WORDS, out, commit=commit)
+    assert [p.name for p in tmp_path.iterdir()] == ['x']
 
 
 def test_the_model_that_is_exported_is_left_as_it_was(tmp_path):
@@ -218,11 +248,16 @@ def test_only_bpe_is_exported(tmp_path):
         save_hf_tokenizer(Tokenizer(model.getvalue()), tmp_path, 8)
 
 
-def test_a_model_without_a_head_is_not_probed(tmp_path, adpt):
-    model, tokenizer = open_masked_lm(adpt, LANGS)
+def test_only_whole_masked_models_are_probed(tmp_path, adpt):
+    out = export_hf(build('joint'), WORDS, tmp_path / 'joint')
+    model, tokenizer = open_masked_lm(out, LANGS)
     assert model.langs == LANGS and tokenizer.mask_token_id == 4
     with pytest.raises(InputError, match='cannot open'):
         open_masked_lm(tmp_path, LANGS, offline=True)
+    with pytest.raises(InputError, match='import_hf'): open_masked_lm(adpt, LANGS)
+    headless = transformers.AutoModel.from_pretrained(out)      # saves no bias of the scores
+    headless.save_pretrained(out)
+    with pytest.raises(InputError, match='pred_layer.proj.bias'): open_masked_lm(out, LANGS)
 
 
 class StandIn:
@@ -270,3 +305,10 @@ def test_push_refuses(copy, api, monkeypatch):
     assert not api.seen
     with pytest.raises(InputError, match=r'interference_nb\[transformers\]'):
         export._package('no_such_package')
+
+
+def test_a_hub_that_cannot_be_reached_is_named(adpt, monkeypatch):
+    nowhere = partial(huggingface_hub.HfApi, endpoint='http://127.0.0.1:9')
+    monkeypatch.setattr(huggingface_hub, 'HfApi', nowhere)
+    with pytest.raises(InputError, match='me/x did not reach the hub.*Is it reachable'):
+        push_to_hub(adpt, 'me/x', token='t')

@@ -1,4 +1,6 @@
 "The hypergradient outside the notebook: a model of somebody else's, several processes, a GPU."
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -148,6 +150,32 @@ def test_second_streams_are_made_once():
     feed.streams = {l: Counted(s) for l, s in feed.streams.items()}
     for k in range(CFG.steps): step(k, feed, .1)
     assert sum(s.forks for s in feed.streams.values()) == len(set(map(feed.lang, range(CFG.steps))))
+
+
+@pytest.mark.parametrize('choices', [{}, dict(rest=2), dict(sample=2), dict(others_only=True)])
+def test_validation_batches_are_drawn_ahead(choices):
+    "As on a GPU: only the first ones while a step waits, and none that no step asks for."
+    cfg = replace(CFG, steps=9)
+    _, step, feed = little_run(cfg, MetaConfig(**choices))
+    due = [(l, i) for k in range(0, cfg.steps, step.meta.rest + 1)
+           for l in step.val_langs(feed, k) for i in feed.share(k)]
+    drawn = []
+    feed.validation = {l: Watched(s, drawn) for l, s in feed.validation.items()}
+    with ThreadPoolExecutor(1) as feed._ahead:
+        for k in range(cfg.steps): step(k, feed, .1)
+    assert [which for which, _ in drawn] == due
+    waited = sum(thread is threading.current_thread() for _, thread in drawn)
+    assert waited == len(step.val_langs(feed, 0)) * cfg.accumulate
+
+
+class Watched:
+    "A stream that notes which batch was drawn, and by which thread."
+    def __init__(self, stream, drawn): self.stream, self.drawn = stream, drawn
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def batch(self, i):
+        self.drawn.append(((self.corpus.lang, i), threading.current_thread()))
+        return self.stream.batch(i)
 
 
 class Counted:

@@ -1,5 +1,5 @@
 "One, two and four processes, a full disk, workers left alone: what a notebook cell cannot show."
-import os, resource, shutil, signal, subprocess, sys, time
+import errno, os, resource, shutil, signal, stat, subprocess, sys, time
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,10 +12,10 @@ from interference_nb.distributed import (first_process_first, gathered, joined, 
                                          mean_over_processes, processes, traffic)
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.meta_adapters import ESTIMATORS, MetaConfig, MetaStep
-from interference_nb.pretrain import (Feed, JointStep, TrainConfig, load_checkpoint, read_record,
-                                      save_checkpoint, seed_step, train)
+from interference_nb.pretrain import (Feed, JointStep, Record, TrainConfig, load_checkpoint,
+                                      read_record, save_checkpoint, seed_step, train)
 from interference_nb.toy_languages import ToySource, toy_tokenizer
-from interference_nb.transformer import ModelConfig
+from interference_nb.transformer import MaskedLM, ModelConfig
 
 LANGS, STEPS = ('en', 'x3'), 3
 CFG = TrainConfig.toy(steps=STEPS, accumulate=4, seed=3, eval_every=3, checkpoint_every=2)
@@ -23,7 +23,8 @@ MIXED = replace(CFG, mixed=True)
 META = {name: MetaConfig(estimator=name) for name in ESTIMATORS}
 META |= dict(mixed_meta=MetaConfig(), sampled=MetaConfig(sample=1, rest=1),
              released=MetaConfig.released(validation='train'))
-KINDS = dict(joint=JointStep, mixed=JointStep, pcgrad=CombinedStep)
+KINDS = dict(joint=JointStep, mixed=JointStep, mixed_vectors=JointStep, pcgrad=CombinedStep,
+             gradvac=lambda *a: CombinedStep(*a, 'gradvac'))
 KINDS |= {name: lambda *a, meta=meta: MetaStep(*a, meta) for name, meta in META.items()}
 
 @pytest.fixture(scope='module')
@@ -34,11 +35,12 @@ def toy(tmp_path_factory):
     home = tmp_path_factory.mktemp('text')
     return tok.vocab_size, prepare_corpus(source, LANGS, tok, home, workers=1)
 
-def start(toy, cfg):
+def start(toy, cfg, vectors=False):     # or a model whose languages have a vector each
     V, corpora = toy
     stream = lambda l: Stream(corpora[l]['train'], cfg.batch_size, cfg.seq_len, 0, V, cfg.mask_prob)
     torch.manual_seed(0)
-    model = MultilingualLM(ModelConfig.toy(V), LANGS, 'adpt')
+    size = ModelConfig.toy(V, language_embeddings=vectors)
+    model = MaskedLM(size, LANGS) if vectors else MultilingualLM(size, LANGS, 'adpt')
     return model, Feed({l: stream(l) for l in LANGS}, cfg)
 
 def plain_descent(step):
@@ -52,7 +54,7 @@ def weights(model): return torch.cat([p.detach().reshape(-1) for p in model.para
 def some_steps(toy, kind):
     "Take steps of one kind; return the weights, the losses and the bytes of each step."
     cfg = MIXED if kind.startswith('mixed') else CFG
-    model, feed = start(toy, cfg)
+    model, feed = start(toy, cfg, kind == 'mixed_vectors')
     step, losses, sent = plain_descent(KINDS[kind](model, cfg)), [], []
     for k in range(STEPS):
         seed_step(cfg.seed, k)
@@ -148,7 +150,9 @@ def test_bytes_reduced(runs, toy):
     theta, own = size(model.theta), size(model.phi['en'])
     both = len(start(toy, MIXED)[1].langs_at(0))            # languages of a mixed step
     # a meta step: g at theta, v and phi's at theta', the second-order term, theta's own update
-    expected = dict(joint=[theta + own], mixed=[theta + both * own], pcgrad=[2 * (theta + own)],
+    vectors = dict(start(toy, MIXED, vectors=True)[0].named_parameters())
+    expected = dict(joint=[theta + own], mixed=[theta + both * own], mixed_vectors=[size(vectors)],
+                    pcgrad=[2 * (theta + own)], gradvac=[2 * (theta + own)],
                     first_order=[theta, own, theta],
                     mixed_meta=[theta, theta + both * own, both * own, theta])
     for name in ('exact', 'finite_difference', 'one_sided'):
@@ -188,8 +192,9 @@ def test_recomputing_needs_a_model_that_can():
         pretrain.prepare_model(torch.nn.Linear(1, 1), replace(CFG, activation_checkpointing=True))
 
 def test_compiled_blocks_change_rounding_only(toy, monkeypatch):
-    "Weights keep their names; here without a C++ compiler. What cannot be compiled says so."
-    usual, compiled = torch.nn.Module.compile, replace(CFG, accumulate=1, compile=True)
+    "Weights keep their names; here without a C++ compiler. No block falls back, or it says so."
+    compiled = replace(CFG, accumulate=1, steps=4, compile=True)
+    usual = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda m: usual(m, backend='aot_eager'))
     def taken(cfg):
         model, feed = start(toy, cfg)
@@ -197,15 +202,24 @@ def test_compiled_blocks_change_rounding_only(toy, monkeypatch):
         pretrain.prepare_model(model, cfg)
         assert list(model.state_dict()) == names
         step = plain_descent(MetaStep(model, cfg))
-        for k in range(2): step(k, feed, .1)
-        return weights(model), model.blocks[0]._compiled_call_impl is not None
-    (a, yes), (b, no) = taken(compiled), taken(replace(compiled, compile=False))
-    assert yes and not no
+        for k in range(4): step(k, feed, .1)
+        return weights(model)
+    torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters['frames']
+    frames.clear()
+    a = taken(compiled)
+    assert 8 < frames['ok'] == frames['total']      # more graphs than torch makes by default
+    made, b = frames['total'], taken(replace(compiled, compile=False))
+    assert made == frames['total']
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     with pytest.raises(InputError, match="no second derivative, which 'exact' needs"):
         MetaStep(start(toy, compiled)[0], compiled, META['exact'])
     with pytest.raises(InputError, match='no blocks to compile'):
         pretrain.prepare_model(torch.nn.Linear(1, 1), compiled)
+
+def test_matrix_products_may_repeat_on_a_gpu():
+    "CUDA reads this when it begins: deterministic operations warn at each product without it."
+    assert os.environ['CUBLAS_WORKSPACE_CONFIG'] in (':4096:8', ':16:8')
 
 def test_another_precision_is_refused(toy, tmp_path):
     "A run goes on in the precision that it had, whatever 'auto' means on the machine."
@@ -226,6 +240,12 @@ def test_failure_of_a_process_is_told(tmp_path):
     with pytest.raises(InputError, match='process 1 of 2 failed: OSError: no such file'):
         launch(fails, processes=2)
     assert lives.read_text() == '..' and signal.getsignal(signal.SIGTERM) is answers
+    def too_large():
+        with open(tmp_path/f'life{processes()[0]}', 'a') as f: f.write('.')
+        raise torch.OutOfMemoryError('out of memory')
+    with pytest.raises(InputError, match='failed: OutOfMemoryError: out of memory'):
+        launch(too_large, processes=2)
+    assert (tmp_path/'life0').read_text() == '.'
 
 def test_first_process_first(tmp_path):
     "The others wait for rank 0, and fail with it; ten times leave no more open than once."
@@ -255,10 +275,26 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     try:
         with pytest.raises(InputError, match='could not write .*checkpoint before it is untouched'):
             save_checkpoint(path, {'w': torch.ones(100_000)}, dict(step=2))
+        with pytest.raises(InputError, match='could not write .*record.jsonl .*Make room'):
+            Record(tmp_path/'log'/'record.jsonl').write('step', loss=[0.] * 9999)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     tensors, meta = load_checkpoint(path)
     assert meta['step'] == 1 and not tensors['w'].any()
-    assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.safetensors']   # and nothing else
+    assert [p.name for p in tmp_path.glob('c*')] == ['checkpoint.safetensors']  # and nothing else
+
+def test_what_outlives_a_power_cut(tmp_path, monkeypatch):
+    "Files are on the disk before they get their name; a folder, where the system can."
+    usual, calls = os.fsync, []
+    def only_files(handle):
+        calls.append('fsync')
+        if stat.S_ISDIR(os.fstat(handle).st_mode): raise OSError(errno.EINVAL, 'Invalid argument')
+        usual(handle)
+    def renamed(*names): calls.append('replace'); os.rename(*names)
+    monkeypatch.setattr(pretrain.os, 'fsync', only_files)
+    monkeypatch.setattr(pretrain.os, 'replace', renamed)
+    Record(tmp_path/'record.jsonl')
+    save_checkpoint(tmp_path/'checkpoint.safetensors', {'w': torch.zeros(1)}, dict(step=1))
+    assert calls == ['fsync', 'replace', 'fsync', 'replace', 'fsync']
 
 def test_a_full_disk_ends_all_processes(toy, tmp_path):
     "What stops the first process's checkpoint stops the others, with its message, at once."
