@@ -29,7 +29,7 @@ from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
 from .pretrain import (Record, TrainConfig, load_checkpoint, progress_bar,
-                                      read_record, run_info)
+                                      read_record)
 from .toy_languages import open_source
 from .transformer import ModelConfig
 
@@ -287,8 +287,9 @@ def export_run(cfg: ExportCommand):
     if cfg.public and not cfg.push:
         raise InputError('--public is for a model on the hub. Name it with --push OWNER/NAME.')
     spec, _, tokenizer, _, model = open_run(cfg.run, cfg.data)
+    began = read_record(Path(cfg.run)/'record.jsonl')[0]
     made = export.export_hf(model.cpu(), tokenizer, cfg.folder, cfg.lang, run=spec.name,
-                            steps=spec.train.steps, commit=run_info()['commit'])
+                            system=spec.system, steps=spec.train.steps, commit=began['commit'])
     print(f'{spec.name} is in {made}/; README.md there says how to open it.')
     if cfg.push: print(export.push_to_hub(made, cfg.push, private=not cfg.public))
 
