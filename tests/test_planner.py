@@ -234,6 +234,9 @@ def test_export_command(capsys, tmp_path, monkeypatch):
     capsys.readouterr()                                 # it draws a bar
     about = json.loads((out/'config.json').read_text())
     assert 'joint-en+x3-0' in json.dumps(about)
+    status, said, err = command(capsys, 'export', run, out)     # as after a failed upload
+    assert status == 0 and str(out) in said, err
+    (out/'config.json').write_text('{}')
     status, _, err = command(capsys, 'export', run, out)
     assert (status, len(err.splitlines())) == (2, 1) and 'not empty' in err
     status, _, err = command(capsys, 'export', run, tmp_path/'one', '--lang', 'tlh')
