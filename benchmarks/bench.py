@@ -118,7 +118,7 @@ def plan(quick: bool, about: dict) -> dict[str, dict]:
         {n: replace(job(n), **words) for n in ('tokenise', 'tokenise_theirs')}, 30)
     add('load', 'Drawing batches on one core', dict(load=job('load', threads=1)), 15)
     add('prepare', 'Preparing data on one core, growing text',
-        {f'{k}x': replace(job('prepare'), **words, megabytes=k * (.1 if quick else 3))
+        {f'{k}x': replace(job('prepare'), **words, megabytes=k * (.1 if quick else 6))
          for k in (1, 2, 4)}, 60, 2)
     if about['gpu'] and not quick: add_gpu(add, job, about)
     return sections

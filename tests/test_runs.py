@@ -266,8 +266,8 @@ def test_full_scale_notebooks_hold_what_they_promise():
 @pytest.mark.parametrize('path', FULL_SCALE[1:], ids=lambda p: p.stem)
 def test_a_notebooks_command_makes_its_runs(path, tmp_path, monkeypatch):
     "The command is taken from the notebook, and so is the line that lists its runs."
-    command, = re.findall('--no-python interference (reproduce .*)', ' '.join(
-        '\n'.join(cells_of(path, 'markdown')).splitlines(keepends=True)))
+    command, = re.findall(r'--no-python \\\s+interference (reproduce .*)',
+                          '\n'.join(cells_of(path, 'markdown')))
     line, = re.findall('^specs = .*', '\n'.join(cells_of(path, 'code')), re.M)
     here, asked = dict(family=family, replace=replace), []
     exec(line, here)
