@@ -2,9 +2,9 @@
 
     python tools/test_notebooks.py [NOTEBOOK ...]
 
-nbdev_test says which notebooks failed, and where in their code. Those are then collected by pytest
-(tests/notebook_cells.py), which runs them in processes of their own and reports each testing cell
-as a case named by its heading. The status is that of nbdev_test: a second, lucky run excuses nothing.
+nbdev_test says which notebooks failed, and where in their code. Those are then collected by
+pytest (tests/notebook_cells.py), which runs them in processes of their own and reports each testing
+cell as a case named by its heading. A second, lucky run excuses nothing: nbdev_test's status stays.
 """
 import re, subprocess, sys
 from pathlib import Path
@@ -30,7 +30,8 @@ def main(paths):
         failed, names = True, notebook_failures(output)
         again = [p for name in names for p in sorted((ROOT / 'nbs').rglob(name))]
         print('\nThe same notebooks by heading and cell:', flush=True)
-        subprocess.run([sys.executable, '-m', 'pytest', *map(str, again or [ROOT / 'nbs'])], cwd=ROOT)
+        command = [sys.executable, '-m', 'pytest', *map(str, again or [ROOT / 'nbs'])]
+        subprocess.run(command, cwd=ROOT)
     return int(failed)
 
 if __name__ == '__main__': sys.exit(main(sys.argv[1:]))
