@@ -38,9 +38,9 @@ from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep
-from .finetune import (GRIDS, TASKS, FinetuneConfig, be_worker, no_main, search,
-                                      task_rows, task_spec)
+from .finetune import GRIDS, FinetuneConfig, be_worker, no_main, search
 from .pretrained_xlm import XLM_100, load_pretrained
+from .tasks import TASKS, task_rows, task_spec
 
 # %% ../nbs/07_experiments.ipynb #3e93fba4
 @dataclass(frozen=True)
