@@ -9,7 +9,7 @@ __all__ = ['GRIDS', 'FinetuneConfig', 'TaskModel', 'predict', 'evaluate', 'evalu
            'no_main']
 
 # %% ../nbs/06_finetune.ipynb #db95f6a8
-import copy, hashlib, itertools, math, multiprocessing, os, pickle, sys
+import copy, itertools, math, multiprocessing, os, pickle, sys
 import tempfile, threading, time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from .data import InputError
-from .pretrain import (Record, load_checkpoint, read_record,
-                                      restore_training_state, run_info, same_config,
-                                      save_checkpoint, training_state)
+from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
+                                   save_checkpoint, weights_hash)
+from .pretrain import restore_training_state, run_info, same_config, training_state
 from .tasks import (TASKS, TaskBatch, TaskData, TaskSpec, read_data, task_spec,
                                    total_score)
 
@@ -175,7 +174,7 @@ class Trainer:
         self.model, self.data, self.dev, self.lang, self.cfg = model, data, dev, lang, cfg
         self.folder, self.history, self.best = Path(folder) if folder else None, [], None
         self.config = run_config(model.spec, lang, cfg, inputs)
-        self.optimizers, self.record = {'all': make_optimizer(model, lang, cfg)}, Record()
+        self.optimizers, self.record = {'all': make_optimizer(model, lang, cfg)}, JsonlLog()
         if self.folder: self.resume()
 
     def epoch(self) -> dict:                # {'epoch', 'loss', and the development scores}
@@ -233,8 +232,8 @@ class Trainer:
             self.history = meta['history']
             self.best, _ = load_checkpoint(self.folder/'best.safetensors', self.model.device)
         n = len(self.history)
-        self.record = Record(self.folder/'record.jsonl',
-                             lambda row: n and row.get('epoch', 0) <= n)
+        self.record = JsonlLog(self.folder/'record.jsonl',
+                               lambda row: n and row.get('epoch', 0) <= n)
         if not self.record.rows: self.record.write('start', config=self.config, **run_info())
 
 # %% ../nbs/06_finetune.ipynb #1ca69fd6
@@ -311,12 +310,8 @@ def check_model(model, tokenizer, langs: list[str]):
 
 def describe_inputs(model, tokenizer, source, spec: TaskSpec, lang: str) -> dict:
     "Identify what a run depends on besides its settings: weights, tokenizer, data."
-    weights, own = hashlib.sha256(), f'{spec.data}/{lang}'
-    for name, t in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(t.detach().cpu().contiguous().view(torch.uint8).numpy())
-    data = {k: v for k, v in source.revision().items() if '/' not in k or k == own}
-    return dict(weights=weights.hexdigest()[:16], tokenizer=tokenizer.fingerprint[:16], data=data)
+    data = {k: v for k, v in source.revision().items() if '/' not in k or k == f'{spec.data}/{lang}'}
+    return dict(weights=weights_hash(model), tokenizer=tokenizer.fingerprint[:16], data=data)
 
 def run_config(spec: TaskSpec, lang: str, cfg: FinetuneConfig, inputs: dict | None) -> dict:
     "Return everything that a finetuning run depends on, for its record."
@@ -401,7 +396,7 @@ def read_trial(
     config: dict,       # what `run_config` returns for it
 ) -> dict | None:       # 'best_epoch', 'dev', 'wall_s'; None: not done
     "Read a finished trial; raises `InputError` for a folder of another one."
-    rows = read_record(home/'record.jsonl') if (home/'record.jsonl').exists() else []
+    rows = read_jsonl(home/'record.jsonl') if (home/'record.jsonl').exists() else []
     if not rows or rows[-1]['kind'] != 'done': return None
     same_config(config, rows[0]['config'], home)
     dev = [{k: v for k, v in row.items() if k not in ('kind', 'wall_s')} for row in rows[1:-1]]

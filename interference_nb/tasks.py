@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .data import BOS, EOS, NER_LABELS, NLI_LABELS, PAD, UPOS_LABELS, InputError
+from .data import BOS, EOS, NER_LABELS, NLI_LABELS, PAD, UPOS_LABELS
 from .data import TASKS as COLUMNS
+from .files import InputError
 
 # %% ../nbs/06b_tasks.ipynb #e6266610
 @dataclass

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import FolderSource, InputError, load_tokenizer, train_tokenizer
+from interference_nb.data import FolderSource, load_tokenizer, train_tokenizer
+from interference_nb.files import InputError, load_checkpoint
 from interference_nb.finetune import FinetuneConfig, finetune, predict, search, tune
-from interference_nb.pretrain import load_checkpoint
 from interference_nb.tasks import (TASKS, normalise_answer, read_data, score_qa, span_f1,
                                    total_score, word_f1)
 from interference_nb.toy_languages import ToySource, toy_tokenizer
