@@ -310,7 +310,8 @@ def check_model(model, tokenizer, langs: list[str]):
 
 def describe_inputs(model, tokenizer, source, spec: TaskSpec, lang: str) -> dict:
     "Identify what a run depends on besides its settings: weights, tokenizer, data."
-    data = {k: v for k, v in source.revision().items() if '/' not in k or k == f'{spec.data}/{lang}'}
+    own = f'{spec.data}/{lang}'
+    data = {k: v for k, v in source.revision().items() if '/' not in k or k == own}
     return dict(weights=weights_hash(model), tokenizer=tokenizer.fingerprint[:16], data=data)
 
 def run_config(spec: TaskSpec, lang: str, cfg: FinetuneConfig, inputs: dict | None) -> dict:
