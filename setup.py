@@ -6,6 +6,9 @@ from setuptools import setup, find_packages
 config = ConfigParser(delimiters=['='])
 config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
+extras = {extra: cfg[f'{extra}_requirements'].split()
+          for extra in ('test', 'dev', 'transformers', 'slurm')}
+extras['dev'] += extras['test'] + extras['transformers']    # dev is all that a contributor needs
 lib, lines = cfg['lib_name'], cfg['console_scripts'].strip().splitlines()
 
 setup(
@@ -17,8 +20,7 @@ setup(
     packages=find_packages(include=[lib, f'{lib}.*']),
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split()
-                    for extra in ('dev', 'transformers', 'slurm')},
+    extras_require=extras,
     entry_points={'console_scripts': [line.strip() for line in lines],
                   'nbdev': [f'{lib}={lib}._modidx:d']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
