@@ -38,7 +38,8 @@ def test_three_languages():
 
 
 @pytest.mark.parametrize('meta', [
-    MetaConfig.released(estimator='finite_difference'), MetaConfig(phi_follows_training_gradient=True),
+    MetaConfig.released(estimator='finite_difference'),
+    MetaConfig(phi_follows_training_gradient=True),
     MetaConfig(order='shared first'), MetaConfig(exclude_own_language=True),
     MetaConfig(validation='held-out')], ids=lambda m: f'{m.order}-{m.validation}')
 def test_settings_of_the_meta_step(meta):
