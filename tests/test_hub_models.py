@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip('transformers')
 
-from interference_nb.any_model import AnyModel, TextStream, hf_loss, requirements
+from interference_nb.hub_models import AnyModel, TextStream, hf_loss, requirements
 from interference_nb.data import BOS, EOS, MASK, PAD, InputError, Stream, prepare_corpus
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.l0_pruning import PruneConfig, columns, gated, learn_gates, rows
@@ -235,6 +235,6 @@ def test_tied_weights_are_saved_once_and_come_back():
 
 
 def test_package_does_not_import_transformers():
-    code = ('import sys, interference_nb.any_model, interference_nb.experiments; '
+    code = ('import sys, interference_nb.hub_models, interference_nb.experiments; '
             'assert "transformers" not in sys.modules')
     subprocess.run([sys.executable, '-c', code], check=True)
