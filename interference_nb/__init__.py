@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from .data import Batch, InputError
 from .toy_languages import ToySource, open_source, toy_tokenizer
