@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import SLOTS, MultilingualLM
-from .data import (BOS, EOS, MASK, PAD, SPECIALS, UNK, InputError, Tokenizer,
-                                  WordTokenizer, load_tokenizer)
+from .data import (BOS, EOS, MASK, PAD, SPECIALS, UNK, Tokenizer, WordTokenizer,
+                                  load_tokenizer)
+from .files import InputError
 from .hub_models import require_package
 from .transformer import ModelConfig
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import PAD, Batch, InputError
+from .data import PAD, Batch
+from .files import InputError
 from .l0_pruning import evaluating, gated, rows
 from .meta_adapters import exact, finite_difference, hypergradient
 
