@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATEMENTS', 'VERDICTS', 'ALIKE', 'LATEX', 'Difference', 'paired', 'difference', 'draws', 'resample', 'seeds_needed',
            'Claim', 'claims_about', 'judge', 'verdict', 'in_figures', 'verdict_table', 'findings', 'in_every_case',
-           'counts_of', 'not_run', 'markdown', 'text_table', 'latex']
+           'counts_of', 'not_run', 'comparison_table', 'markdown', 'text_table', 'latex']
 
 # %% ../nbs/07e_claims.ipynb #ab07e004
 import math, re, zlib
@@ -87,50 +87,49 @@ class Claim:
     against: str | None = None  # the baseline's metric, where it is another
 
 STATEMENTS = {
-    'demo': (
-        Claim('Mono has a lower loss than joint at equal steps (negative interference)',
-              'loss', 'mono', 'joint', -1, '3.3'),
-        Claim('Mono has a lower loss than joint when each language gets as many batches',
-              'loss', 'mono', 'joint2x', -1),
-        Claim('Mono is better at NER within language than joint',
-              'NER within', 'mono', 'joint', +1, '3.3, Tables 2 and 3'),
-        Claim('Language-specific ffn is better at NER within language than joint',
-              'NER within', 'ffn', 'joint', +1, '3.3'),
-        Claim('Language-specific ffn is worse at zero-shot NER than joint',
-              'NER zero-shot', 'ffn', 'joint', -1, '3.3'),
-        Claim('Language-specific ffn is worse at zero-shot POS than joint',
-              'POS zero-shot', 'ffn', 'joint', -1, '3.3'),
-        Claim('Adapters are better at NER within language than joint',
-              'NER within', 'adpt', 'joint', +1, '3.3'),
-        Claim('Adapters are worse at zero-shot NER than joint',
-              'NER zero-shot', 'adpt', 'joint', -1, '4.2'),
-        Claim('Adapters are worse at zero-shot POS than joint',
-              'POS zero-shot', 'adpt', 'joint', -1, '4.2'),
-        Claim('Meta-adapters are better at NER within language than joint',
-              'NER within', 'meta_adpt', 'joint', +1, '4.2'),
-        Claim('Meta-adapters are better at zero-shot NER than joint',
-              'NER zero-shot', 'meta_adpt', 'joint', +1, '4.2'),
-        Claim('Meta-adapters are better at zero-shot POS than joint',
-              'POS zero-shot', 'meta_adpt', 'joint', +1, '4.2'),
-        Claim('Meta-adapters are better at zero-shot NER than adapters',
-              'NER zero-shot', 'meta_adpt', 'adpt', +1, '4.2'),
-        Claim('Meta-adapters are better at NER within language than adapters',
-              'NER within', 'meta_adpt', 'adpt', +1, '4.2'),
-        Claim('Meta-adapters are better at NER within language than joint at twice the steps',
-              'NER within', 'meta_adpt', 'joint2x', +1),
-        Claim('PCGrad is better at zero-shot NER than the plain mean of the gradients',
-              'NER zero-shot', 'pcgrad', 'joint_all', +1),
-        Claim('Gradient Vaccine is better at zero-shot NER than the plain mean of the gradients',
-              'NER zero-shot', 'gradvac', 'joint_all', +1),
-        Claim('PCGrad is better at NER within language than the plain mean of the gradients',
-              'NER within', 'pcgrad', 'joint_all', +1),
-        Claim('Gradient Vaccine is better at NER within language than the plain mean of the gradients',
-              'NER within', 'gradvac', 'joint_all', +1),
-        Claim('Meta-adapters are better at zero-shot NER than PCGrad',
-              'NER zero-shot', 'meta_adpt', 'pcgrad', +1),
-        Claim('Meta-adapters are better at NER within language than PCGrad',
-              'NER within', 'meta_adpt', 'pcgrad', +1),
-    ),
+    'demo': tuple(Claim(*row) for row in (
+        ('Mono has a lower loss than joint at equal steps (negative interference)',
+         'loss', 'mono', 'joint', -1, '3.3'),
+        ('Mono has a lower loss than joint when each language gets as many batches',
+         'loss', 'mono', 'joint2x', -1),
+        ('Mono is better at NER within language than joint',
+         'NER within', 'mono', 'joint', +1, '3.3, Tables 2 and 3'),
+        ('Language-specific ffn is better at NER within language than joint',
+         'NER within', 'ffn', 'joint', +1, '3.3'),
+        ('Language-specific ffn is worse at zero-shot NER than joint',
+         'NER zero-shot', 'ffn', 'joint', -1, '3.3'),
+        ('Language-specific ffn is worse at zero-shot POS than joint',
+         'POS zero-shot', 'ffn', 'joint', -1, '3.3'),
+        ('Adapters are better at NER within language than joint',
+         'NER within', 'adpt', 'joint', +1, '3.3'),
+        ('Adapters are worse at zero-shot NER than joint',
+         'NER zero-shot', 'adpt', 'joint', -1, '4.2'),
+        ('Adapters are worse at zero-shot POS than joint',
+         'POS zero-shot', 'adpt', 'joint', -1, '4.2'),
+        ('Meta-adapters are better at NER within language than joint',
+         'NER within', 'meta_adpt', 'joint', +1, '4.2'),
+        ('Meta-adapters are better at zero-shot NER than joint',
+         'NER zero-shot', 'meta_adpt', 'joint', +1, '4.2'),
+        ('Meta-adapters are better at zero-shot POS than joint',
+         'POS zero-shot', 'meta_adpt', 'joint', +1, '4.2'),
+        ('Meta-adapters are better at zero-shot NER than adapters',
+         'NER zero-shot', 'meta_adpt', 'adpt', +1, '4.2'),
+        ('Meta-adapters are better at NER within language than adapters',
+         'NER within', 'meta_adpt', 'adpt', +1, '4.2'),
+        ('Meta-adapters are better at NER within language than joint at twice the steps',
+         'NER within', 'meta_adpt', 'joint2x', +1),
+        ('PCGrad is better at zero-shot NER than the plain mean of the gradients',
+         'NER zero-shot', 'pcgrad', 'joint_all', +1),
+        ('Gradient Vaccine is better at zero-shot NER than the plain mean of the gradients',
+         'NER zero-shot', 'gradvac', 'joint_all', +1),
+        ('PCGrad is better at NER within language than the plain mean of the gradients',
+         'NER within', 'pcgrad', 'joint_all', +1),
+        ('Gradient Vaccine is better at NER within language than the plain mean of the gradients',
+         'NER within', 'gradvac', 'joint_all', +1),
+        ('Meta-adapters are better at zero-shot NER than PCGrad',
+         'NER zero-shot', 'meta_adpt', 'pcgrad', +1),
+        ('Meta-adapters are better at NER within language than PCGrad',
+         'NER within', 'meta_adpt', 'pcgrad', +1))),
     'within': tuple(Claim(f'{{block}}: {text}', '{block} mean', *row) for text, *row in (
         ("a language's own feed-forward layers help within it", 'ffn', 'joint', +1, '3.3'),
         ("a language's own attention layers help within it", 'attn', 'joint', +1, '3.3'),
@@ -269,7 +268,8 @@ def judge(numbers: pd.DataFrame,  # as for `paired`
 def verdict(d: Difference, sign: int) -> str:  # of `VERDICTS`
     "Say whether a difference shows what was said of it."
     if not d.n: return 'not run'
-    if sign == 0: shown, opposed = -ALIKE < d.low and d.high < ALIKE, d.low > ALIKE or d.high < -ALIKE
+    if sign == 0:
+        shown, opposed = -ALIKE < d.low and d.high < ALIKE, d.low > ALIKE or d.high < -ALIKE
     else: shown, opposed = (d.low > 0, d.high < 0) if sign > 0 else (d.high < 0, d.low > 0)
     return 'shows' if shown else 'the opposite shows' if opposed else 'undecided'
 
@@ -337,6 +337,29 @@ def not_run(judged: pd.DataFrame) -> str:
     texts = judged['text'][judged['verdict'] == 'not run']
     return f"Not run: {'; '.join(texts)}." if len(texts) else ''
 
+# %% ../nbs/07e_claims.ipynb #aa07e027
+def comparison_table(numbers: pd.DataFrame,  # of `summarise`
+                     baseline: str = 'joint') -> pd.DataFrame:  # of text
+    "Write each system's scores and, below, their paired differences to the baseline."
+    tasks = [f'{t} {w}' for t in ('NER', 'POS', 'QA', 'NLI') for w in ('within', 'zero-shot')]
+    columns = (sorted(c for c in numbers if c.startswith('ppl '))
+               + [t for t in tasks if t in numbers])
+    seconds, lines = numbers['s/step'].unstack('seed'), []
+    for system in numbers.index.unique('system'):
+        own, scores, diffs = numbers.loc[system], [], []
+        for c in columns:
+            v, p = own[c].dropna(), paired(numbers, c, system, baseline)
+            spread = f' ±{v.std():.1f}' if len(v) > 1 else ''
+            scores.append(f'{v.mean():.1f}{spread}' if len(v) else '–')
+            diffs.append(f'{p.delta:+.1f}' + f' ±{p.se:.1f}' * (p.n > 1) if p.n else '–')
+        ratio = (seconds.loc[system] / seconds.loc[baseline]).mean() if baseline in seconds.index \
+            else math.nan
+        passes = own['passes/step'].mean()
+        price = f'{ratio:.1f}x, {passes:g} pass' + 'es' * (passes > 1) if ratio == ratio else '–'
+        lines.append([system, *scores, price])
+        if system != baseline: lines.append([f'  − {baseline}', *diffs, ''])
+    return pd.DataFrame(lines, columns=['system', *columns, 'a step costs'])
+
 # %% ../nbs/07e_claims.ipynb #ab07e022
 def markdown(table: pd.DataFrame,  # of text
              align: str = 'right') -> str:  # columns but the first; or 'left'
@@ -347,6 +370,7 @@ def markdown(table: pd.DataFrame,  # of text
 def text_table(table: pd.DataFrame) -> str:
     "Align a table for the terminal."
     return table.to_markdown(index=False, disable_numparse=True, tablefmt='simple',
+                             preserve_whitespace=True,
                              colalign=['left', *['right'] * (table.shape[1] - 1)])
 
 LATEX = {c: '\\' + c for c in '&%$#_{}'} | {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKED', 'COUNTS', 'COLUMNS', 'Run', 'read_runs', 'pack', 'unpack', 'read_counts', 'gradient_metrics', 'gate_metrics',
-           'similarity_metrics', 'extremes', 'loss_metrics', 'strongest', 'price', 'load', 'numbers_of', 'of_run',
+           'similarity_metrics', 'extremes', 'loss_metrics', 'strongest', 'price', 'load', 'table_of', 'numbers_of_run',
            'numbers', 'summarise', 'spread_out', 'describe']
 
 # %% ../nbs/07d_records.ipynb #aa07d005
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from .data import InputError
-from .pretrain import load_checkpoint, read_record, save_checkpoint
+from .files import (InputError, load_checkpoint, read_jsonl, save_checkpoint,
+                                   write_atomically)
 from .gradient_probes import conflict
-from .finetune import TASKS, task_spec
+from .tasks import TASKS, task_spec
 from .experiments import SYSTEMS
 
 # %% ../nbs/07d_records.ipynb #aa07d009
@@ -53,6 +53,12 @@ def stored(folder: Path) -> dict[str, dict[str, Path | list]]:  # {run: {file: p
     homes = [p.parent for p in folder.glob('*/record.jsonl')]
     return packed | {home.name: {p.name: p for p in home.iterdir()} for home in homes}
 
+def read_rows(folder, run: str) -> list[dict]:  # empty if there is no such run
+    "Read a run's record, also an unfinished one."
+    path, packed = Path(folder)/run/'record.jsonl', Path(folder)/PACKED
+    if path.exists(): return parsed(path)
+    return parsed(packed).get(run, {}).get('record.jsonl', []) if packed.exists() else []
+
 def lines_of(file: Path | list) -> list[dict]:
     "Return the lines of a file, be it packed or not."
     return parsed(file) if isinstance(file, Path) else file
@@ -65,7 +71,7 @@ def parsed(path: Path) -> list[dict] | dict:  # of a packed study: {run: {file: 
 @lru_cache(maxsize=2048)
 def parse(path: Path, changed: int, size: int) -> list[dict] | dict:
     "Parse a file."
-    if path.name != PACKED: return read_record(path)
+    if path.name != PACKED: return read_jsonl(path)
     out = {}
     with lzma.open(path, 'rt', encoding='utf-8') as lines:
         for line in map(json.loads, lines):
@@ -86,9 +92,7 @@ def pack(folder) -> Path:  # of the file
             lines.append(dict(run=name, file=COUNTS, row=row))
     if not lines: raise InputError(f'no records under {folder}. Name the folder of a study.')
     text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
-    part = folder/f'{PACKED}.part'
-    part.write_bytes(lzma.compress(text.encode(), preset=9))
-    part.replace(folder/PACKED)
+    write_atomically(folder/PACKED, lzma.compress(text.encode(), preset=9))
     for home in [p.parent for p in folder.glob('*/record.jsonl')]: shutil.rmtree(home)
     return folder/PACKED
 
@@ -100,10 +104,8 @@ def unpack(folder) -> list[str]:  # names of the runs
     for name, files in packed.items():
         counts = read_counts(folder, name)
         for file in files.keys() - {COUNTS}:
-            path = folder/name/file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(''.join(json.dumps(row) + '\n' for row in files[file]),
-                            encoding='utf-8')
+            write_atomically(folder/name/file,
+                             ''.join(json.dumps(row) + '\n' for row in files[file]))
         if counts: save_checkpoint(folder/name/COUNTS,
                                    {k: torch.from_numpy(n) for k, n in counts.items()},
                                    dict(name=name))
@@ -123,7 +125,7 @@ def gradient_metrics(rows: list[dict],  # of a probe
     "Sum up a probe: mean cosines of a pair and of its languages; all steps, early and late."
     a, b = langs
     fifth, out = (rows[-1]['step'] + 1) / 5, dict(zero=0.)
-    for end, period in (('', {}), (' early', dict(upto=fifth)), (' late', dict(since=fifth))):
+    for end, period in (('', {}), (' early', dict(max_step=fifth)), (' late', dict(since=fifth))):
         found = conflict(rows, group, **period)
         cross = found[f'{a}-{b}']
         within = (found[f'{a}-{a}']['mean'] + found[f'{b}-{b}']['mean']) / 2
@@ -205,29 +207,32 @@ COLUMNS = ('run', 'system', 'model', 'pair', 'seed', 'task', 'train', 'test', 'm
 def load(folder,  # of a study; or a table of this kind
          names: Iterable[str] | None = None,  # of runs; None: all that are there
          whole: bool = True,  # leave out runs that are being added to
-         ) -> pd.DataFrame:  # `COLUMNS`; model: 'en+fr300', its languages, capped ones with a number
+         ) -> pd.DataFrame:  # `COLUMNS`; its model 'en+fr300' has 300 sentences of French
     "Read all numbers of a study's records into one table, sorted by system and run."
     if isinstance(folder, pd.DataFrame): table = folder
     else:
         files = [f for of in stored(Path(folder)).values() for f in of.values()]
-        about = (p.stat() for p in (Path(folder)/PACKED, *files) if isinstance(p, Path) and p.exists())
-        table = numbers_of(Path(folder).resolve(), whole,
-                           tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in about))
+        about = [p.stat() for p in (Path(folder)/PACKED, *files)
+                 if isinstance(p, Path) and p.exists()]
+        table = table_of(Path(folder).resolve(), whole,
+                         tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in about))
     return table if names is None else table[table['run'].isin(set(names))]
 
 @lru_cache(maxsize=8)
-def numbers_of(folder: Path, whole: bool, files: tuple) -> pd.DataFrame:
+def table_of(folder: Path, whole: bool, files: tuple) -> pd.DataFrame:
     "Make the table of a study, once as long as none of its files changes."
-    table = [(name, *of_run(run.rows[0]['config']['run']), *row)
-             for name, run in read_runs(folder, None, whole).items() for row in numbers(run)]
+    table = [row for name, run in read_runs(folder, None, whole).items()
+             for row in numbers_of_run(name, run)]
     place = {s: i for i, s in enumerate(SYSTEMS)}               # a user's own come last
     return pd.DataFrame(table, columns=COLUMNS).sort_values(
         'system', key=lambda s: s.map(place).fillna(len(place)), kind='stable', ignore_index=True)
 
-def of_run(about: dict) -> tuple[str, str, str, int]:
-    "Name a run's system, its languages, those that share its vocabulary, and its seed."
-    name = lambda langs: '+'.join(f"{l}{about['max_sentences'].get(l, '')}" for l in langs)
-    return about['system'], name(about['langs']), name(about['pair']), about['seed']
+def numbers_of_run(name: str, run: Run) -> Iterator[tuple]:  # `COLUMNS`
+    "List the numbers of a run with what they belong to."
+    about = run.rows[0]['config']['run']
+    of = lambda langs: '+'.join(f"{l}{about['max_sentences'].get(l, '')}" for l in langs)
+    head = name, about['system'], of(about['langs']), of(about['pair']), about['seed']
+    return ((*head, *row) for row in numbers(run))
 
 def numbers(run: Run) -> Iterator[tuple]:  # task, train, test, metric, step, passes, value
     "List the numbers of a run."
