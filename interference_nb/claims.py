@@ -355,7 +355,8 @@ def comparison_table(numbers: pd.DataFrame,  # of `summarise`
         ratio = (seconds.loc[system] / seconds.loc[baseline]).mean() if baseline in seconds.index \
             else math.nan
         passes = own['passes/step'].mean()
-        price = f'{ratio:.1f}x, {passes:g} pass' + 'es' * (passes > 1) if ratio == ratio else '–'
+        es = 'es' if passes > 1 else ''
+        price = f'{ratio:.1f}x, {passes:g} pass{es}' if ratio == ratio else '–'
         lines.append([system, *scores, price])
         if system != baseline: lines.append([f'  − {baseline}', *diffs, ''])
     return pd.DataFrame(lines, columns=['system', *columns, 'a step costs'])

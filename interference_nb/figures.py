@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator
 from .files import InputError
 from .gradient_probes import conflict
 from .experiments import SYSTEMS
-from .records import load, price, strongest, summarise
+from .records import load, price, strongest, summarise, text_name
 from .claims import difference, paired
 from .tasks import task_spec
 
@@ -59,9 +59,8 @@ def read_curves(folder,  # of records, or what `load` read from it
     before = rows[own].groupby('run')[at].shift(fill_value=0)
     rows = rows.astype(dict.fromkeys(at, float))
     rows.loc[own, at] = (rows.loc[own, at] + before) / 2
-    capped = lambda lang, pair: next((p for p in pair.split('+') if re.sub(r'\d', '', p) == lang),
-                                     'train')               # 'fr300' where French was capped
-    rows['text'] = list(map(capped, rows['test'], rows['pair']))
+    rows['text'] = [text_name(lang, pair) if lang else 'train'
+                    for lang, pair in zip(rows['test'], rows['pair'], strict=True)]
     sizes = table[table['task'] == 'text'].set_index(['run', 'test'])['value']
     return rows.join(sizes.rename('sentences'), on=['run', 'test'])
 
@@ -200,7 +199,7 @@ def plot_convergence(folder, names=None,
 # %% ../nbs/08_figures.ipynb #866d4883
 def of_pairs(table: pd.DataFrame) -> pd.DataFrame:  # of `load`
     "Keep models of one language or of two, with all of their text."
-    return table[(table['pair'].str.count(r'\+') < 2) & ~table['pair'].str.contains(r'\d{2}')]
+    return table[(table['pair'].str.count(r'\+') < 2) & ~table['pair'].str.contains(r'[a-z]{2}\d')]
 
 def scores_of(table: pd.DataFrame,  # of `load`
               task: str = 'ner',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKED', 'COUNTS', 'COLUMNS', 'Run', 'read_runs', 'pack', 'unpack', 'read_counts', 'gradient_metrics', 'gate_metrics',
            'similarity_metrics', 'extremes', 'loss_metrics', 'strongest', 'price', 'load', 'table_of', 'numbers_of_run',
-           'numbers', 'summarise', 'spread_out', 'describe']
+           'text_name', 'numbers', 'summarise', 'spread_out', 'describe']
 
 # %% ../nbs/07d_records.ipynb #aa07d005
 import json, lzma, math, shutil
@@ -233,6 +233,12 @@ def numbers_of_run(name: str, run: Run) -> Iterator[tuple]:  # `COLUMNS`
     of = lambda langs: '+'.join(f"{l}{about['max_sentences'].get(l, '')}" for l in langs)
     head = name, about['system'], of(about['langs']), of(about['pair']), about['seed']
     return ((*head, *row) for row in numbers(run))
+
+def text_name(lang: str,
+              pair: str) -> str:  # names of texts with '+' between: 'en+fr300'
+    "Find what a language's text is called among those of a run: 'fr300' where it was capped."
+    return next(t for t in pair.split('+') if t == lang or (t.startswith(lang)
+                                                            and t[len(lang):].isdigit()))
 
 def numbers(run: Run) -> Iterator[tuple]:  # task, train, test, metric, step, passes, value
     "List the numbers of a run."

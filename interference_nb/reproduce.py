@@ -18,7 +18,7 @@ __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'TEXT', 'STUDIES', 'PAPE
            'latest', 'one_line', 'family', 'records_of', 'records_to_draw', 'family_page', 'family_table']
 
 # %% ../nbs/07a_reproduce.ipynb #ef5fe051
-import itertools, math, re, sys, threading, time
+import itertools, math, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,7 +45,7 @@ from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, check_format, check_r
                                          matching_row, own_rows, plan, run_all)
 from .records import (COLUMNS, Run, describe, gate_metrics, load, numbers_of_run,
                                      price, read_counts, read_rows, read_runs, spread_out,
-                                     summarise, unpack)
+                                     summarise, text_name, unpack)
 from .claims import (ALIKE, VERDICTS, Claim, claims_about, comparison_table,
                                     counts_of, findings, in_every_case, judge, latex, markdown,
                                     not_run, paired, resample, seeds_needed, verdict_table)
@@ -209,9 +209,11 @@ def loss_over_time(table: pd.DataFrame) -> pd.DataFrame:  # index (system, seed)
     out = []
     for _, of_run in table[table['task'] == 'pretrain'].groupby('run', sort=False):
         system, pair, seed = of_run[['system', 'pair', 'seed']].iloc[0]
-        last, partner = of_run['step'].max(), re.sub(r'\d', '', pair.split('+')[1])
+        last, texts = of_run['step'].max(), [l for l in of_run['test'].unique() if l]
+        partner = next((l for l in texts if text_name(l, pair) == pair.split('+')[1]), '')
         held_out = of_run[of_run['test'] == partner]        # English's would be that of every pair
-        for when, share in (('early', .2), ('halfway', .5), ('end', 1)) if len(held_out) else ():
+        if not partner: continue
+        for when, share in (('early', .2), ('halfway', .5), ('end', 1)):
             near = held_out.loc[(held_out['step'] - share * last).abs().idxmin()]
             out.append((system, seed, f'loss {partner} {when}', near['value']))
         own = of_run[(of_run['test'] == '') & (of_run['step'] <= last / 5)]
