@@ -1,6 +1,7 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-from .data import Batch, InputError
+from .data import Batch
+from .files import InputError
 from .toy_languages import ToySource, open_source, toy_tokenizer
 from .transformer import MaskedLM, ModelConfig
 from .pretrain import Feed, JointStep, TrainConfig, perplexity, train

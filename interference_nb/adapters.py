@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import InputError
+from .files import InputError, load_checkpoint, save_checkpoint
 from .transformer import (Attention, ByLanguage, FeedForward, MaskedLM,
                                          ModelConfig, Vector)
-from .pretrain import load_checkpoint, same_config, save_checkpoint
+from .pretrain import same_config
 
 # %% ../nbs/02_adapters.ipynb #8d32622b
 class Adapter(nn.Module):

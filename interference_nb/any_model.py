@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import Batch, InputError
+from .data import Batch
+from .files import InputError
 from .l0_pruning import evaluating, gated, rows
 from .meta_adapters import exact, finite_difference, hypergradient
 

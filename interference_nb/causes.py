@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
-from .data import InputError
+from .files import InputError, read_jsonl
 from .transformer import ModelConfig
-from .pretrain import TrainConfig, read_record
+from .pretrain import TrainConfig
 from .l0_pruning import PruneConfig
 from .gradient_probes import ProbeConfig, conflict
 from .experiments import (SCALES, Claim, RunSpec, Scale, about_records,
@@ -177,7 +177,7 @@ def near_to_far(pairs: Iterable[str]) -> list[str]:
 
 def read_probe(home: Path) -> list[dict]:
     "Read what a run's probe measured."
-    return [r for r in read_record(home/'probe.jsonl') if r['kind'] == 'probe']
+    return [r for r in read_jsonl(home/'probe.jsonl') if r['kind'] == 'probe']
 
 def homes(folder, names=None) -> list[tuple[Path, list[dict]]]:
     "List the runs of a study that are complete: folder and rows."

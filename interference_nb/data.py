@@ -5,29 +5,27 @@
 # %% auto #0
 __all__ = ['SPECIALS', 'BOS', 'EOS', 'PAD', 'UNK', 'MASK', 'SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS',
            'TASKS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'ROWS',
-           'IDS_PER_BYTE', 'InputError', 'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences',
-           'cpu_count', 'parallel_map', 'train_bpe', 'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages',
+           'IDS_PER_BYTE', 'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'cpu_count',
+           'parallel_map', 'train_bpe', 'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages',
            'train_tokenizer', 'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size',
            'hub_cache', 'HubSource', 'Corpus', 'check_rows', 'disk_needed', 'check_room', 'prepare_corpus',
            'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'task_sizes', 'corpus_statistics', 'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
-import functools, hashlib, heapq, io, json, multiprocessing, os, re, shutil, signal, zlib
+import functools, hashlib, heapq, io, json, multiprocessing, os, re, signal, zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 import numpy as np
 import torch
+from .files import InputError, free_space, run_lock, write_atomically
 
 # %% ../nbs/00_data.ipynb #64ba85b6
 SPECIALS = ('<s>', '</s>', '<pad>', '<unk>', '<mask>')
 BOS, EOS, PAD, UNK, MASK = range(5)
 SPLITS = ('train', 'validation', 'test')
 
-class InputError(ValueError):
-    "Say what is wrong with something the user gave, and what to do about it."
 
 # %% ../nbs/00_data.ipynb #d1751a81
 LANGUAGES = dict(en='English', ar='Arabic', fr='French', ru='Russian', hi='Hindi', sw='Swahili',
@@ -204,13 +202,6 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     while start < end and text[end - 1].isspace(): end -= 1
     return start, end
 
-def _write(path: str | Path, content: bytes) -> None:
-    "Write a file whole or not at all: a temporary file beside it, renamed at the end."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try: temporary.write_bytes(content); os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
 # %% ../nbs/00_data.ipynb #4c87ca49
 class Tokenizer:
     "Turn text into subword ids and back, in all languages of a model [paper Section 3.2]."
@@ -254,7 +245,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         "Write the model for `load_tokenizer`."
-        _write(path, self.model)
+        write_atomically(path, self.model)
 
     def __reduce__(self): return type(self), (self.model,)
 
@@ -291,7 +282,7 @@ class WordTokenizer:
 
     def save(self, path: str | Path) -> None:
         "Write the pieces as JSON for `load_tokenizer`."
-        _write(path, json.dumps({'pieces': self.pieces}, ensure_ascii=False).encode())
+        write_atomically(path, json.dumps({'pieces': self.pieces}, ensure_ascii=False))
 
 # %% ../nbs/00_data.ipynb #f81f6d2c
 def load_tokenizer(path: str | Path,               # a file written by `save`
@@ -630,21 +621,15 @@ def _encode_documents(tokenizer, form: str, documents: list[str]) -> tuple:
 def _tokenise(documents: Iterable[str], tokenizer, path: Path, workers: int,
               form: str) -> dict[str, int]:
     "Write the ids of documents to a file, whole or not at all, and count."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     total = np.zeros(4, dtype=np.int64)
-    try:
-        with open(temporary, 'wb') as f:
-            encode = functools.partial(_encode_documents, tokenizer, form)
-            for ids, *counts in parallel_map(encode, _chunks(documents), workers):
-                f.write(ids); total += counts
-        if total[1]: os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    def encoded():
+        nonlocal total
+        encode = functools.partial(_encode_documents, tokenizer, form)
+        for ids, *counts in parallel_map(encode, _chunks(documents), workers):
+            total += counts
+            yield ids
+    write_atomically(path, encoded())
     return dict(zip(('tokens', 'documents', 'sentences', 'unknown'), total.tolist(), strict=True))
-
-
-
-
 
 # %% ../nbs/00_data.ipynb #d29c507b
 def _text_revision(source: Source, lang: str) -> dict[str, str]:
@@ -740,24 +725,12 @@ def check_room(rows: list[dict],  # from disk_needed
         while not place.exists(): place = place.parent
         disks.setdefault(place.stat().st_dev, [place, 0])[1] += need
     for place, need in disks.values():
-        if need > (free := shutil.disk_usage(place).free):
+        if need > (free := free_space(place)):
             raise InputError(
                 f"the text of {', '.join(dict.fromkeys(r['lang'] for r in rows))} takes about "
                 f"{need / 1e9:,.2f} GB on the disk of {place}, which has {free / 1e9:,.2f} GB "
                 "free. Make room, name a folder on another disk, or prepare it from "
                 "HubSource(streaming=True), which keeps no copy of the hub's text.")
-
-@contextmanager
-def _in_turn(folder: Path):
-    "Let one process at a time write to a folder; another one waits."
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'lock', 'w') as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX)
-        except (ImportError, OSError): pass                 # not on this system
-        yield
-
 
 # %% ../nbs/00_data.ipynb #7b2b5b1a
 def prepare_corpus(source: Source,        # where the text comes from
@@ -800,16 +773,16 @@ def _prepare(source: Source, key: dict, tokenizer, folder: Path,
         raise
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     name = f'{lang}/{split}-{digest}.ids'
-    with _in_turn(folder):
+    with run_lock(folder, wait=True):
         if found := _find(folder, key): return found        # another process made it meanwhile
-        for left in folder.glob(f'{name}.*.tmp'): left.unlink()     # by a kill
         documents = cap_sentences(documents, key['max_sentences'], key['seed'] or 0)
         counts = _tokenise(documents, tokenizer, folder / name, workers, _form(key))
         if not counts['documents']:
+            (folder / name).unlink()
             if split == 'test': return None
             raise InputError(f"language {lang!r} has no {split} text. Leave it out, or add text.")
         manifest = _read_manifest(folder) | {name: key | counts}
-        _write(folder / 'manifest.json', json.dumps(manifest, indent=1, sort_keys=True).encode())
+        write_atomically(folder/'manifest.json', json.dumps(manifest, indent=1, sort_keys=True))
     return folder / name, manifest[name]
 
 

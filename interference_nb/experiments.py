@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
            'vocabulary', 'run', 'room_for_checkpoint', 'checkpoint_size', 'sized', 'parameters', 'run_own', 'run_hub',
-           'teach', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_lessons', 'alone', 'teach_one',
-           'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
+           'teach', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_lessons', 'teach_one', 'lessons',
+           'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
            'check_format', 'device', 'on_cpu', 'aside', 'pretrain_all', 'ready', 'small', 'try_small', 'cost',
            'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records',
            'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
            'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
-import hashlib, itertools, json, math, multiprocessing, os, shutil, tempfile, time
+import itertools, json, math, multiprocessing, os, shutil, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,15 +25,15 @@ from typing import NamedTuple
 from unittest.mock import patch
 import numpy as np
 import torch
-from .data import (InputError, Stream, check_languages, check_room, cpu_count,
-                                  dev_batches, disk_needed, load_tokenizer, prepare_corpus,
-                                  train_tokenizer)
+from .data import (Stream, check_languages, check_room, cpu_count, dev_batches,
+                                  disk_needed, load_tokenizer, prepare_corpus, train_tokenizer)
+from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_jsonl,
+                                   run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig
 from .distributed import first_process_first, launch, processes
-from .pretrain import (Feed, JointStep, Record, TrainConfig, config_hash,
-                                      load_checkpoint, perplexity, read_record, run_info,
-                                      same_config, save_checkpoint, train)
+from .pretrain import (Feed, JointStep, TrainConfig, config_hash, perplexity,
+                                      run_info, same_config, train)
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
@@ -185,14 +185,6 @@ def vocabulary(spec: RunSpec, folder, source=None,
 
 
 # %% ../nbs/07_experiments.ipynb #086f0cee
-def weights_hash(model) -> str:
-    "Name a model's weights, bit for bit."
-    found = hashlib.sha256()
-    for name, t in model.state_dict().items():
-        found.update(name.encode())
-        found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:12]
-
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
                      make: bool = True):
     "Train the pair's BPE once; the file's name says what it was trained on."
@@ -216,7 +208,7 @@ def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of it
     with ExitStack() as locked:
         with first_process_first():         # the others find its decisions and its files
             if (rows := complete(spec, home)): return rows if first else None
-            if first: locked.enter_context(alone(home))
+            if first: locked.enter_context(run_lock(home))
             if first and not hub: room_for_checkpoint(spec, home)
             data = None if hub else materials(spec, folder, workers)
             if data: lessons(spec, data[0])                 # refuses tasks without rows
@@ -228,7 +220,7 @@ def room_for_checkpoint(spec: RunSpec, home: Path):
     "Raise `InputError` if the disk cannot take the checkpoint, which is there twice while written."
     if has_model(spec, home): return
     before = (home/'checkpoint.safetensors').exists()
-    need, free = checkpoint_size(spec) * (2 - before), shutil.disk_usage(home).free
+    need, free = checkpoint_size(spec) * (2 - before), free_space(home)
     if need > free:
         raise InputError(f'the checkpoint of {spec.name} takes up to {need / 1e9:,.2f} GB on the '
                          f'disk of {home}, which has {free / 1e9:,.2f} GB free. Make room, or name '
@@ -256,7 +248,7 @@ def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict
     feed, dev = text_of(spec, tokenizer, corpora, meta)
     model = pretrained(spec, home, source, tokenizer, corpora, feed, dev, meta, progress)
     if processes()[0]: return None
-    record = Record(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
+    record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     for prune in spec.prune:
         if not any(held_gates(prune, r) for r in record.rows):
             folder = home/f'gates-{config_hash(asdict(prune))}'
@@ -266,12 +258,12 @@ def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict
 def run_hub(spec: RunSpec, home: Path, progress: bool) -> list[dict]:
     "Finetune a model of the hub under the same protocol. [paper Fig. 1]"
     model, tokenizer = load_pretrained(**SYSTEMS[spec.system].hub)
-    record = Record(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
+    record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     if not record.rows: record.write('start', config=dict(run=spec.config), **run_info())
     return teach(spec, home, model.to(device()), tokenizer, open_source(spec.data, spec.seed),
                  record, progress)
 
-def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: Record, progress: bool):
+def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: JsonlLog, progress: bool):
     "Finetune on what a record lacks, and finish it."
     for (task, lang), tests in lessons(spec, source).items():
         if any(held_lesson(task, lang, r) for r in record.rows):
@@ -324,28 +316,14 @@ def is_pretrained(spec: RunSpec, home: Path) -> bool:
 def keep_lessons(before: Path, path: Path):
     "Take over what an older record of the same weights holds: they have the same perplexities."
     end = lambda rows: next(r['ppl'] for r in rows if r['kind'] == 'end')
-    old, record = read_record(before), Record(path)
+    old, record = read_jsonl(before), JsonlLog(path)
     if end(old) == end(record.rows):
         for row in old:
             if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
     before.unlink()
 
-@contextmanager
-def alone(home: Path):
-    "Hold a run's folder while it is worked on; raises `InputError` if another process does."
-    home.mkdir(parents=True, exist_ok=True)
-    with open(home/'lock', 'w') as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise InputError(f'another process works on {home}. Wait for it, or name another '
-                             'folder with --out.') from e
-        except (ImportError, OSError): pass             # not on this system, or this file system
-        yield
-
 def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, lang: str,
-              tests: list[str], record: Record, progress: bool):
+              tests: list[str], record: JsonlLog, progress: bool):
     "Finetune on one task and language, and add what came of it to the record."
     protocol, folder = spec.protocol(task), home/f'{task}-{lang}'
     cfg = replace(spec.scale.finetune[task], seed=spec.seed)
@@ -399,7 +377,7 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
     if not (home/'record.jsonl').exists():
         raise InputError(f'no run in {home}. Name a folder that `interference pretrain` '
                          'made.')
-    rows = read_record(home/'record.jsonl')
+    rows = read_jsonl(home/'record.jsonl')
     if not rows or 'run' not in rows[0].get('config', {}):
         raise InputError(f'{home} holds no whole record. Pretrain again into another folder.')
     if not any(r['kind'] == 'end' for r in rows):
@@ -430,7 +408,7 @@ def prune_model(model, feed: Feed,
                      'prune')
         return lambda k: model.loss(own.batch(k).to(feed.device))
     path = lambda lang, seed: Path(folder)/f'{lang}-{seed}.safetensors'
-    about = json.loads(json.dumps(dict(config=asdict(cfg), model=weights_hash(model))))
+    about = json.loads(json.dumps(dict(config=asdict(cfg), model=weights_hash(model)[:12])))
     def done(lang, seed):
         if not path(lang, seed).exists(): return None
         gates = Gates.load(path(lang, seed))
@@ -456,7 +434,7 @@ def complete(spec: RunSpec, home: Path) -> list[dict] | None:
 def held(spec: RunSpec, home: Path) -> list[dict]:
     "Read a run's record, if any; raises `InputError` if it is another config's or an older one."
     path = Path(home)/'record.jsonl'
-    if not (rows := read_record(path) if path.exists() else []): return []
+    if not (rows := read_jsonl(path) if path.exists() else []): return []
     check_format(rows, home)
     same_config(spec.config, rows[0]['config']['run'], home)
     for r in (r for r in rows if r['kind'] == 'finetune' and r['task'] in spec.tasks):
@@ -505,7 +483,7 @@ def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
     for i, spec in enumerate(specs, 1):
         if progress and not processes()[0]:
             path = Path(folder)/spec.name/'record.jsonl'
-            there = path.exists() and any(r['kind'] == 'end' for r in read_record(path))
+            there = path.exists() and any(r['kind'] == 'end' for r in read_jsonl(path))
             print(f'{i} of {len(specs)}: {spec.name}' + ', pretrained already' * there, flush=True)
         run(replace(spec, tasks=(), prune=()), folder, progress)
 
@@ -532,7 +510,7 @@ def try_small(spec: RunSpec, processes: int = 1) -> dict:  # what its last evalu
     tiny = small(spec)
     with tempfile.TemporaryDirectory() as folder:
         on_cpu(pretrain_all, [tiny], folder, False, processes=processes)
-        end = next(r for r in read_record(Path(folder)/tiny.name/'record.jsonl')
+        end = next(r for r in read_jsonl(Path(folder)/tiny.name/'record.jsonl')
                    if r['kind'] == 'end')
     return dict(run=tiny.name, **{k: end[k] for k in ('step', 'passes', 'ppl')})
 
@@ -691,7 +669,7 @@ def complete_records(folder,
                      ) -> list[list[dict]]:  # the rows of each record
     "Read the complete records under a folder."
     paths = sorted(Path(folder).glob('*/record.jsonl'))
-    records = [read_record(p) for p in paths if names is None or p.parent.name in names]
+    records = [read_jsonl(p) for p in paths if names is None or p.parent.name in names]
     last = ('done',) if whole else ('end', 'gates', 'finetune', 'no lesson', 'done')
     return [rows for rows in records if rows and rows[-1]['kind'] in last]
 

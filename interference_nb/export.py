@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from .adapters import SLOTS, MultilingualLM
 from .any_model import AnyModel, hf_loss
-from .data import (BOS, EOS, MASK, PAD, SPECIALS, UNK, InputError, Tokenizer,
-                                  WordTokenizer, load_tokenizer)
+from .data import (BOS, EOS, MASK, PAD, SPECIALS, UNK, Tokenizer, WordTokenizer,
+                                  load_tokenizer)
+from .files import InputError
 from .transformer import ModelConfig
 
 # %% ../nbs/05b_export.ipynb #7f6a4d9f

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from .data import InputError
+from .files import InputError
 from .experiments import (SYSTEMS, Paired, Score, complete_records, load_results,
                                          paired, read_scores)
 from .finetune import task_spec

@@ -14,7 +14,7 @@ __all__ = ['tagging', 'TASKS', 'GRIDS', 'classifying', 'MAX_ANSWER', 'Piece', 'c
            'clean_qa', 'first_best']
 
 # %% ../nbs/06_finetune.ipynb #db95f6a8
-import copy, hashlib, itertools, math, multiprocessing, os, pickle, re, string, sys
+import copy, itertools, math, multiprocessing, os, pickle, re, string, sys
 import tempfile, threading, time, unicodedata, zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,11 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .data import BOS, EOS, NER_LABELS, NLI_LABELS, PAD, UPOS_LABELS, InputError
+from .data import BOS, EOS, NER_LABELS, NLI_LABELS, PAD, UPOS_LABELS
+from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
+                                   save_checkpoint, weights_hash)
 from .data import TASKS as COLUMNS
-from .pretrain import (Record, load_checkpoint, read_record,
-                                      restore_training_state, run_info, same_config,
-                                      save_checkpoint, training_state)
+from .pretrain import restore_training_state, run_info, same_config, training_state
 
 # %% ../nbs/06_finetune.ipynb #e6266610
 @dataclass
@@ -422,7 +422,7 @@ def resume_epoch(run: 'Tuning'):
         run.history = meta['history']
         run.best, _ = load_checkpoint(run.folder/'best.safetensors', run.model.device)
     n = len(run.history)
-    run.record = Record(run.folder/'record.jsonl', lambda row: n and row.get('epoch', 0) <= n)
+    run.record = JsonlLog(run.folder/'record.jsonl', lambda row: n and row.get('epoch', 0) <= n)
     if not run.record.rows: run.record.write('start', config=run.config, **run_info())
 
 # %% ../nbs/06_finetune.ipynb #d03107e1
@@ -446,7 +446,7 @@ class Tuning:
         self.model, self.data, self.dev, self.lang, self.cfg = model, data, dev, lang, cfg
         self.folder, self.history, self.best = Path(folder) if folder else None, [], None
         self.config = tuning_config(model.spec, lang, cfg, about)
-        self.optimizers, self.record = {'all': make_optimizer(model, lang, cfg)}, Record()
+        self.optimizers, self.record = {'all': make_optimizer(model, lang, cfg)}, JsonlLog()
         if self.folder: resume_epoch(self)
 
     def epoch(self) -> dict:                # {'epoch', 'loss', and the development scores}
@@ -554,12 +554,9 @@ def check_model(model, tokenizer, langs: list[str]):
 
 def describe(model, tokenizer, source, spec, lang) -> dict:
     "Say what a run depends on besides its settings: weights, tokenizer, data."
-    weights, own = hashlib.sha256(), f'{spec.data}/{lang}'
-    for name, t in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(t.detach().cpu().contiguous().view(torch.uint8).numpy())
+    own = f'{spec.data}/{lang}'
     data = {k: v for k, v in source.revision().items() if '/' not in k or k == own}
-    return dict(weights=weights.hexdigest()[:16], tokenizer=tokenizer.fingerprint[:16], data=data)
+    return dict(weights=weights_hash(model), tokenizer=tokenizer.fingerprint[:16], data=data)
 
 # %% ../nbs/06_finetune.ipynb #a2a4b4a5
 GRIDS = dict.fromkeys(('ner', 'pos', 'qa'), dict(batch_size=(16, 32), lr=(2e-5, 3e-5, 5e-5)))
@@ -631,7 +628,7 @@ def trial(
 
 def read_trial(home, spec, train_lang, cfg, about) -> dict | None:      # None: not done
     "Read what a trial did; raises `InputError` for a folder of another one."
-    rows = read_record(home/'record.jsonl') if (home/'record.jsonl').exists() else []
+    rows = read_jsonl(home/'record.jsonl') if (home/'record.jsonl').exists() else []
     if not rows or rows[-1]['kind'] != 'done': return None
     same_config(tuning_config(spec, train_lang, cfg, about), rows[0]['config'], home)
     dev = [{k: v for k, v in row.items() if k not in ('kind', 'wall_s')} for row in rows[1:-1]]

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import InputError
+from .files import InputError, JsonlLog
 from .l0_pruning import place
-from .pretrain import (Feed, JointStep, Precision, Record, TrainConfig,
-                                      check_shares, mean_over_processes, same_config, seed_step)
+from .pretrain import (Feed, JointStep, Precision, TrainConfig, check_shares,
+                                      mean_over_processes, same_config, seed_step)
 
 # %% ../nbs/04_gradient_probes.ipynb #578dda96
 def corrected(
@@ -184,7 +184,7 @@ class GradientProbe:
         self.streams = {l: s.fork('probe') for l, s in feed.streams.items()}
         self.turns = len(walk(feed.langs))
         path = Path(self.folder)/'probe.jsonl' if self.folder and feed.rank == 0 else None
-        self.record = Record(path, keep=lambda r: k > 0 and r.get('step', -1) < k)
+        self.record = JsonlLog(path, keep=lambda r: k > 0 and r.get('step', -1) < k)
         if self.record.rows: same_config(asdict(self.cfg), self.record.rows[0]['config'], path, ())
         else: self.record.write('start', config=asdict(self.cfg), langs=list(feed.langs))
         if self.rows: self.passes = self.rows[-1]['passes']

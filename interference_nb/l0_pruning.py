@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .data import InputError
-from .pretrain import load_checkpoint, progress_bar, save_checkpoint
+from .files import InputError, load_checkpoint, save_checkpoint
+from .pretrain import progress_bar
 
 # %% ../nbs/03_l0_pruning.ipynb #6ad6fd84
 @dataclass(frozen=True)

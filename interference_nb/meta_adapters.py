@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .data import InputError
+from .files import InputError
 from .pretrain import (Feed, JointStep, Precision, TrainConfig, make_adam,
                                       mean_over_processes)
 

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'RESERVE', 'ALONE', 'Memory', 'size', 'Ledger', 'SameBatch', 'random_batch', 'rehearsal', 'cycle',
            'as_on_gpu', 'unit_matrix', 'pretended', 'account', 'rehearsed', 'rehearse', 'measured_peak', 'plot_memory',
-           'memory_cells', 'Plan', 'plan_run', 'account_of', 'memory_of', 'gpu', 'free_at', 'text_of', 'measured_step',
+           'memory_cells', 'Plan', 'plan_run', 'account_of', 'memory_of', 'gpu', 'text_of', 'measured_step',
            'time_steps', 'about_here', 'plan_family', 'step_of', 'plan_table', 'about_plans', 'total_disk',
            'plan_lessons']
 
 # %% ../nbs/07c_planner.ipynb #11ca592e
-import contextlib, gc, itertools, os, shutil, subprocess, sys, time, weakref
+import contextlib, gc, itertools, os, subprocess, sys, time, weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from functools import cache, partial
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -25,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from .data import SPLITS, Batch, InputError, _find, _key, disk_needed
+from .data import SPLITS, Batch, _find, _key, disk_needed
+from .files import InputError, free_space
 from .transformer import ModelConfig
 from . import transformer
 from .distributed import traffic
@@ -395,7 +395,7 @@ def plan_run(spec: RunSpec,
         room, where = memory_of(on, processes)
         memory = account_of(spec, spec.train, processes, on)
         gpus = torch.cuda.device_count() if on == 'cuda' else 0
-        return Plan(spec, processes, memory, room, where, *text, free_at(folder), how=how,
+        return Plan(spec, processes, memory, room, where, *text, free_space(folder), how=how,
                     gpus=gpus)
     text = text_of(spec, folder)
     plan = planned(on or ('cuda' if device() == 'cuda' or not seconds else 'cpu'))
@@ -428,12 +428,6 @@ def gpu() -> tuple[str, int]:  # name, bytes
     said = subprocess.run([sys.executable, '-c', ask], capture_output=True, text=True, check=True)
     memory, name = said.stdout.split(maxsplit=1)
     return name.strip(), int(memory)
-
-def free_at(folder) -> int:
-    "Tell how many bytes are free on the disk of a folder that need not exist yet."
-    place = Path(folder).absolute()
-    while not place.exists(): place = place.parent
-    return shutil.disk_usage(place).free
 
 # %% ../nbs/07c_planner.ipynb #f1952245
 def text_of(spec: RunSpec, folder) -> tuple[float | None, float, float]:  # ids, copy, ids held

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEFORE', 'FREE', 'TrainConfig', 'learning_rate', 'Feed', 'check_shares', 'pinned', 'perplexity', 'make_adam',
-           'Precision', 'JointStep', 'save_checkpoint', 'sync_file', 'sync_folder', 'load_checkpoint', 'training_state',
-           'restore_training_state', 'Record', 'room_for', 'read_record', 'config_hash', 'run_info', 'train', 'clocks',
-           'seed_step', 'prepare_model', 'keep_memory', 'end_by', 'progress_bar', 'same_config', 'RunLog']
+           'Precision', 'JointStep', 'training_state', 'restore_training_state', 'config_hash', 'run_info', 'train',
+           'clocks', 'seed_step', 'prepare_model', 'keep_memory', 'end_by', 'progress_bar', 'same_config', 'RunLog']
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
@@ -17,10 +16,10 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
-from .data import Batch, InputError, Stream, check_rows, sampling_probabilities
+from .data import Batch, Stream, check_rows, sampling_probabilities
+from .files import InputError, JsonlLog, load_checkpoint, save_checkpoint
 from .distributed import (StopSignals, fail_together, gathered, mean_over_processes,
                                          processes, traffic)
-
 
 # %% ../nbs/01a_pretrain.ipynb #891f82a8
 @dataclass(frozen=True)
@@ -272,47 +271,6 @@ class JointStep:
         "What a record and a checkpoint say of this step."
         return dict(name='joint')
 
-# %% ../nbs/01a_pretrain.ipynb #dcbb7efa
-def save_checkpoint(path, tensors: dict[str, torch.Tensor], meta: dict):
-    "Write tensors and a dict of plain values to one file, atomically."
-    from safetensors.torch import save
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
-    try:
-        on_cpu = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-        part.write_bytes(save(on_cpu, {'meta': json.dumps(meta)}))
-        sync_file(part)
-        os.replace(part, path)
-        sync_folder(path.parent)
-    except Exception as e:
-        part.unlink(missing_ok=True)
-        raise InputError(f'could not write {path} ({e}). The checkpoint before it is untouched: '
-                         'make room on the disk and run the same command again.') from e
-
-def sync_file(path):
-    "Make what a file holds outlive a power cut."
-    with open(path, 'rb+') as f: os.fsync(f.fileno())
-
-def sync_folder(path):
-    "Make a file's new name outlive a power cut, where the system can."
-    with contextlib.suppress(OSError):      # Windows cannot, nor some folders over a network
-        folder = os.open(path, os.O_RDONLY)
-        try: os.fsync(folder)
-        finally: os.close(folder)
-
-def load_checkpoint(path, device='cpu') -> tuple[dict[str, torch.Tensor], dict]:  # (tensors, meta)
-    "Read what `save_checkpoint` wrote."
-    from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file():
-        raise InputError(f'no checkpoint at {path}. Train one with `interference pretrain`.')
-    try:
-        with safe_open(path, 'pt', device=str(device)) as f:
-            return {n: f.get_tensor(n) for n in f.keys()}, json.loads((f.metadata() or {})['meta'])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as e:
-        raise InputError(f'{path} is not a whole checkpoint ({e}): it was cut short or is another '
-                         'kind of file. Delete it to start over, or copy it again.') from e
-
 # %% ../nbs/01a_pretrain.ipynb #dcfb3e7c
 def training_state(model, step) -> dict[str, torch.Tensor]:
     "Everything that the next step depends on, as named tensors."
@@ -334,52 +292,6 @@ def restore_training_state(model, step, state: dict[str, torch.Tensor]):
             i, k = key.split('.')
             moments.setdefault(int(i), {})[k] = t
         opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()['param_groups']))
-
-# %% ../nbs/01a_pretrain.ipynb #50ad6cf8
-class Record:
-    "An append-only file of JSON lines (or just a list, without a path); `rows` holds them."
-    def __init__(self, path=None,
-                 keep=lambda row: True):  # which rows of an earlier, killed run stay
-        self.path, self.rows = Path(path) if path else None, []
-        if self.path and self.path.exists():
-            self.rows = [r for r in read_record(self.path) if keep(r)]
-        if self.path:
-            with room_for(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                part = self.path.with_name(self.path.name + '.part')
-                part.write_text(''.join(json.dumps(r) + '\n' for r in self.rows), encoding='utf-8')
-                sync_file(part)
-                os.replace(part, self.path)
-
-    def write(self, kind: str, **fields) -> dict:
-        "Append one line."
-        row = dict(kind=kind, **fields)
-        self.rows.append(row)
-        if self.path:
-            with room_for(self.path), open(self.path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(row) + '\n')
-        return row
-
-    def sync(self):
-        "Make the lines outlive a power cut."
-        if self.path:
-            with room_for(self.path): sync_file(self.path)
-
-@contextlib.contextmanager
-def room_for(path):
-    "Say what could not be written, and what to do."
-    try: yield
-    except OSError as e:
-        raise InputError(f'could not write {path} ({e}). Make room on the disk, or see that you '
-                         'may write there, and run the same command again.') from e
-
-def read_record(path) -> list[dict]:
-    "Read a record's lines; a last line cut short by a kill is left out."
-    rows = []
-    for line in Path(path).read_text(encoding='utf-8').splitlines():
-        try: rows.append(json.loads(line))
-        except json.JSONDecodeError: break
-    return rows
 
 # %% ../nbs/01a_pretrain.ipynb #696cafc4
 def config_hash(config: dict) -> str:
@@ -522,7 +434,7 @@ class RunLog:
         if self.checkpoint and self.checkpoint.exists(): self.resume()
         self.passes = step.passes       # of all processes, when this one began
         self.check_start()
-        self.record = Record(Path(folder)/'record.jsonl' if folder and self.main else None,
+        self.record = JsonlLog(Path(folder)/'record.jsonl' if folder and self.main else None,
                              keep=lambda r: self.first      # else this run begins anew
                              and r['kind'] in ('start', 'step', 'eval', 'resume')
                              and r.get('step', -1) <= self.first)

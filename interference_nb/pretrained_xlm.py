@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from .any_model import language_inputs
-from .data import PAD, InputError
+from .data import PAD
+from .files import InputError
 
 # %% ../nbs/06a_pretrained_xlm.ipynb #5a9376c4
 SHIFT = 3                   # our <s>, </s>, <pad>; then their ids

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .data import BOS, InputError
+from .data import BOS
+from .files import InputError
 
 # %% ../nbs/01_transformer.ipynb #7b00f673
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 import pytest
 import torch
-from interference_nb.data import InputError, cpu_count
-from interference_nb.experiments import (SCALES, RunSpec, Scale, alone, cost, lessons, on_cpu,
-                                         plan, read_scores, run, run_all, side_by_side)
+from interference_nb.data import cpu_count
+from interference_nb.files import InputError, read_jsonl, run_lock
+from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, lessons, on_cpu, plan,
+                                         read_scores, run, run_all, side_by_side)
 from interference_nb.finetune import FinetuneConfig
-from interference_nb.pretrain import TrainConfig, read_record
+from interference_nb.pretrain import TrainConfig
 from interference_nb.transformer import ModelConfig
 
 TINY = Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16), TrainConfig.toy(steps=20, warmup=2),
@@ -28,7 +29,7 @@ def test_a_killed_worker_stops_no_other_run(tmp_path):
 
 def test_a_folder_is_worked_on_by_one(tmp_path):
     spec, = specs(1)
-    with alone(tmp_path/spec.name):
+    with run_lock(tmp_path/spec.name):
         with pytest.raises(InputError, match='another process works on'): run(spec, tmp_path)
     run(spec, tmp_path)
 
@@ -36,7 +37,7 @@ def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
     fcntl = pytest.importorskip('fcntl')
     def flock(*_): raise OSError(errno.ENOSYS, 'Function not implemented')
     monkeypatch.setattr(fcntl, 'flock', flock)
-    with alone(tmp_path/'run'): assert (tmp_path/'run').is_dir()
+    with run_lock(tmp_path/'run'): assert (tmp_path/'run').is_dir()
 
 def where(): return os.getpid(), os.environ.get('CUDA_VISIBLE_DEVICES')
 
@@ -57,7 +58,7 @@ def test_no_checkpoint_repeats_the_pretraining_only(tmp_path):
     after = run(more, tmp_path)
     lessons = [[r for r in rows if r['kind'] == 'finetune'] for rows in (before, after)]
     assert lessons[1][:2] == lessons[0] and len(lessons[1]) == 4
-    assert after == read_record(home/'record.jsonl') and not (home/'record-before.jsonl').exists()
+    assert after == read_jsonl(home/'record.jsonl') and not (home/'record-before.jsonl').exists()
 
 def test_half_done_additions_hide_nothing(tmp_path):
     spec, = specs(1)

@@ -12,7 +12,8 @@ import huggingface_hub
 
 from interference_nb import export
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import InputError, Tokenizer, WordTokenizer
+from interference_nb.data import Tokenizer, WordTokenizer
+from interference_nb.files import InputError
 from interference_nb.export import (ADAPTERS, OWN, WEIGHTS, export_hf, from_xlm, import_hf,
                                     one_language, open_masked_lm, push_to_hub, save_hf_tokenizer,
                                     to_xlm, with_adapters, xlm_shape)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import FolderSource, InputError, load_tokenizer, train_tokenizer
+from interference_nb.data import FolderSource, load_tokenizer, train_tokenizer
+from interference_nb.files import InputError, load_checkpoint
 from interference_nb.finetune import (TASKS, FinetuneConfig, finetune, normalise, predict,
                                       read_data, score_qa, search, span_f1, tune, word_f1)
-from interference_nb.pretrain import load_checkpoint
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 
