@@ -253,7 +253,8 @@ def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
 def prepare(cfg: PrepareConfig):
     "Make vocabulary and token files where `pretrain` looks for them."
     paper = SCALES['paper']
-    model = replace(paper.model, vocab_size=cfg.vocab_size, documents_apart=cfg.rows == 'segments')
+    model = replace(paper.model, vocab_size=cfg.vocab_size,
+                    isolate_documents=cfg.rows == 'segments')
     scale = replace(paper, model=model,
                     train=replace(paper.train, temperature=cfg.temperature, rows=cfg.rows))
     _, tokenizer, corpora = materials(spec_of(cfg, scale), cfg.out, workers=None)
@@ -329,6 +330,7 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
+
 
 
 # %% ../nbs/09_cli.ipynb #51ce7ea8
