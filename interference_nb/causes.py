@@ -63,7 +63,7 @@ def gradient_metrics(rows: list[dict],  # of a probe
     "Sum up a probe: mean cosines of a pair and of its languages; all steps, early and late."
     a, b = langs
     fifth, out = (rows[-1]['step'] + 1) / 5, dict(zero=0.)
-    for end, period in (('', {}), (' early', dict(upto=fifth)), (' late', dict(since=fifth))):
+    for end, period in (('', {}), (' early', dict(max_step=fifth)), (' late', dict(since=fifth))):
         found = conflict(rows, group, **period)
         cross = found[f'{a}-{b}']
         within = (found[f'{a}-{a}']['mean'] + found[f'{b}-{b}']['mean']) / 2
@@ -357,7 +357,7 @@ def probe_rows(folder, names=None) -> dict[str, list[list[dict]]]:  # {'en-fr': 
     return {pair: found[pair] for pair in near_to_far(found)}
 
 def plot_conflict(probes: dict,  # of `probe_rows`
-                  group: str = 'encoder',  # of `groups_of`: a kind, 'layer 0', 'all', ...
+                  group: str = 'encoder',  # of `parameter_groups`: a kind, 'layer 0', 'all', ...
                   window: int = 9,  # probes in the running mean
                   upto: float = math.inf,  # leave out what comes from this step on
                   ax=None) -> Figure:

@@ -30,7 +30,7 @@ from .data import (Stream, check_languages, check_room, cpu_count, dev_batches,
 from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_jsonl,
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
-from .transformer import ModelConfig
+from .transformer import ModelConfig, upgrade_model
 from .distributed import first_process_first, launch, processes
 from .pretrain import (Feed, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
@@ -38,9 +38,9 @@ from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep
-from .finetune import (GRIDS, TASKS, FinetuneConfig, be_worker, no_main, search,
-                                      task_rows, task_spec)
+from .finetune import GRIDS, FinetuneConfig, be_worker, no_main, search
 from .pretrained_xlm import XLM_100, load_pretrained
+from .tasks import TASKS, task_rows, task_spec
 
 # %% ../nbs/07_experiments.ipynb #3e93fba4
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps
            'ffn': System('ffn'), 'attn': System('attn'), 'adpt': System('adpt'),
            'share_adpt': System('share_adpt'), 'meta_adpt': System('adpt', meta=MetaConfig()),
            **{f'meta_{name}': System('adpt', meta=MetaConfig(**kw)) for name, kw in dict(
-               one_sided=dict(estimator='one_sided'), rest3=dict(rest=3), sample1=dict(sample=1),
+               one_sided=dict(estimator='one_sided'), rest3=dict(meta_every=4),
+               sample1=dict(sampled_languages=1),
                first_order=dict(estimator='first_order'), exact=dict(estimator='exact')).items()},
            'joint_all': System(combine='mean'), 'pcgrad': System(combine='pcgrad'),
            'gradvac': System(combine='gradvac'), 'xlm': System(mono=True, hub=XLM_100)}
@@ -78,7 +79,7 @@ def for_tasks(preset, **kw) -> dict[str, FinetuneConfig]:  # preset: such as `Fi
 
 SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), for_tasks(FinetuneConfig.toy)),
           'pocket': Scale(ModelConfig.toy(2000, dim=64, n_heads=4, ffn_dim=256,
-                                          documents_apart=False),
+                                          isolate_documents=False),
                           TrainConfig.toy(steps=1200, batch_size=16, seq_len=48, eval_every=120),
                           for_tasks(FinetuneConfig.mini, epochs=5, lr=1e-3, head_lr=3e-3,
                                     max_train=900, max_dev=300, max_eval=500)),
@@ -378,7 +379,7 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
         raise InputError(f"{home} was pretrained on data named '{about['data']}', not "
                          f"'{Path(data).name}'. Name it with --data.")
     sizes = about['scale']
-    scale = Scale(ModelConfig(**sizes['model']), TrainConfig(**sizes['train']))
+    scale = Scale(ModelConfig(**upgrade_model(sizes['model'])), TrainConfig(**sizes['train']))
     spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'],
                    scale, data, (), about['max_sentences'])
     source, tokenizer, corpora = materials(spec, home.parent)

@@ -23,7 +23,7 @@ from .any_model import AnyModel, hf_loss
 from .data import (BOS, EOS, MASK, PAD, SPECIALS, UNK, Tokenizer, WordTokenizer,
                                   load_tokenizer)
 from .files import InputError
-from .transformer import ModelConfig
+from .transformer import ModelConfig, upgrade_model
 
 # %% ../nbs/05b_export.ipynb #7f6a4d9f
 def xlm_shape(
@@ -322,7 +322,7 @@ def _card(model, about):
         lines += [f'The hidden vectors are {copies} copies of {cfg.dim} numbers, because XLM has '
                   f'no heads of {cfg.head_width} in {cfg.dim}; in the last layer the first '
                   f'{cfg.dim} count and the others are 0.', '']
-    if cfg.documents_apart:
+    if cfg.isolate_documents:
         lines += ['One document a row, after one `<s>`: packed rows need `interference_nb`.', '']
     if cfg.language_embeddings:
         lines += ['Pass `langs`, a tensor like `input_ids` with the language of each token from '
@@ -446,7 +446,9 @@ def _described(folder):
     if about is None or config.get('model_type') != 'xlm':
         raise InputError(f"{folder} holds a model of kind {config.get('model_type')!r} that "
                          'export_hf did not write. To probe it, use open_masked_lm.')
-    try: model = _empty(ModelConfig(**about['model']), tuple(about['langs']), about['variant'])
+    try:
+        cfg = ModelConfig(**upgrade_model(about['model']))
+        model = _empty(cfg, tuple(about['langs']), about['variant'])
     except (KeyError, TypeError) as e:
         raise InputError(f'{folder}/config.json does not describe a model that this version knows '
                          f'({e}). Copy it again, or update interference_nb.') from e

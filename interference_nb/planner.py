@@ -164,7 +164,7 @@ def rehearsal(shape: ModelConfig, cfg: TrainConfig, system: str, langs: tuple[st
 
 def cycle(step) -> range:
     "Number the steps after which a step's work repeats; none at which a meta step logs."
-    return range(1, 2 + getattr(getattr(step, 'meta', None), 'rest', 0))
+    return range(1, 1 + getattr(getattr(step, 'meta', None), 'meta_every', 1))
 
 # %% ../nbs/07c_planner.ipynb #f1fb09f1
 @contextlib.contextmanager

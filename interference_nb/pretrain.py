@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FREE', 'TrainConfig', 'learning_rate', 'Feed', 'check_shares', 'pinned', 'perplexity', 'make_adam', 'Precision',
            'JointStep', 'training_state', 'restore_training_state', 'config_hash', 'run_info', 'train', 'clocks',
-           'seed_step', 'prepare_model', 'keep_memory', 'end_by', 'progress_bar', 'same_config', 'RunLog']
+           'seed_step', 'prepare_model', 'keep_memory', 'end_by', 'progress_bar', 'same_config', 'upgraded', 'RunLog']
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from .data import Batch, Stream, sampling_probabilities
 from .files import InputError, JsonlLog, load_checkpoint, save_checkpoint
+from .transformer import upgrade_model
 from .distributed import (StopSignals, fail_together, gathered, mean_over_processes,
                                          processes, traffic)
 
@@ -396,7 +397,7 @@ def same_config(now: dict, then: dict, path, free=FREE):
         for k, v in config.items():
             out |= flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}
         return out
-    a, b = flat(json.loads(json.dumps(now))), flat(json.loads(json.dumps(then)))
+    a, b = flat(json.loads(json.dumps(now))), flat(upgraded(json.loads(json.dumps(then))))
     for k, v in a.items():
         if not v: b.setdefault(k, v)                # a setting that is younger, and not used
     differ = [f'{k} = {b.get(k)!r} there, {a.get(k)!r} here' for k in sorted(a | b)
@@ -404,6 +405,14 @@ def same_config(now: dict, then: dict, path, free=FREE):
     if differ:
         raise InputError(f'{path} belongs to another config ({"; ".join(differ)}). '
                          'Name another folder, use its settings, or delete it to start over.')
+
+def upgraded(config):  # a stored config or a part of one, as JSON gives it
+    "Give the fields of a stored config, from a record or a checkpoint, their present names."
+    from interference_nb.meta_adapters import upgrade_meta
+    if not isinstance(config, dict): return config
+    config = {k: upgraded(v) for k, v in config.items()}
+    if 'ffn_dim' in config: config = upgrade_model(config)
+    return upgrade_meta(config) if 'estimator' in config else config
 
 class RunLog:
     "The bookkeeping of one run: its record, its checkpoint, where it resumes."

@@ -38,8 +38,9 @@ def test_three_languages():
 
 
 @pytest.mark.parametrize('meta', [
-    MetaConfig.released(estimator='finite_difference'), MetaConfig(also_direct=True),
-    MetaConfig(order='shared first'), MetaConfig(others_only=True),
+    MetaConfig.released(estimator='finite_difference'),
+    MetaConfig(phi_follows_training_gradient=True),
+    MetaConfig(order='shared first'), MetaConfig(exclude_own_language=True),
     MetaConfig(validation='held-out')], ids=lambda m: f'{m.order}-{m.validation}')
 def test_settings_of_the_meta_step(meta):
     counted = account(MODEL, TRAIN, 'meta_adpt', on='cpu', meta=meta)
@@ -48,7 +49,7 @@ def test_settings_of_the_meta_step(meta):
 
 
 @pytest.mark.parametrize('change', [
-    dict(documents_apart=True), dict(dropout=0., attention_dropout=0.),
+    dict(isolate_documents=True), dict(dropout=0., attention_dropout=0.),
     dict(language_embeddings=True)], ids=lambda c: next(iter(c)))
 def test_other_models(change):
     "Masks, the CPU's fused attention (which drops nothing), a vector for each language."

@@ -21,7 +21,7 @@ LANGS, STEPS = ('en', 'x3'), 3
 CFG = TrainConfig.toy(steps=STEPS, accumulate=4, seed=3, eval_every=3, checkpoint_every=2)
 MIXED = replace(CFG, mixed=True)
 META = {name: MetaConfig(estimator=name) for name in ESTIMATORS}
-META |= dict(mixed_meta=MetaConfig(), sampled=MetaConfig(sample=1, rest=1),
+META |= dict(mixed_meta=MetaConfig(), sampled=MetaConfig(sampled_languages=1, meta_every=2),
              released=MetaConfig.released(validation='train'))
 KINDS = dict(joint=JointStep, mixed=JointStep, mixed_vectors=JointStep, pcgrad=CombinedStep,
              gradvac=lambda *a: CombinedStep(*a, 'gradvac'))
