@@ -14,8 +14,8 @@ from interference_nb.data import (MASK, SPECIALS, Corpus, Stream, cap_sentences,
                                   mask_tokens, parallel_map, sampling_probabilities, split_of,
                                   split_sentences)
 from interference_nb.experiments import SCALES, SYSTEMS, RunSpec, paired
-from interference_nb.finetune import (TaskData, count_spans, cut_between_words, span_f1, spans,
-                                      task_spec, windows, word_f1)
+from interference_nb.tasks import (TaskData, count_spans, cut_between_words, span_f1, task_spec,
+                                   windows, word_f1)
 from interference_nb.gradient_probes import eulerian_pair_order, gram, pcgrad, vaccine
 from interference_nb.l0_pruning import HardConcrete
 from interference_nb.meta_adapters import MetaConfig, mean_gradient, perturbed
@@ -211,7 +211,7 @@ def test_cuts_cover_their_sentence(lengths, room):
         assert start == first[a] and end - start <= room
         size = sum(lengths[a:b])
         assert end - start == min(size, room) and (size <= room or b == a + 1)
-    for (a, b, *_), (_, d, *_) in pairwise(found):      # one more word would not have fitted
+    for a, b, *_ in found[:-1]:                 # one more word would not have fitted
         assert sum(lengths[a:b + 1]) > room
 
 
@@ -230,10 +230,10 @@ def test_every_word_is_asked_once(rows, room):
                                             ner_tags=[l for _, l in r]) for r in rows], Pieces(),
                     room + 2)
     asked = [[] for _ in rows]
-    for p in data.pieces:
+    for p in data.features:
         assert len(p.ids) == len(p.targets) <= room + 2
-        assert [i for i, t in enumerate(p.targets) if t != -100] == p.where
-        asked[p.row] += [p.targets[i] for i in p.where]
+        assert [i for i, t in enumerate(p.targets) if t != -100] == p.positions
+        asked[p.row] += [p.targets[i] for i in p.positions]
     assert asked == [[l for _, l in r] for r in rows]
 
 
@@ -243,7 +243,7 @@ def test_an_order_takes_every_piece_once(n, size, seed):
     data = TaskData(task_spec('ner'), rows, Pieces(), 9)
     rng = None if seed is None else np.random.default_rng(seed)
     batches = data.order(size, rng)
-    assert sorted(i for b in batches for i in b) == list(range(len(data.pieces)))
+    assert sorted(i for b in batches for i in b) == list(range(len(data.features)))
     assert all(0 < len(b) <= size for b in batches)
 
 
@@ -251,11 +251,9 @@ tags = st.sampled_from(('O', 'B-PER', 'I-PER', 'B-LOC', 'I-LOC'))
 
 
 @given(st.lists(st.tuples(tags, tags), min_size=1, max_size=25))
-def test_spans_are_seqevals(pairs):
+def test_span_f1_is_seqevals(pairs):
     from seqeval.metrics import f1_score
-    from seqeval.metrics.sequence_labeling import get_entities
     gold, said = ([p[i] for p in pairs] for i in (0, 1))
-    assert spans(gold) == [(kind, a, b + 1) for kind, a, b in get_entities(gold)]
     hits, total = count_spans(gold, said)
     if total:
         assert 100 * hits / total == pytest.approx(span_f1([gold], [said]))
@@ -382,14 +380,13 @@ def run_specs(draw):
 
 
 @pytest.mark.xfail(strict=True, reason='the name leaves out how the meta step was set')
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(run_specs(), run_specs(), st.sampled_from(('system', 'langs', 'pair', 'seed',
                                                   'max_sentences', 'meta')))
 def test_what_differs_is_told_apart_by_name(a, b, field):
     "Two runs of one experiment share a folder only if they train the same system on the same text."
-    if field == 'meta':
-        assume(SYSTEMS[a.system].meta and b.meta)
-        b = replace(a, meta=b.meta)
+    b = replace(a, **{field: getattr(b, field)})
+    assume(not (a.meta or b.meta) or (SYSTEMS[a.system].meta and SYSTEMS[b.system].meta))
     settled = lambda s: replace(s, meta=s.meta or SYSTEMS[s.system].meta)
     used = lambda s: {l: n for l, n in s.max_sentences.items() if l in s.pair}
     same = replace(settled(a), max_sentences=used(a)) == replace(settled(b), max_sentences=used(b))
