@@ -10,6 +10,7 @@ file: it is no part of `make test` and runs on demand.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -23,8 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import hypothesis  # noqa: F401  (here and below: imported once, before processes are forked)
+import pytest
+import scipy.stats  # noqa: F401
+import torch._dynamo  # noqa: F401
+
 ROOT = Path(__file__).resolve().parent.parent
 ORACLES, PROPERTIES = 'tests/test_oracles.py', 'tests/test_properties.py'
+FORMULAS = 'tests/test_formulas.py'
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,15 @@ class Edit:
 
 def oracle(*names): return tuple(f'{ORACLES}::{n}' for n in names)
 
-DATA = (PROPERTIES, 'nbs/00_data.ipynb')
-PRETRAIN = (PROPERTIES, 'nbs/01a_pretrain.ipynb')
-ADAPTERS = ('nbs/02_adapters.ipynb',)
-GATES = (f'{PROPERTIES}::test_gates_lie_between_closed_and_open', 'nbs/03_l0_pruning.ipynb')
-PROBES = ('nbs/04_gradient_probes.ipynb',)
-META = oracle('test_meta_step_is_algorithm_1') + ('nbs/05_meta_adapters.ipynb',)
-FINETUNE = (ORACLES, 'nbs/06_finetune.ipynb')
-TASKS = (PROPERTIES, 'nbs/06b_tasks.ipynb')
+DATA = (PROPERTIES, FORMULAS, 'nbs/00_data.ipynb')
+PRETRAIN = (PROPERTIES, FORMULAS, 'nbs/01a_pretrain.ipynb')
+ADAPTERS = (FORMULAS, 'nbs/02_adapters.ipynb')
+GATES = (f'{PROPERTIES}::test_gates_lie_between_closed_and_open', FORMULAS,
+         'nbs/03_l0_pruning.ipynb')
+PROBES = (FORMULAS, 'nbs/04_gradient_probes.ipynb')
+META = oracle('test_meta_step_is_algorithm_1') + (FORMULAS, 'nbs/05_meta_adapters.ipynb')
+FINETUNE = (FORMULAS, ORACLES, 'nbs/06_finetune.ipynb')
+TASKS = (PROPERTIES, FORMULAS, 'nbs/06b_tasks.ipynb')
 
 
 def prop(*names): return tuple(f'{PROPERTIES}::{n}' for n in names)
@@ -268,23 +276,26 @@ EDITS = (
 
 
 def apply(edit, folder):
-    "Make an edit in a copy; raises `ValueError` where its text does not stand exactly once."
-    path = folder/'nbs'/f'{edit.notebook}.ipynb'
-    notebook = json.loads(path.read_text(encoding='utf-8'))
+    """Make an edit in a copy; return what takes it out again.
+
+    Raises `ValueError` where its text does not stand exactly once."""
+    path, module = folder/'nbs'/f'{edit.notebook}.ipynb', folder/edit.module
+    kept = {p: p.read_text(encoding='utf-8') for p in (path, module)}
+    notebook, code = json.loads(kept[path]), kept[module]
     cells = [c for c in notebook['cells'] if c['cell_type'] == 'code'
              and ''.join(c['source']).startswith('#| export')]
     sources = [''.join(c['source']) for c in cells]
-    module = folder/edit.module
-    code = module.read_text(encoding='utf-8')
     for where, n in ((path.name, sum(s.count(edit.old) for s in sources)),
                      (module.name, code.count(edit.old))):
         if n != 1: raise ValueError(f'{n} times in {where}: {edit.old!r} ({edit.breaks})')
     for cell, source in zip(cells, sources, strict=True):
         cell['source'] = source.replace(edit.old, edit.new).splitlines(keepends=True)
+    code = code.replace(edit.old, edit.new)
+    compile(code, edit.module, 'exec')
     path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + '\n',
                     encoding='utf-8')
-    module.write_text(code.replace(edit.old, edit.new), encoding='utf-8')
-    compile(module.read_text(encoding='utf-8'), edit.module, 'exec')
+    module.write_text(code, encoding='utf-8')
+    return lambda: [p.write_text(text, encoding='utf-8') for p, text in kept.items()]
 
 
 def copy_project(folder):
@@ -298,27 +309,36 @@ def copy_project(folder):
     return folder
 
 
-def restore(edit, folder):
-    "Take an edit out of a copy."
-    for name in (f'nbs/{edit.notebook}.ipynb', edit.module): shutil.copy2(ROOT/name, folder/name)
+def pytest_there(folder, tests, log):
+    "Run pytest in a copy, in a process that has torch and the rest imported, but none of ours."
+    os.setsid()
+    for fd in (1, 2): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    os.environ |= dict(PYTHONPATH=str(folder), PYTHONDONTWRITEBYTECODE='1', OMP_NUM_THREADS='1')
+    code = pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '--tb=line', *tests])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def run_tests(folder, tests, timeout):
     "Run tests in a copy; return whether they passed, and the first that failed or why none did."
-    environment = os.environ | dict(PYTHONPATH=str(folder), OMP_NUM_THREADS='1')
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '--tb=line',
-               *tests]
-    with subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, start_new_session=True) as process:
-        try: out, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return False, f'no end after {timeout} s'
-    if process.returncode == 0: return True, ''
+    log = folder.parent/'log'
+    process = multiprocessing.get_context('fork').Process(
+        target=pytest_there, args=(folder, tests, log))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return False, f'no end after {timeout} s'
+    out = log.read_text(errors='replace')
+    if process.exitcode == 0: return True, ''
     failed = [line.split()[1] for line in out.splitlines() if line.startswith(('FAILED', 'ERROR'))]
     line = re.search(r'/tests/test_\w+\.py:(\d+): ', out)
     if failed: return False, failed[0] + (f', line {line[1]}' if line else '')
-    raise RuntimeError(f'pytest ended with {process.returncode} on {" ".join(tests)}:\n{out}')
+    raise RuntimeError(f'pytest ended with {process.exitcode} on {" ".join(tests)}:\n{out}')
 
 
 def parse_arguments():
@@ -336,9 +356,8 @@ def check(edits, folder):
     "Make every edit once; end with a list of those that cannot be made."
     wrong = []
     for edit in edits:
-        try: apply(edit, folder)
+        try: apply(edit, folder)()
         except (ValueError, SyntaxError, OSError) as e: wrong.append(str(e))
-        else: restore(edit, folder)
     if wrong: sys.exit('\n'.join(['These edits do not fit the project any more:', *wrong]))
 
 
@@ -386,9 +405,9 @@ def main():
         def trial(edit):
             folder = free.get()
             try:
-                apply(edit, folder)
+                take_out = apply(edit, folder)
                 passed, by = run_tests(folder, edit.tests, args.timeout)
-                restore(edit, folder)
+                take_out()
             finally: free.put(folder)
             return edit, not passed, by
         with ThreadPoolExecutor(args.workers) as pool:
