@@ -36,15 +36,15 @@ def disattenuated_cosine(
 def eulerian_pair_order(
     langs: Sequence[str],   # K languages
 ) -> list[str]:             # languages in the order in which to take their gradients
-    "Set each pair of languages, and each with itself, side by side at least once [Euler, 1741]."
-    left = list(combinations_with_replacement(range(len(langs)), 2))    # pairs still to meet
-    if len(langs) % 2 == 0: left += [(i, i + 1) for i in range(2, len(langs), 2)]
+    "Order languages so that each pair, and each language with itself, is adjacent at least once."
+    unused = list(combinations_with_replacement(range(len(langs)), 2))  # edges of the graph
+    if len(langs) % 2 == 0: unused += [(i, i + 1) for i in range(2, len(langs), 2)]
     trail, path = [0], []
-    while trail:                                        # Hierholzer's way to walk all edges once
+    while trail:                                        # Hierholzer's algorithm
         here = trail[-1]
-        pair = next((p for p in left if here in p), None)
-        if pair is None: path.append(trail.pop())
-        else: left.remove(pair); trail.append(sum(pair) - here)
+        edge = next((e for e in unused if here in e), None)
+        if edge is None: path.append(trail.pop())
+        else: unused.remove(edge); trail.append(sum(edge) - here)
     return [langs[i] for i in reversed(path)]
 
 # %% ../nbs/04_gradient_probes.ipynb #c64058c9
@@ -111,7 +111,7 @@ def _by_group(langs, order, grams, groups):     # grams [L - 1,T,2,2] of L turns
 # %% ../nbs/04_gradient_probes.ipynb #46f09239
 @dataclass(frozen=True)
 class ProbeConfig:
-    "Say how often to compare gradients, and over how much text [paper sec. 3.1, footnote 2]."
+    "How often to compare gradients, and over how much text [paper sec. 3.1, footnote 2]."
     every: int = 10         # steps from one probe to the next
     n_batches: int = 8      # batches behind one gradient, over all processes
 
@@ -124,7 +124,7 @@ class ProbeConfig:
 
     @classmethod
     def paper(cls, **kw):
-        "Make the paper's probe: 4096 rows, that is 32 batches of 128, every 10 steps."
+        "Return the paper's probe: 4096 rows, that is 32 batches of 128, every 10 steps."
         return cls(**{**dict(n_batches=32), **kw})
 
 # %% ../nbs/04_gradient_probes.ipynb #e8fd7ee5
@@ -139,11 +139,17 @@ class GradientProbe:
 
     @property
     def rows(self) -> list[dict]:   # of kind 'probe': step, passes, cos {pair: {group: cosine}}
-        "Return what has been measured."
+        "Return the rows measured so far."
         return [r for r in self.record.rows if r['kind'] == 'probe'] if self.record else []
 
-    def __call__(self, k: int, model, feed: Feed, out=None):    # out: of the step, not used
-        "Look at the model after step k; leaves weights, `.grad`s and random numbers as they are."
+    def __call__(
+        self,
+        k: int,         # step that was just taken
+        model,          # has `theta` and `loss(batch)`
+        feed: Feed,     # of the run: languages, streams, device
+        out=None,       # what the step returned; not used
+    ):
+        "Measure the model after step k; weights, `.grad`s and random numbers stay as they are."
         if self.record is None: self.start(k, feed)
         if k % self.cfg.every: return
         device = next(iter(model.theta.values())).device
@@ -155,7 +161,7 @@ class GradientProbe:
         self.record.write('probe', step=k, passes=self.passes, cos=cos)
 
     def losses(self, k, model, feed, device) -> Callable:
-        "Say which batches stand behind a turn's gradient; several processes share them."
+        "Return what draws the losses of a gradient; several processes share its batches."
         amp, n = Precision(feed.cfg.precision, device), self.cfg.n_batches
         scale = 2.**12 if amp.name == 'float16' else 1. # keeps small numbers; a cosine has no scale
         def loss(stream, i):
@@ -210,10 +216,11 @@ def pcgrad(
 ) -> np.ndarray:                # [K] weights w: the combined gradient is sum_j w_j g_j
     "Take out of each gradient what opposes another, then add up [Yu et al. 2020, Algorithm 1]."
     C = np.eye(len(M))                               # row i: g'_i as a combination of the g_j
+    tiny = torch.finfo(torch.float32).tiny           # below it, the square of a norm has no digits
     for i in range(len(C)):
         for j in rng.permutation(len(C)):
             dot = C[i] @ M[:, j]                     # g'_i . g_j
-            if j != i and dot < 0: C[i, j] -= dot / M[j, j]
+            if j != i and dot < 0 and tiny <= M[j, j] < math.inf: C[i, j] -= dot / M[j, j]
     return C.sum(0)
 
 # %% ../nbs/04_gradient_probes.ipynb #da6a2937
@@ -303,8 +310,13 @@ class CombinedStep(JointStep):
         self.combine = COMBINERS[combiner](len(model.langs), sizes)
         self.memory = self.combine.memory
 
-    def __call__(self, k: int, feed: Feed, lr: float) -> dict:  # {'loss': mean, weighted by P}
-        "Take step k; phi_i follows its own gradient."
+    def __call__(
+        self,
+        k: int,         # step, from 0
+        feed: Feed,     # draws batches of every language
+        lr: float,      # rate of the optimiser
+    ) -> dict:          # {'loss': mean, weighted by P}
+        "Take step k; phi_i follows its own gradient. Raises `InputError` if languages differ."
         batches, loss, own = feed.every(k), 0., []
         if set(batches) != set(self.model.langs):
             raise InputError(f'the model knows {", ".join(self.model.langs)}, the feed brings '
