@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['SPECIALS', 'BOS', 'EOS', 'PAD', 'UNK', 'MASK', 'SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS',
            'TASKS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'IDS_PER_BYTE',
-           'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'cpu_count', 'parallel_map',
-           'train_bpe', 'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages', 'train_tokenizer',
-           'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource',
-           'Corpus', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch', 'Stream', 'dev_batches',
-           'task_sizes', 'corpus_statistics', 'statistics_table']
+           'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'train_bpe', 'Tokenizer',
+           'WordTokenizer', 'load_tokenizer', 'check_languages', 'train_tokenizer', 'FolderSource', 'split_of',
+           'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource', 'Corpus', 'disk_needed',
+           'check_room', 'prepare_corpus', 'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'task_sizes',
+           'corpus_statistics', 'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
-import functools, hashlib, heapq, io, json, multiprocessing, os, re, signal, zlib
+import functools, hashlib, heapq, io, json, re, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 import numpy as np
 import torch
+from .distributed import cpu_count, parallel_map
 from .files import InputError, free_space, run_lock, write_atomically
 
 # %% ../nbs/00_data.ipynb #64ba85b6
@@ -95,10 +96,6 @@ def cap_sentences(documents: Iterable[str],   # a language's documents
     return (document for *_, document in sorted(heap, key=lambda row: -row[1]))
 
 # %% ../nbs/00_data.ipynb #0d4133f0
-def cpu_count() -> int:
-    "Count the processor cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
 def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
     "Group documents into chunks of about `size` characters."
     chunk, n = [], 0
@@ -108,52 +105,6 @@ def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
             yield chunk
             chunk, n = [], 0
     if chunk: yield chunk
-
-def _serve(function: Callable, pipe, others: list) -> None:
-    "Answer items from a pipe until None comes, or the other end is gone."
-    for other in others: other.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # a launcher's handler would complain
-    try:
-        while (item := pipe.recv()) is not None:
-            try: answer = True, function(item)
-            except Exception as e: answer = False, e
-            pipe.send(answer)
-    except (EOFError, OSError, KeyboardInterrupt): pass
-
-# %% ../nbs/00_data.ipynb #4e29a3e7
-def parallel_map(function: Callable,  # what to do with an item
-                 items: Iterable,     # read as it goes, at most workers + 1 of them ahead
-                 workers: int,        # processes; 1: none but this one
-                 ) -> Iterator:       # results, in the order of the items
-    "Apply a function to a stream in several processes, in order and in bounded memory."
-    items = iter(items)
-    head = [item for _, item in zip(range(2), items)]
-    if workers < 2 or len(head) < 2:
-        yield from map(function, head)
-        yield from map(function, items); return
-    queue, pipes, processes = (item for part in (head, items) for item in part), [], []
-    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
-    try:
-        for _, item in zip(range(workers), queue):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, daemon=True,
-                                      args=(function, theirs, [*pipes, ours]))
-            process.start(); theirs.close(); ours.send(item)
-            pipes.append(ours); processes.append(process)
-        while pipes:
-            item = next(queue, None)                     # read on while they work
-            pipe = pipes.pop(0)
-            good, answer = pipe.recv()
-            pipe.send(item)                              # None sends it home
-            if item is not None: pipes.append(pipe)
-            if not good: raise answer
-            yield answer
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise RuntimeError("a worker process died. Use fewer if memory is short.") from None
-    finally:
-        for process in processes: process.terminate()
-        for process in processes: process.join()
 
 # %% ../nbs/00_data.ipynb #91204f2a
 def _explain_bpe(reason: str, vocab_size: int) -> str:

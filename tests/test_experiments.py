@@ -4,7 +4,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 import pytest
 import torch
-from interference_nb.data import cpu_count
+from interference_nb.distributed import cpu_count
 from interference_nb.files import InputError, read_jsonl, run_lock
 from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, lessons, on_cpu, plan,
                                          read_scores, run, run_all, side_by_side)

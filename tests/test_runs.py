@@ -11,7 +11,7 @@ from interference_nb import cli
 from interference_nb.data import (FolderSource, HubSource, WordTokenizer, check_room, disk_needed,
                                   prepare_corpus, train_tokenizer)
 from interference_nb.files import InputError, load_checkpoint, read_jsonl, run_lock
-from interference_nb.distributed import launch, processes
+from interference_nb.distributed import launch, rank_and_world_size
 from interference_nb.experiments import (SCALES, Scale, materials, plan, pretrain_all, ready, run,
                                          run_all, small)
 from interference_nb.finetune import FinetuneConfig
@@ -40,7 +40,7 @@ def told(rows):
 def own_rows(spec, folder):
     "Run, and note what each process got back."
     rows = run(spec, folder)
-    (folder/f'rank{processes()[0]}').write_text(json.dumps(rows))
+    (folder/f'rank{rank_and_world_size()[0]}').write_text(json.dumps(rows))
 
 def test_two_processes_make_the_run_of_one(tmp_path):
     "The same record, the same weights to rounding; what is added later leaves them alone."
