@@ -9,7 +9,7 @@ from .adapters import Adapter, MultilingualLM, load_model, save_model
 from .l0_pruning import Gates, PruneConfig, gated, learn_gates, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig, cosines
 from .meta_adapters import MetaConfig, MetaStep, exact, finite_difference, first_order, hypergradient
-from .any_model import AnyModel, hf_loss
+from .hub_models import AnyModel, hf_loss
 from .finetune import FinetuneConfig, finetune
 from .experiments import SCALES, SYSTEMS, RunSpec, load_results, plan, run, run_all
 

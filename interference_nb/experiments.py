@@ -38,9 +38,9 @@ from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep
-from .finetune import (GRIDS, TASKS, FinetuneConfig, be_worker, no_main, search,
-                                      task_rows, task_spec)
-from .pretrained_xlm import XLM_100, load_pretrained
+from .finetune import GRIDS, FinetuneConfig, be_worker, no_main, search
+from .hub_models import XLM_100, open_encoder
+from .tasks import TASKS, task_rows, task_spec
 
 # %% ../nbs/07_experiments.ipynb #3e93fba4
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict
 
 def run_hub(spec: RunSpec, home: Path, progress: bool) -> list[dict]:
     "Finetune a model of the hub under the same protocol. [paper Fig. 1]"
-    model, tokenizer = load_pretrained(**SYSTEMS[spec.system].hub)
+    model, tokenizer = open_encoder(**SYSTEMS[spec.system].hub)
     record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     if not record.rows: record.write('start', config=dict(run=spec.config), **run_info())
     return teach(spec, home, model.to(device()), tokenizer, open_source(spec.data, spec.seed),

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'WEIGHTS', 'ADAPTERS', 'OWN', 'FILES', 'xlm_shape', 'to_xlm', 'from_xlm', 'bpe_tokenizer', 'word_tokenizer',
-           'save_hf_tokenizer', 'one_language', 'export_hf', 'with_adapters', 'import_hf', 'open_masked_lm',
-           'push_to_hub']
+           'save_hf_tokenizer', 'one_language', 'export_hf', 'with_adapters', 'import_hf', 'push_to_hub']
 
 # %% ../nbs/05b_export.ipynb #a2d998a9
-import filecmp, hashlib, importlib, json, os, shutil, unicodedata
+import filecmp, hashlib, json, os, shutil, unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -19,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import SLOTS, MultilingualLM
-from .any_model import AnyModel, hf_loss
 from .data import (BOS, EOS, MASK, PAD, SPECIALS, UNK, Tokenizer, WordTokenizer,
                                   load_tokenizer)
 from .files import InputError
+from .hub_models import require_package
 from .transformer import ModelConfig, upgrade_model
 
 # %% ../nbs/05b_export.ipynb #7f6a4d9f
@@ -139,13 +138,6 @@ def from_xlm(
     return {n: x.clone() for n, x in out.items()}
 
 # %% ../nbs/05b_export.ipynb #140e077c
-def _package(name):
-    "Import what only some users need."
-    try: return importlib.import_module(name)
-    except ImportError as e:
-        raise InputError(f'this needs the package {name} ({e}). '
-                         'Install it: pip install interference_nb[transformers].') from e
-
 def _fields(data):
     "Read a protocol buffer's fields: number, and an integer or bytes."
     at = 0
@@ -168,7 +160,7 @@ def bpe_tokenizer(
     tokenizer: Tokenizer,   # SentencePiece's BPE
 ):                          # a `tokenizers.Tokenizer` with the same ids, without borders
     "Say a SentencePiece model in the terms of the `tokenizers` library."
-    tk, sp = _package('tokenizers'), tokenizer._sp
+    tk, sp = require_package('tokenizers'), tokenizer._sp
     model = dict(_fields(tokenizer.model))
     trainer, spec = dict(_fields(model[2])), dict(_fields(model[3]))
     if trainer.get(3) != 2 or trainer.get(35) or not all(spec.get(k, 1) for k in (3, 4, 5)):
@@ -204,7 +196,7 @@ def word_tokenizer(
     tokenizer: WordTokenizer,
 ):                          # a `tokenizers.Tokenizer` with the same ids, without borders
     "Say a closed vocabulary in the terms of the `tokenizers` library."
-    tk = _package('tokenizers')
+    tk = require_package('tokenizers')
     vocab = {p: i for i, p in enumerate((*SPECIALS, *tokenizer.pieces))}
     out = tk.Tokenizer(tk.models.WordLevel(vocab, SPECIALS[UNK]))
     out.normalizer = tk.normalizers.Replace('·', ' ·')
@@ -220,7 +212,7 @@ def save_hf_tokenizer(
     max_len: int,               # longest sequence of the model
 ):
     "Write what `AutoTokenizer` reads: the same ids, and `<s>` ... `</s>` around them."
-    tk, folder = _package('tokenizers'), Path(folder)
+    tk, folder = require_package('tokenizers'), Path(folder)
     out = (word_tokenizer if isinstance(tokenizer, WordTokenizer) else bpe_tokenizer)(tokenizer)
     out.add_special_tokens([tk.AddedToken(s, normalized=False, special=True) for s in SPECIALS])
     out.post_processor = tk.processors.TemplateProcessing(
@@ -479,34 +471,6 @@ def _tensors(folder, name, wanted):
                              f'{a}, should be {b}. Copy the folder again.')
     return found
 
-# %% ../nbs/05b_export.ipynb #ee3ee9ee
-def open_masked_lm(
-    name: str | Path,               # a folder, or a model of the hub
-    langs: Sequence[str],           # that it will be asked about
-    revision: str | None = None,    # branch, tag or commit; None: the main one
-    offline: bool = False,          # take what was downloaded before
-) -> tuple[AnyModel, object]:       # for probes and gates; its tokenizer, for `TextStream`
-    "Open a masked language model for the instruments."
-    hub = _package('transformers')
-    where = dict(local_files_only=offline, trust_remote_code=False)
-    if revision is not None: where['revision'] = revision
-    try:
-        tokenizer = hub.AutoTokenizer.from_pretrained(str(name), **where)
-        module, found = hub.AutoModelForMaskedLM.from_pretrained(
-            str(name), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **where)
-    except Exception as e:          # whatever is broken, of many kinds
-        raise InputError(f'cannot open {name} ({str(e).strip().splitlines()[0]}). It must be a '
-                         'folder or a model of the hub with config.json, a tokenizer, and weights '
-                         'in safetensors.') from e
-    if lost := sorted(found['missing_keys']):
-        raise InputError(f'the weights of {name} lack {lost[0]} and {len(lost) - 1} more. '
-                         'Is it a masked language model?')
-    about = getattr(module.config, 'interference_nb', None) or {}
-    if 'adpt' in about.get('variant', ''):
-        raise InputError(f'{name} has adapters, which transformers leaves out. '
-                         'Open it with import_hf.')
-    return AnyModel(module, hf_loss, langs), tokenizer
-
 # %% ../nbs/05b_export.ipynb #9988bbfe
 def push_to_hub(
     folder: str | Path,             # from `export_hf`
@@ -516,7 +480,7 @@ def push_to_hub(
 ) -> str:                           # where it lies, with its commit
     "Upload an exported folder to the Hugging Face hub."
     import_hf(folder)               # what does not read back is not given away
-    hub, errors = _package('huggingface_hub'), _package('huggingface_hub.errors')
+    hub, errors = require_package('huggingface_hub'), require_package('huggingface_hub.errors')
     try:
         api = hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, repo_type='model', exist_ok=True)

@@ -33,7 +33,7 @@ from .adapters import MultilingualLM
 from .transformer import ModelConfig
 from .l0_pruning import PruneConfig
 from .gradient_probes import ProbeConfig
-from .finetune import task_spec
+from .tasks import task_spec
 from .experiments import (SCALES, SYSTEMS, Claim, RunSpec, Scale, Score,
                                          about_records, check_format, checkpoint_size, complete,
                                          complete_records, cost, device, held, held_gates,

@@ -15,8 +15,9 @@ from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Tokenizer, WordTokenizer
 from interference_nb.files import InputError
 from interference_nb.export import (ADAPTERS, OWN, WEIGHTS, export_hf, from_xlm, import_hf,
-                                    one_language, open_masked_lm, push_to_hub, save_hf_tokenizer,
-                                    to_xlm, with_adapters, xlm_shape)
+                                    one_language, push_to_hub, save_hf_tokenizer, to_xlm,
+                                    with_adapters, xlm_shape)
+from interference_nb.hub_models import open_masked_lm, require_package
 from interference_nb.transformer import ModelConfig
 
 LANGS = ('en', 'to')        # 'to' is also a method of modules
@@ -305,7 +306,7 @@ def test_push_refuses(copy, api, monkeypatch):
     with pytest.raises(InputError, match=WEIGHTS): push_to_hub(copy, 'me/x', private=False)
     assert not api.seen
     with pytest.raises(InputError, match=r'interference_nb\[transformers\]'):
-        export._package('no_such_package')
+        require_package('no_such_package')
 
 
 def test_a_hub_that_cannot_be_reached_is_named(adpt, monkeypatch):
