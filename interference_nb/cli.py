@@ -175,6 +175,7 @@ class PrepareConfig:
     data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     vocab_size: int = 32_000  # BPE pieces shared by the languages (toy text has its own)
     temperature: float = 5.  # T of the sample that the vocabulary is trained on
+    rows: str = 'documents'  # or 'segments', a line each: as the scale's --train.rows
     max_sentences: dict[str, int] = field(default_factory=dict)  # caps, the paper's: fr 100000
     out: Path = Path('runs/pretrain')  # what `interference pretrain --out` will find it in
 
@@ -235,6 +236,7 @@ class FinetuneCommand:
     search: bool = False  # try the scale's values of batch size and learning rates; take the best
     workers: int = 1  # trials side by side, one on each GPU in turn
 
+
 # %% ../nbs/09_cli.ipynb #87063af8
 def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
     "Describe what a command works on as a run without tasks."
@@ -251,8 +253,10 @@ def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
 def prepare(cfg: PrepareConfig):
     "Make vocabulary and token files where `pretrain` looks for them."
     paper = SCALES['paper']
-    scale = replace(paper, model=replace(paper.model, vocab_size=cfg.vocab_size),
-                    train=replace(paper.train, temperature=cfg.temperature))
+    model = replace(paper.model, vocab_size=cfg.vocab_size,
+                    isolate_documents=cfg.rows == 'segments')
+    scale = replace(paper, model=model,
+                    train=replace(paper.train, temperature=cfg.temperature, rows=cfg.rows))
     _, tokenizer, corpora = materials(spec_of(cfg, scale), cfg.out, workers=None)
     for lang, splits in corpora.items():
         sizes = '; '.join(f'{split} {c.n_tokens:,} tokens in {c.n_sentences:,} sentences'
@@ -326,6 +330,8 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
+
+
 
 # %% ../nbs/09_cli.ipynb #51ce7ea8
 @dataclass(frozen=True)

@@ -73,22 +73,31 @@ class Scale:
     finetune: dict[str, FinetuneConfig] = field(default_factory=dict)  # by task
     search: dict[str, dict] = field(default_factory=dict)  # by task: settings and values to try
 
+    def __post_init__(self):
+        if self.train.rows == 'segments' and not self.model.isolate_documents:
+            raise InputError("rows of 'segments' need a model that keeps them apart. "
+                             'Set isolate_documents, or use rows of documents.')
+
 def for_tasks(preset, **kw) -> dict[str, FinetuneConfig]:  # preset: such as `FinetuneConfig.toy`
     "Make the finetuning settings of all tasks."
     return {task: preset(task, **kw) for task in TASKS}
 
 SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), for_tasks(FinetuneConfig.toy)),
-          'pocket': Scale(ModelConfig.toy(2000, dim=64, n_heads=4, ffn_dim=256,
-                                          isolate_documents=False),
-                          TrainConfig.toy(steps=1200, batch_size=16, seq_len=48, eval_every=120),
-                          for_tasks(FinetuneConfig.mini, epochs=5, lr=1e-3, head_lr=3e-3,
-                                    max_train=900, max_dev=300, max_eval=500)),
+          'pocket': Scale(ModelConfig.toy(4000, dim=128, n_heads=4, ffn_dim=512),
+                          TrainConfig.toy(steps=3000, batch_size=16, seq_len=64, lr=3e-3,
+                                          warmup=300, mask_prob=.3, rows='segments',
+                                          language_order='round_robin', eval_every=300),
+                          for_tasks(FinetuneConfig.mini, epochs=12, lr=3e-3, max_len=64,
+                                    max_train=300, max_dev=300, max_eval=500)),
           'mini': Scale(ModelConfig.mini(8000, dim=256, ffn_dim=1024),
                         TrainConfig.mini(steps=4000, batch_size=32, seq_len=64, lr=1e-3, warmup=200,
                                          schedule='linear', eval_every=200, checkpoint_every=200),
                         for_tasks(FinetuneConfig.mini, epochs=6, max_train=1500)),
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(),
                          for_tasks(FinetuneConfig.paper), GRIDS)}
+
+
+
 
 # %% ../nbs/07_experiments.ipynb #180630b5
 @dataclass(frozen=True)
@@ -159,7 +168,8 @@ def materials(spec: RunSpec, folder,  # of the experiment
     "Open the data of a run: source, vocabulary of the pair, {lang: {split: Corpus}}."
     source, place, tokenizer = vocabulary(spec, folder, source)
     return source, tokenizer, prepare_corpus(source, spec.pair, tokenizer, place,
-                                             spec.max_sentences or None, workers)
+                                             spec.max_sentences or None, workers,
+                                             rows=spec.scale.train.rows)
 
 def vocabulary(spec: RunSpec, folder, source=None,
                make: bool = True):  # train the BPE if it is not there; else it is None
@@ -173,6 +183,7 @@ def vocabulary(spec: RunSpec, folder, source=None,
     if not make and not place.exists(): return source, place, None
     about = spec.scale.model.vocab_size, spec.scale.train.temperature, spec.max_sentences or None
     return source, place, cached_tokenizer(source, langs, *about, place/'tokenizer', make)
+
 
 # %% ../nbs/07_experiments.ipynb #086f0cee
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
@@ -563,7 +574,7 @@ def sharing_data(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     for s in (s for s in specs if not SYSTEMS[s.system].hub):
         seed = s.seed if s.data.split(':')[0] == 'toy' else 0       # real text has none
         key = (s.data, s.pair, seed, *sorted(s.max_sentences.items()), s.scale.model.vocab_size,
-               s.scale.train.temperature)
+               s.scale.train.temperature, s.scale.train.rows)
         out.setdefault(key, []).append(s)
     return list(out.values())
 
@@ -595,6 +606,7 @@ def take_turn(numbers):
     "Keep a worker to its core and, where there are GPUs, to one of them."
     be_worker()
     if n := torch.cuda.device_count(): torch.cuda.set_device(numbers.get() % n)
+
 
 # %% ../nbs/07_experiments.ipynb #c309612c
 def metrics(records: list[list[dict]],  # of one system and seed: one record, or mono's several

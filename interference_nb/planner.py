@@ -434,13 +434,14 @@ def text_of(spec: RunSpec, folder) -> tuple[float | None, float, float]:  # ids,
     "Tell what the tokenised text takes: what is there, or the source's estimate."
     caps = spec.max_sentences or None
     source, place, tokenizer = vocabulary(spec, folder, make=False)
-    key = lambda lang, split: _key(source, lang, split, tokenizer, caps, 0)
+    rows_of = spec.scale.train.rows
+    key = lambda lang, split: _key(source, lang, split, tokenizer, caps, 0, rows_of)
     found = {at: f for at in itertools.product(spec.pair, SPLITS)
              if tokenizer and (f := _find(place, key(*at)))}
     held = sum(2. * entry['tokens'] for _, entry in found.values())
     if all((l, s) in found for l in spec.pair for s in ('train', 'validation')):
         return held, 0., held
-    rows = disk_needed(source, spec.pair, place, tokenizer, caps)
+    rows = disk_needed(source, spec.pair, place, tokenizer, caps, rows=rows_of)
     known = source.name == 'toy' or all(r['text'] for r in rows)
     new = sum(r['ids'] for r in rows)
     return (held + new if known else None), float(sum(r['copy'] for r in rows)), held
@@ -489,6 +490,8 @@ def about_here() -> str:
     "Name what was measured on."
     if device() == 'cuda': return gpu()[0]
     return f'a CPU, {torch.get_num_threads()} thread(s)'
+
+
 
 # %% ../nbs/07c_planner.ipynb #98a9d3ce
 def plan_family(specs: Iterable[RunSpec],  # pretrained one after another
