@@ -26,13 +26,15 @@ DATA    ?=
 LANGS   ?=
 ARGS    ?=
 SCALE   ?= toy
+RESOLUTION ?= lowest-direct
+EXTRAS  ?= dev
 EXHIBIT ?= all
 
 say := @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: help demo causes reproduce bench test slow docs lab prepare clean
+.PHONY: help demo causes reproduce bench test test-versions mutants slow docs lab prepare clean
 help:      ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 11
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
 
 $(READY): settings.ini setup.py pyproject.toml
 	$(say) "Installing into $(VENV), once: about a minute and a 1.5 GB folder"
@@ -42,7 +44,7 @@ $(READY): settings.ini setup.py pyproject.toml
 	  { echo "$(PYTHON) cannot make environments. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv
-	@$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
+	@$(BIN)/uv pip install -q --python $(BIN)/python $(INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(READY)      ## the main job: 5 minutes on 2 cores; 20 with DATA=folder LANGS=en,sw
@@ -61,9 +63,15 @@ bench: $(READY)     ## times and memory beside other libraries: 15 minutes on 2 
 	$(say) "Measuring our steps and our peers' in turn: about 15 minutes on 2 cores"
 	python benchmarks/bench.py $(ARGS)
 
-test: $(READY)      ## every notebook's tests, and those in tests/: 15 minutes
-	$(say) "Running the notebooks and the tests: about 15 minutes on 2 cores"
-	pytest $(ARGS)
+test: $(READY)      ## every notebook's tests, then those in tests/: 8 minutes
+	$(say) "Running the notebooks, then the tests: about 8 minutes on 2 cores"
+	python tools/test_notebooks.py; notebooks=$$?; pytest -n 2 tests $(ARGS) && exit $$notebooks
+
+# The lowest versions that settings.ini promises (RESOLUTION=lowest-direct), or the latest it allows.
+test-versions:      ## the tests at the lowest versions of what we build on: 12 minutes
+	$(say) "Testing at other versions ($(RESOLUTION)), in an environment of their own"
+	@$(MAKE) --no-print-directory test VENV=.venv-$(RESOLUTION) INSTALL='--resolution $(RESOLUTION)' \
+	  EXTRAS=test,transformers
 
 slow: $(READY)      ## also the cells marked `#| slow`: an hour
 	$(say) "Running the slow cells too: up to an hour"
@@ -77,10 +85,11 @@ lab: $(READY)       ## JupyterLab on the notebooks, until Ctrl-C
 	$(say) "Starting JupyterLab on nbs/: a few seconds; Ctrl-C twice ends it"
 	nbdev_trust && jupyter lab nbs
 
-prepare: $(READY)   ## before a commit: export, clean, README, lint, test: 15 minutes
-	$(say) "Exporting, cleaning, making the README, checking and testing: about 15 minutes"
-	nbdev_export && nbdev_clean && python tools/make_readme.py && ruff check && pytest $(ARGS)
+prepare: $(READY)   ## before a commit: export, clean, README, lint, test: 10 minutes
+	$(say) "Exporting, cleaning, making the README, checking and testing: about 10 minutes"
+	nbdev_export && nbdev_clean && python tools/make_readme.py && ruff check && \
+	  $(MAKE) --no-print-directory test ARGS='$(ARGS)'
 
 clean:     ## remove what the commands above made: at once
 	$(say) "Removing the environment and everything built"
-	rm -rf $(VENV) _proc _docs *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* _proc _docs *.egg-info build dist .pytest_cache .ruff_cache

@@ -111,7 +111,7 @@ def plan(quick: bool, about: dict) -> dict[str, dict]:
         langs = tuple(f'l{i}' for i in range(n))
         one = functools.partial(Job, 'library', langs=langs, threads=1 if quick else THREADS)
         many |= {f'plain {n}': one(**small), f'meta {n}': one(meta={'beta': .1}, **small),
-                 f'sampled {n}': one(meta={'sample': 1}, **small)}
+                 f'sampled {n}': one(meta={'sampled_languages': 1}, **small)}
     add('languages', 'More languages, at a quarter of the size', many, 80, 5)
     words = dict(vocab_size=500 if quick else 8000, threads=1)
     add('tokenise', 'Tokenising on one core',
@@ -275,6 +275,10 @@ def main():
     parser.add_argument('--only', default='', help='sections to measure anew, with commas between')
     parser.add_argument('--out', type=Path, help='file to write; default: benchmarks/MACHINE.json')
     options = parser.parse_args()
+    only = set(filter(None, options.only.split(',')))
+    known = plan(options.quick, dict(gpu='any', bfloat16=True))     # before anything is started
+    if unknown := only - known.keys():
+        parser.error(f'unknown section {", ".join(unknown)}. There are: {", ".join(known)}.')
     path = str(HERE), os.getenv('PYTHONPATH')
     os.environ.update(OMP_NUM_THREADS=str(THREADS), PYTHONPATH=os.pathsep.join(filter(None, path)))
     start, about = time.perf_counter(), machine()
@@ -283,10 +287,9 @@ def main():
                   wall_s=0.)
     out = options.out or HERE/f'{"quick" if options.quick else name(about)}.json'
     todo = plan(options.quick, about)
-    if options.only:
-        if unknown := set(options.only.split(',')) - todo.keys():
-            parser.error(f'unknown section {", ".join(unknown)}. There are: {", ".join(todo)}.')
-        todo = {n: s for n, s in todo.items() if n in options.only.split(',')}
+    if only:
+        if absent := only - todo.keys(): parser.error(f'no GPU here for {", ".join(absent)}.')
+        todo = {n: s for n, s in todo.items() if n in only}
         if out.exists():
             now, result = result, json.loads(out.read_text())
             if other := differences(now, result):

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
-from .data import InputError, corpus_statistics, statistics_table
+from .data import corpus_statistics, statistics_table
+from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
+                                   write_atomically)
 from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cost,
                                          findings, load_results, materials, metrics, open_run,
                                          plan, prune_model, run, run_all, side_by_side,
@@ -28,8 +30,7 @@ from .finetune import FinetuneConfig, search
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
-from .pretrain import (Record, TrainConfig, load_checkpoint, progress_bar,
-                                      read_record)
+from .pretrain import TrainConfig, progress_bar
 from .toy_languages import open_source
 from .transformer import ModelConfig
 
@@ -72,7 +73,7 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
     if processes()[0]: return out                   # the first process has the results
     results = load_results(out, names)
     print(f'\n{text_table(*table_cells(results))}\n\n{LEGEND}\n\n{findings(results)}\n')
-    (out/'table.md').write_text(table_page(out, names), encoding='utf-8')
+    write_atomically(out/'table.md', table_page(out, names))
     draw(out, figure=lambda: plot_summary(out, names))
     print(f'{(time.time() - t0) / 60:.1f} minutes. Table: {out/"table.md"}, '
           f'figure: {out/"figure.svg"}, records: {out}/*/record.jsonl')
@@ -145,7 +146,7 @@ def latest(folder: Path) -> str:
     "Read the last perplexities that a run under `folder` wrote."
     records = sorted(folder.glob('*/record.jsonl'), key=lambda p: p.stat().st_mtime)
     for path in reversed(records):
-        for row in reversed(read_record(path)):
+        for row in reversed(read_jsonl(path)):
             if row['kind'] == 'eval':
                 ppl = ' '.join(f'{l} ppl {p:.1f}' for l, p in row['ppl'].items())
                 return f"{path.parent.name} step {row['step']}: {ppl}"
@@ -164,7 +165,7 @@ def draw(folder: Path, **plots):
     matplotlib.use('agg')
     from interference_nb.figures import svg
     for name, plot in plots.items():
-        (folder/f'{name}.svg').write_text(svg(plot()), encoding='utf-8')
+        write_atomically(folder/f'{name}.svg', svg(plot()))
 
 # %% ../nbs/09_cli.ipynb #ff55495a
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class PrepareConfig:
     data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     vocab_size: int = 32_000  # BPE pieces shared by the languages (toy text has its own)
     temperature: float = 5.  # T of the sample that the vocabulary is trained on
+    rows: str = 'documents'  # or 'segments', a line each: as the scale's --train.rows
     max_sentences: dict[str, int] = field(default_factory=dict)  # caps, the paper's: fr 100000
     out: Path = Path('runs/pretrain')  # what `interference pretrain --out` will find it in
 
@@ -234,6 +236,7 @@ class FinetuneCommand:
     search: bool = False  # try the scale's values of batch size and learning rates; take the best
     workers: int = 1  # trials side by side, one on each GPU in turn
 
+
 # %% ../nbs/09_cli.ipynb #87063af8
 def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
     "Describe what a command works on as a run without tasks."
@@ -250,8 +253,10 @@ def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
 def prepare(cfg: PrepareConfig):
     "Make vocabulary and token files where `pretrain` looks for them."
     paper = SCALES['paper']
-    scale = replace(paper, model=replace(paper.model, vocab_size=cfg.vocab_size),
-                    train=replace(paper.train, temperature=cfg.temperature))
+    model = replace(paper.model, vocab_size=cfg.vocab_size,
+                    isolate_documents=cfg.rows == 'segments')
+    scale = replace(paper, model=model,
+                    train=replace(paper.train, temperature=cfg.temperature, rows=cfg.rows))
     _, tokenizer, corpora = materials(spec_of(cfg, scale), cfg.out, workers=None)
     for lang, splits in corpora.items():
         sizes = '; '.join(f'{split} {c.n_tokens:,} tokens in {c.n_sentences:,} sentences'
@@ -287,7 +292,7 @@ def export_run(cfg: ExportCommand):
     if cfg.public and not cfg.push:
         raise InputError('--public is for a model on the hub. Name it with --push OWNER/NAME.')
     spec, _, tokenizer, _, model = open_run(cfg.run, cfg.data)
-    began = read_record(Path(cfg.run)/'record.jsonl')[0]
+    began = read_jsonl(Path(cfg.run)/'record.jsonl')[0]
     made = export.export_hf(model.cpu(), tokenizer, cfg.folder, cfg.lang, run=spec.name,
                             system=spec.system, steps=spec.train.steps, commit=began['commit'])
     print(f'{spec.name} is in {made}/; README.md there says how to open it.')
@@ -319,12 +324,14 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
     result = search(model, tokenizer, task, source, cfg.train_lang, langs, cfg.finetune,
                     grid if cfg.search else None, folder, cfg.workers, progress=True)
     result.pop('counts')
-    anew = Record(folder/'record.jsonl', keep=lambda row: False)
+    anew = JsonlLog(folder/'record.jsonl', keep=lambda row: False)
     anew.write('finetune', **result)
     for lang, scores in result['scores'].items():
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
+
+
 
 # %% ../nbs/09_cli.ipynb #51ce7ea8
 @dataclass(frozen=True)
@@ -393,7 +400,7 @@ def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to p
     spec, _, tokenizer, corpora, model = open_run(cfg.run, cfg.data)
     feed, dev = text_of(spec, tokenizer, corpora)
     study = prune_model(model, feed, dev, cfg.prune, cfg.run/'prune', progress=True)
-    Record(cfg.run/'prune'/'record.jsonl', keep=lambda row: False).write('gates', **study)
+    JsonlLog(cfg.run/'prune'/'record.jsonl', keep=lambda row: False).write('gates', **study)
     results = causes.of_one_study(study, spec.seed)
     for cells in (causes.gate_cells(results), causes.loss_cells(results)):
         print(text_table(*cells), end='\n\n')
@@ -418,7 +425,7 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
     names = run_with_bar(specs, out, cfg.workers)
     if processes()[0]: return out
     page = causes.causes_page(out, names)
-    (out/'table.md').write_text(page, encoding='utf-8')
+    write_atomically(out/'table.md', page)
     results = causes.load_causes(out, names)
     for cells in (causes.gradient_cells, causes.gate_cells, causes.loss_cells):
         print(text_table(*cells(results)), end='\n\n')

@@ -4,30 +4,28 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'BOS', 'EOS', 'PAD', 'UNK', 'MASK', 'SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS',
-           'TASKS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'IDS_PER_BYTE',
-           'InputError', 'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'cpu_count',
+           'TASKS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'ROWS',
+           'IDS_PER_BYTE', 'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'cpu_count',
            'parallel_map', 'train_bpe', 'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages',
            'train_tokenizer', 'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size',
-           'hub_cache', 'HubSource', 'Corpus', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch',
-           'Stream', 'dev_batches', 'task_sizes', 'corpus_statistics', 'statistics_table']
+           'hub_cache', 'HubSource', 'Corpus', 'check_rows', 'disk_needed', 'check_room', 'prepare_corpus',
+           'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'task_sizes', 'corpus_statistics', 'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
-import functools, hashlib, heapq, io, json, multiprocessing, os, re, shutil, signal, zlib
+import functools, hashlib, heapq, io, json, multiprocessing, os, re, signal, zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 import numpy as np
 import torch
+from .files import InputError, free_space, run_lock, write_atomically
 
 # %% ../nbs/00_data.ipynb #64ba85b6
 SPECIALS = ('<s>', '</s>', '<pad>', '<unk>', '<mask>')
 BOS, EOS, PAD, UNK, MASK = range(5)
 SPLITS = ('train', 'validation', 'test')
 
-class InputError(ValueError):
-    "Say what is wrong with something the user gave, and what to do about it."
 
 # %% ../nbs/00_data.ipynb #d1751a81
 LANGUAGES = dict(en='English', ar='Arabic', fr='French', ru='Russian', hi='Hindi', sw='Swahili',
@@ -204,13 +202,6 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     while start < end and text[end - 1].isspace(): end -= 1
     return start, end
 
-def _write(path: str | Path, content: bytes) -> None:
-    "Write a file whole or not at all: a temporary file beside it, renamed at the end."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try: temporary.write_bytes(content); os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
 # %% ../nbs/00_data.ipynb #4c87ca49
 class Tokenizer:
     "Turn text into subword ids and back, in all languages of a model [paper Section 3.2]."
@@ -254,7 +245,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         "Write the model for `load_tokenizer`."
-        _write(path, self.model)
+        write_atomically(path, self.model)
 
     def __reduce__(self): return type(self), (self.model,)
 
@@ -291,7 +282,7 @@ class WordTokenizer:
 
     def save(self, path: str | Path) -> None:
         "Write the pieces as JSON for `load_tokenizer`."
-        _write(path, json.dumps({'pieces': self.pieces}, ensure_ascii=False).encode())
+        write_atomically(path, json.dumps({'pieces': self.pieces}, ensure_ascii=False))
 
 # %% ../nbs/00_data.ipynb #f81f6d2c
 def load_tokenizer(path: str | Path,               # a file written by `save`
@@ -594,7 +585,7 @@ class HubSource:
 @dataclass(frozen=True, eq=False)
 class Corpus:
     "Hold one language's tokenised documents of one split, mapped from disk."
-    ids: np.ndarray   # [n_tokens] uint16: documents `<s> ... </s>` end to end
+    ids: np.ndarray   # [n_tokens] uint16: documents or segments `<s> ... </s>` end to end
     lang: str         # language code
     split: str        # 'train', 'validation' or 'test'
     n_documents: int  # rows of the source
@@ -605,31 +596,39 @@ class Corpus:
         "Count the ids, borders included."
         return len(self.ids)
 
+
 # %% ../nbs/00_data.ipynb #95999e3d
-def _encode_documents(tokenizer, pairs: bool, documents: list[str]) -> tuple:
+ROWS = 'documents', 'segments'
+
+def check_rows(rows: str) -> str:  # what packs into rows: 'documents' or 'segments'
+    "Return the choice if there is such a one; raises `InputError` if not."
+    if rows in ROWS: return rows
+    raise InputError(f"unknown rows {rows!r}. Use {' or '.join(map(repr, ROWS))}.")
+
+def _encode_documents(tokenizer, form: str, documents: list[str]) -> tuple:
     "Tokenise documents: ids as bytes, then tokens, documents, sentences and unknown subwords."
+    inputs = dict(documents=lambda d: [[d]], pairs=lambda d: [d.split('\n')],
+                  segments=lambda d: [[line] for line in d.split('\n') if line.strip()])[form]
     out, sentences = [], 0
     for document in documents:
-        out.append(BOS)
-        for part in document.split('\n') if pairs else [document]:
-            out.extend(tokenizer.encode(part)); out.append(EOS)
+        for parts in inputs(document):
+            out.append(BOS)
+            for part in parts: out.extend(tokenizer.encode(part)); out.append(EOS)
         sentences += len(split_sentences(document))
     ids = np.array(out, dtype=np.uint16)
     return ids.tobytes(), len(ids), len(documents), sentences, int((ids == UNK).sum())
 
 def _tokenise(documents: Iterable[str], tokenizer, path: Path, workers: int,
-              pairs: bool) -> dict[str, int]:
+              form: str) -> dict[str, int]:
     "Write the ids of documents to a file, whole or not at all, and count."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     total = np.zeros(4, dtype=np.int64)
-    try:
-        with open(temporary, 'wb') as f:
-            encode = functools.partial(_encode_documents, tokenizer, pairs)
-            for ids, *counts in parallel_map(encode, _chunks(documents), workers):
-                f.write(ids); total += counts
-        if total[1]: os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    def encoded():
+        nonlocal total
+        encode = functools.partial(_encode_documents, tokenizer, form)
+        for ids, *counts in parallel_map(encode, _chunks(documents), workers):
+            total += counts
+            yield ids
+    write_atomically(path, encoded())
     return dict(zip(('tokens', 'documents', 'sentences', 'unknown'), total.tolist(), strict=True))
 
 # %% ../nbs/00_data.ipynb #d29c507b
@@ -642,20 +641,25 @@ def _matches(entry: dict, key: dict) -> bool:
     "Say whether an entry has this key; a commit that cannot be looked up is taken on trust."
     unknown = any('@unknown' in v for v in key['revision'].values())
     return all(entry.get(k) == key.get(k) or (k == 'revision' and unknown)
-               for k in {*key, 'pairs'})
+               for k in {*key, 'pairs', 'rows'})
 
 def _read_manifest(folder: Path) -> dict[str, dict]:
     "Read the manifest; where there is none, or a broken one, all is tokenised again."
     try: return dict(json.loads((folder / 'manifest.json').read_text()))
     except (OSError, ValueError, TypeError): return {}
 
-def _key(source: Source, lang: str, split: str, tokenizer, max_sentences, seed: int) -> dict:
+def _key(source: Source, lang: str, split: str, tokenizer, max_sentences, seed: int,
+         rows: str) -> dict:
     "List what a file of ids depends on."
     cap = _cap(max_sentences, lang) if split == 'train' else None
     key = dict(lang=lang, split=split, source=source.name, tokenizer=tokenizer.fingerprint,
                revision=_text_revision(source, lang), max_sentences=cap, seed=cap and seed)
-    pairs = getattr(source, 'pairs', False)     # two lines, each with its </s>
-    return key | {'pairs': True} if pairs else key
+    if getattr(source, 'pairs', False): return key | {'pairs': True}    # one segment each
+    return key | {'rows': rows} if rows != 'documents' else key
+
+def _form(key: dict) -> str:
+    "Name the form in which a key's documents become ids."
+    return 'pairs' if key.get('pairs') else key.get('rows', 'documents')
 
 def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
     "Find the file with this key, if it has the length that the manifest says."
@@ -663,6 +667,9 @@ def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
         path = folder / name
         if _matches(entry, key) and path.exists() and path.stat().st_size == 2 * entry['tokens']:
             return path, entry
+
+
+
 
 # %% ../nbs/00_data.ipynb #d18cf02f
 IDS_PER_BYTE = .65  # bytes of ids for one of text: more than 8,000 pieces take in English
@@ -673,30 +680,37 @@ def disk_needed(source: Source,        # where the text comes from
                 tokenizer: Tokenizer | WordTokenizer | None = None,  # None: not yet trained
                 max_sentences: dict | int | None = None,  # caps, as for prepare_corpus
                 splits: tuple[str, ...] = SPLITS, seed: int = 0,  # the same
+                rows: str = 'documents',  # the same
                 ) -> list[dict]:       # bytes: of text, of ids and local copy still to be made
     "Tell what preparing takes on the disk before it starts; toy text counts as nothing."
-    rows = []
+    found = []
     for lang in check_languages(source, langs):
         copy = source.copy_size(lang) if hasattr(source, 'copy_size') else 0
-        rows.append(row := dict(lang=lang, text=0, ids=0, copy=copy))
+        found.append(row := dict(lang=lang, text=0, ids=0, copy=copy))
         for split in splits if hasattr(source, 'size') else ():
             text = source.size(lang, split) or 0
             row['text'] += text
-            if tokenizer and _find(Path(folder), _key(source, lang, split, tokenizer,
-                                                      max_sentences, seed)): continue
+            key = tokenizer and _key(source, lang, split, tokenizer, max_sentences, seed, rows)
+            if key and _find(Path(folder), key): continue
             cap = _cap(max_sentences, lang) if split == 'train' else None
             look = text and (tokenizer or cap) and not copy
             bound = min(text, 400 * cap) if cap else text       # bytes; sentences have fewer
-            row['ids'] += (_ids_size(source, lang, split, tokenizer, text, cap) if look
+            row['ids'] += (_ids_size(source, lang, split, tokenizer, text, cap, key) if look
                            else round(bound * IDS_PER_BYTE))
-    return rows
+    return found
+
+
+
+
 
 # %% ../nbs/00_data.ipynb #920dcf3b
-def _ids_size(source: Source, lang: str, split: str, tokenizer, text: int, cap: int | None) -> int:
+def _ids_size(source: Source, lang: str, split: str, tokenizer, text: int, cap: int | None,
+              key: dict | None) -> int:
     "Estimate the bytes of ids from the first documents."
     sample = next(_chunks(source.text(lang, split)), [''])
     size = sum(len(d.encode()) for d in sample)
-    ids = len(_encode_documents(tokenizer, False, sample)[0]) if tokenizer else size * IDS_PER_BYTE
+    ids = (len(_encode_documents(tokenizer, _form(key), sample)[0]) if tokenizer
+           else size * IDS_PER_BYTE)
     times = text / max(size, 1)
     if cap: times = min(times, cap / max(1, sum(len(split_sentences(d)) for d in sample)))
     return round(ids * times)
@@ -711,23 +725,12 @@ def check_room(rows: list[dict],  # from disk_needed
         while not place.exists(): place = place.parent
         disks.setdefault(place.stat().st_dev, [place, 0])[1] += need
     for place, need in disks.values():
-        if need > (free := shutil.disk_usage(place).free):
+        if need > (free := free_space(place)):
             raise InputError(
                 f"the text of {', '.join(dict.fromkeys(r['lang'] for r in rows))} takes about "
                 f"{need / 1e9:,.2f} GB on the disk of {place}, which has {free / 1e9:,.2f} GB "
                 "free. Make room, name a folder on another disk, or prepare it from "
                 "HubSource(streaming=True), which keeps no copy of the hub's text.")
-
-@contextmanager
-def _in_turn(folder: Path):
-    "Let one process at a time write to a folder; another one waits."
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'lock', 'w') as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX)
-        except (ImportError, OSError): pass                 # not on this system
-        yield
 
 # %% ../nbs/00_data.ipynb #7b2b5b1a
 def prepare_corpus(source: Source,        # where the text comes from
@@ -738,21 +741,26 @@ def prepare_corpus(source: Source,        # where the text comes from
                    workers: int | None = None,  # processes; None: one a core, at most 16
                    splits: tuple[str, ...] = SPLITS,  # a source may lack 'test'
                    seed: int = 0,         # of the subsample where a cap is set
+                   rows: str = 'documents',  # or 'segments': each line an input of its own
                    ) -> dict[str, dict[str, Corpus]]:  # {lang: {split: Corpus}}
     "Tokenise a source once, in parallel, into memory-mapped ids; later calls only map them."
     langs, folder, corpora = check_languages(source, langs), Path(folder), {}
     workers = workers or min(cpu_count(), 16)
     if tokenizer.vocab_size > 2**16:
         raise InputError(f"{tokenizer.vocab_size} subwords do not fit 16 bits. Use at most 65536.")
-    check_room(disk_needed(source, langs, folder, tokenizer, max_sentences, splits, seed), folder)
+    about = tokenizer, max_sentences, splits, seed, check_rows(rows)
+    check_room(disk_needed(source, langs, folder, *about), folder)
     for lang, split in ((lang, split) for lang in langs for split in splits):
-        key = _key(source, lang, split, tokenizer, max_sentences, seed)
+        key = _key(source, lang, split, tokenizer, max_sentences, seed, rows)
         found = _find(folder, key) or _prepare(source, key, tokenizer, folder, workers)
         if found is None: continue
         ids, entry = np.memmap(found[0], dtype=np.uint16, mode='r'), found[1]
         corpus = Corpus(ids, lang, split, entry['documents'], entry['sentences'])
         corpora.setdefault(lang, {})[split] = corpus
     return corpora
+
+
+
 
 # %% ../nbs/00_data.ipynb #9c2b3fc7
 def _prepare(source: Source, key: dict, tokenizer, folder: Path,
@@ -765,17 +773,18 @@ def _prepare(source: Source, key: dict, tokenizer, folder: Path,
         raise
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     name = f'{lang}/{split}-{digest}.ids'
-    with _in_turn(folder):
+    with run_lock(folder, wait=True):
         if found := _find(folder, key): return found        # another process made it meanwhile
-        for left in folder.glob(f'{name}.*.tmp'): left.unlink()     # by a kill
         documents = cap_sentences(documents, key['max_sentences'], key['seed'] or 0)
-        counts = _tokenise(documents, tokenizer, folder / name, workers, key.get('pairs', False))
+        counts = _tokenise(documents, tokenizer, folder / name, workers, _form(key))
         if not counts['documents']:
+            (folder / name).unlink()
             if split == 'test': return None
             raise InputError(f"language {lang!r} has no {split} text. Leave it out, or add text.")
         manifest = _read_manifest(folder) | {name: key | counts}
-        _write(folder / 'manifest.json', json.dumps(manifest, indent=1, sort_keys=True).encode())
+        write_atomically(folder/'manifest.json', json.dumps(manifest, indent=1, sort_keys=True))
     return folder / name, manifest[name]
+
 
 # %% ../nbs/00_data.ipynb #5c9b7440
 def mask_tokens(ids: np.ndarray,           # [B, T] ids of text

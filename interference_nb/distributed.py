@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
-from .data import InputError
+from .files import InputError
 
 os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')     # to ask for GPUs keeps fork safe
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8');    # GPUs' products repeat bit for bit

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
            'vocabulary', 'run', 'room_for_checkpoint', 'checkpoint_size', 'sized', 'parameters', 'run_own', 'run_hub',
-           'teach', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_lessons', 'alone', 'teach_one',
-           'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
+           'teach', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_lessons', 'teach_one', 'lessons',
+           'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
            'check_format', 'device', 'on_cpu', 'aside', 'pretrain_all', 'ready', 'small', 'try_small', 'cost',
            'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records',
            'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
            'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
-import hashlib, itertools, json, math, multiprocessing, os, shutil, tempfile, time
+import itertools, json, math, multiprocessing, os, shutil, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,22 +25,22 @@ from typing import NamedTuple
 from unittest.mock import patch
 import numpy as np
 import torch
-from .data import (InputError, Stream, check_languages, check_room, cpu_count,
-                                  dev_batches, disk_needed, load_tokenizer, prepare_corpus,
-                                  train_tokenizer)
+from .data import (Stream, check_languages, check_room, cpu_count, dev_batches,
+                                  disk_needed, load_tokenizer, prepare_corpus, train_tokenizer)
+from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_jsonl,
+                                   run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
-from .transformer import ModelConfig
+from .transformer import ModelConfig, upgrade_model
 from .distributed import first_process_first, launch, processes
-from .pretrain import (Feed, JointStep, Record, TrainConfig, config_hash,
-                                      load_checkpoint, perplexity, read_record, run_info,
-                                      same_config, save_checkpoint, train)
+from .pretrain import (Feed, JointStep, TrainConfig, config_hash, perplexity,
+                                      run_info, same_config, train)
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep
-from .finetune import (GRIDS, TASKS, FinetuneConfig, be_worker, no_main, search,
-                                      task_rows, task_spec)
-from .pretrained_xlm import XLM_100, load_pretrained
+from .finetune import GRIDS, FinetuneConfig, be_worker, no_main, search
+from .hub_models import XLM_100, open_encoder
+from .tasks import TASKS, task_rows, task_spec
 
 # %% ../nbs/07_experiments.ipynb #3e93fba4
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps
            'ffn': System('ffn'), 'attn': System('attn'), 'adpt': System('adpt'),
            'share_adpt': System('share_adpt'), 'meta_adpt': System('adpt', meta=MetaConfig()),
            **{f'meta_{name}': System('adpt', meta=MetaConfig(**kw)) for name, kw in dict(
-               one_sided=dict(estimator='one_sided'), rest3=dict(rest=3), sample1=dict(sample=1),
+               one_sided=dict(estimator='one_sided'), rest3=dict(meta_every=4),
+               sample1=dict(sampled_languages=1),
                first_order=dict(estimator='first_order'), exact=dict(estimator='exact')).items()},
            'joint_all': System(combine='mean'), 'pcgrad': System(combine='pcgrad'),
            'gradvac': System(combine='gradvac'), 'xlm': System(mono=True, hub=XLM_100)}
@@ -72,22 +73,31 @@ class Scale:
     finetune: dict[str, FinetuneConfig] = field(default_factory=dict)  # by task
     search: dict[str, dict] = field(default_factory=dict)  # by task: settings and values to try
 
+    def __post_init__(self):
+        if self.train.rows == 'segments' and not self.model.isolate_documents:
+            raise InputError("rows of 'segments' need a model that keeps them apart. "
+                             'Set isolate_documents, or use rows of documents.')
+
 def for_tasks(preset, **kw) -> dict[str, FinetuneConfig]:  # preset: such as `FinetuneConfig.toy`
     "Make the finetuning settings of all tasks."
     return {task: preset(task, **kw) for task in TASKS}
 
 SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), for_tasks(FinetuneConfig.toy)),
-          'pocket': Scale(ModelConfig.toy(2000, dim=64, n_heads=4, ffn_dim=256,
-                                          documents_apart=False),
-                          TrainConfig.toy(steps=1200, batch_size=16, seq_len=48, eval_every=120),
-                          for_tasks(FinetuneConfig.mini, epochs=5, lr=1e-3, head_lr=3e-3,
-                                    max_train=900, max_dev=300, max_eval=500)),
+          'pocket': Scale(ModelConfig.toy(4000, dim=128, n_heads=4, ffn_dim=512),
+                          TrainConfig.toy(steps=3000, batch_size=16, seq_len=64, lr=3e-3,
+                                          warmup=300, mask_prob=.3, rows='segments',
+                                          language_order='round_robin', eval_every=300),
+                          for_tasks(FinetuneConfig.mini, epochs=12, lr=3e-3, max_len=64,
+                                    max_train=300, max_dev=300, max_eval=500)),
           'mini': Scale(ModelConfig.mini(8000, dim=256, ffn_dim=1024),
                         TrainConfig.mini(steps=4000, batch_size=32, seq_len=64, lr=1e-3, warmup=200,
                                          schedule='linear', eval_every=200, checkpoint_every=200),
                         for_tasks(FinetuneConfig.mini, epochs=6, max_train=1500)),
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(),
                          for_tasks(FinetuneConfig.paper), GRIDS)}
+
+
+
 
 # %% ../nbs/07_experiments.ipynb #180630b5
 @dataclass(frozen=True)
@@ -158,7 +168,8 @@ def materials(spec: RunSpec, folder,  # of the experiment
     "Open the data of a run: source, vocabulary of the pair, {lang: {split: Corpus}}."
     source, place, tokenizer = vocabulary(spec, folder, source)
     return source, tokenizer, prepare_corpus(source, spec.pair, tokenizer, place,
-                                             spec.max_sentences or None, workers)
+                                             spec.max_sentences or None, workers,
+                                             rows=spec.scale.train.rows)
 
 def vocabulary(spec: RunSpec, folder, source=None,
                make: bool = True):  # train the BPE if it is not there; else it is None
@@ -173,15 +184,8 @@ def vocabulary(spec: RunSpec, folder, source=None,
     about = spec.scale.model.vocab_size, spec.scale.train.temperature, spec.max_sentences or None
     return source, place, cached_tokenizer(source, langs, *about, place/'tokenizer', make)
 
-# %% ../nbs/07_experiments.ipynb #086f0cee
-def weights_hash(model) -> str:
-    "Name a model's weights, bit for bit."
-    found = hashlib.sha256()
-    for name, t in model.state_dict().items():
-        found.update(name.encode())
-        found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:12]
 
+# %% ../nbs/07_experiments.ipynb #086f0cee
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
                      make: bool = True):
     "Train the pair's BPE once; the file's name says what it was trained on."
@@ -205,7 +209,7 @@ def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of it
     with ExitStack() as locked:
         with first_process_first():         # the others find its decisions and its files
             if (rows := complete(spec, home)): return rows if first else None
-            if first: locked.enter_context(alone(home))
+            if first: locked.enter_context(run_lock(home))
             if first and not hub: room_for_checkpoint(spec, home)
             data = None if hub else materials(spec, folder, workers)
             if data: lessons(spec, data[0])                 # refuses tasks without rows
@@ -217,7 +221,7 @@ def room_for_checkpoint(spec: RunSpec, home: Path):
     "Raise `InputError` if the disk cannot take the checkpoint, which is there twice while written."
     if has_model(spec, home): return
     before = (home/'checkpoint.safetensors').exists()
-    need, free = checkpoint_size(spec) * (2 - before), shutil.disk_usage(home).free
+    need, free = checkpoint_size(spec) * (2 - before), free_space(home)
     if need > free:
         raise InputError(f'the checkpoint of {spec.name} takes up to {need / 1e9:,.2f} GB on the '
                          f'disk of {home}, which has {free / 1e9:,.2f} GB free. Make room, or name '
@@ -245,7 +249,7 @@ def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict
     feed, dev = text_of(spec, tokenizer, corpora, meta)
     model = pretrained(spec, home, source, tokenizer, corpora, feed, dev, meta, progress)
     if processes()[0]: return None
-    record = Record(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
+    record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     for prune in spec.prune:
         if not any(held_gates(prune, r) for r in record.rows):
             folder = home/f'gates-{config_hash(asdict(prune))}'
@@ -254,13 +258,13 @@ def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict
 
 def run_hub(spec: RunSpec, home: Path, progress: bool) -> list[dict]:
     "Finetune a model of the hub under the same protocol. [paper Fig. 1]"
-    model, tokenizer = load_pretrained(**SYSTEMS[spec.system].hub)
-    record = Record(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
+    model, tokenizer = open_encoder(**SYSTEMS[spec.system].hub)
+    record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     if not record.rows: record.write('start', config=dict(run=spec.config), **run_info())
     return teach(spec, home, model.to(device()), tokenizer, open_source(spec.data, spec.seed),
                  record, progress)
 
-def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: Record, progress: bool):
+def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: JsonlLog, progress: bool):
     "Finetune on what a record lacks, and finish it."
     for (task, lang), tests in lessons(spec, source).items():
         if any(held_lesson(task, lang, r) for r in record.rows):
@@ -313,28 +317,14 @@ def is_pretrained(spec: RunSpec, home: Path) -> bool:
 def keep_lessons(before: Path, path: Path):
     "Take over what an older record of the same weights holds: they have the same perplexities."
     end = lambda rows: next(r['ppl'] for r in rows if r['kind'] == 'end')
-    old, record = read_record(before), Record(path)
+    old, record = read_jsonl(before), JsonlLog(path)
     if end(old) == end(record.rows):
         for row in old:
             if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
     before.unlink()
 
-@contextmanager
-def alone(home: Path):
-    "Hold a run's folder while it is worked on; raises `InputError` if another process does."
-    home.mkdir(parents=True, exist_ok=True)
-    with open(home/'lock', 'w') as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise InputError(f'another process works on {home}. Wait for it, or name another '
-                             'folder with --out.') from e
-        except (ImportError, OSError): pass             # not on this system, or this file system
-        yield
-
 def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, lang: str,
-              tests: list[str], record: Record, progress: bool):
+              tests: list[str], record: JsonlLog, progress: bool):
     "Finetune on one task and language, and add what came of it to the record."
     protocol, folder = spec.protocol(task), home/f'{task}-{lang}'
     cfg = replace(spec.scale.finetune[task], seed=spec.seed)
@@ -388,7 +378,7 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
     if not (home/'record.jsonl').exists():
         raise InputError(f'no run in {home}. Name a folder that `interference pretrain` '
                          'made.')
-    rows = read_record(home/'record.jsonl')
+    rows = read_jsonl(home/'record.jsonl')
     if not rows or 'run' not in rows[0].get('config', {}):
         raise InputError(f'{home} holds no whole record. Pretrain again into another folder.')
     if not any(r['kind'] == 'end' for r in rows):
@@ -400,7 +390,7 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
         raise InputError(f"{home} was pretrained on data named '{about['data']}', not "
                          f"'{Path(data).name}'. Name it with --data.")
     sizes = about['scale']
-    scale = Scale(ModelConfig(**sizes['model']), TrainConfig(**sizes['train']))
+    scale = Scale(ModelConfig(**upgrade_model(sizes['model'])), TrainConfig(**sizes['train']))
     spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'],
                    scale, data, (), about['max_sentences'])
     source, tokenizer, corpora = materials(spec, home.parent)
@@ -419,7 +409,7 @@ def prune_model(model, feed: Feed,
                      'prune')
         return lambda k: model.loss(own.batch(k).to(feed.device))
     path = lambda lang, seed: Path(folder)/f'{lang}-{seed}.safetensors'
-    about = json.loads(json.dumps(dict(config=asdict(cfg), model=weights_hash(model))))
+    about = json.loads(json.dumps(dict(config=asdict(cfg), model=weights_hash(model)[:12])))
     def done(lang, seed):
         if not path(lang, seed).exists(): return None
         gates = Gates.load(path(lang, seed))
@@ -445,7 +435,7 @@ def complete(spec: RunSpec, home: Path) -> list[dict] | None:
 def held(spec: RunSpec, home: Path) -> list[dict]:
     "Read a run's record, if any; raises `InputError` if it is another config's or an older one."
     path = Path(home)/'record.jsonl'
-    if not (rows := read_record(path) if path.exists() else []): return []
+    if not (rows := read_jsonl(path) if path.exists() else []): return []
     check_format(rows, home)
     same_config(spec.config, rows[0]['config']['run'], home)
     for r in (r for r in rows if r['kind'] == 'finetune' and r['task'] in spec.tasks):
@@ -494,7 +484,7 @@ def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
     for i, spec in enumerate(specs, 1):
         if progress and not processes()[0]:
             path = Path(folder)/spec.name/'record.jsonl'
-            there = path.exists() and any(r['kind'] == 'end' for r in read_record(path))
+            there = path.exists() and any(r['kind'] == 'end' for r in read_jsonl(path))
             print(f'{i} of {len(specs)}: {spec.name}' + ', pretrained already' * there, flush=True)
         run(replace(spec, tasks=(), prune=()), folder, progress)
 
@@ -521,7 +511,7 @@ def try_small(spec: RunSpec, processes: int = 1) -> dict:  # what its last evalu
     tiny = small(spec)
     with tempfile.TemporaryDirectory() as folder:
         on_cpu(pretrain_all, [tiny], folder, False, processes=processes)
-        end = next(r for r in read_record(Path(folder)/tiny.name/'record.jsonl')
+        end = next(r for r in read_jsonl(Path(folder)/tiny.name/'record.jsonl')
                    if r['kind'] == 'end')
     return dict(run=tiny.name, **{k: end[k] for k in ('step', 'passes', 'ppl')})
 
@@ -584,7 +574,7 @@ def sharing_data(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     for s in (s for s in specs if not SYSTEMS[s.system].hub):
         seed = s.seed if s.data.split(':')[0] == 'toy' else 0       # real text has none
         key = (s.data, s.pair, seed, *sorted(s.max_sentences.items()), s.scale.model.vocab_size,
-               s.scale.train.temperature)
+               s.scale.train.temperature, s.scale.train.rows)
         out.setdefault(key, []).append(s)
     return list(out.values())
 
@@ -616,6 +606,7 @@ def take_turn(numbers):
     "Keep a worker to its core and, where there are GPUs, to one of them."
     be_worker()
     if n := torch.cuda.device_count(): torch.cuda.set_device(numbers.get() % n)
+
 
 # %% ../nbs/07_experiments.ipynb #c309612c
 def metrics(records: list[list[dict]],  # of one system and seed: one record, or mono's several
@@ -679,7 +670,7 @@ def complete_records(folder,
                      ) -> list[list[dict]]:  # the rows of each record
     "Read the complete records under a folder."
     paths = sorted(Path(folder).glob('*/record.jsonl'))
-    records = [read_record(p) for p in paths if names is None or p.parent.name in names]
+    records = [read_jsonl(p) for p in paths if names is None or p.parent.name in names]
     last = ('done',) if whole else ('end', 'gates', 'finetune', 'no lesson', 'done')
     return [rows for rows in records if rows and rows[-1]['kind'] in last]
 

@@ -18,10 +18,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from .data import InputError
+from .files import InputError
 from .experiments import (SYSTEMS, Paired, Score, complete_records, load_results,
                                          paired, read_scores)
-from .finetune import task_spec
+from .tasks import task_spec
 
 # %% ../nbs/08_figures.ipynb #2a7b203b
 COLOURS = {'mono': '#0072B2', 'joint': '#D55E00', 'joint2x': '#E69F00', 'joint6x': '#882255',

@@ -6,12 +6,12 @@
 __all__ = ['KINDS', 'COLOURS', 'RESERVE', 'ALONE', 'Memory', 'format_bytes', 'Ledger', 'StepSpec', 'SameBatch', 'cycle',
            'GpuKernels', 'UnitMatrices', 'fake_tensors', 'fake_processes', 'account', 'cached_account', 'count_memory',
            'measured_peak', 'plot_memory', 'memory_cells', 'TextSize', 'Plan', 'too_full', 'plan_run', 'memory_of',
-           'gpu', 'free_at', 'text_size', 'time_steps', 'time_rows', 'few_rows', 'measured_step', 'plan_family',
-           'step_of', 'plan_table', 'about_plans', 'total_disk', 'plan_finetuning', 'disk', 'trials', 'plan_missing',
-           'pace', 'work_left']
+           'gpu', 'text_size', 'time_steps', 'time_rows', 'few_rows', 'measured_step', 'plan_family', 'step_of',
+           'plan_table', 'about_plans', 'total_disk', 'plan_finetuning', 'disk', 'trials', 'plan_missing', 'pace',
+           'work_left']
 
 # %% ../nbs/07c_planner.ipynb #11ca592e
-import contextlib, gc, itertools, json, math, os, shutil, subprocess, sys, tempfile, time, weakref
+import contextlib, gc, itertools, json, math, os, subprocess, sys, tempfile, time, weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from .data import SPLITS, Batch, InputError, _find, _key, disk_needed
+from .data import SPLITS, Batch, _find, _key, disk_needed
+from .files import InputError, free_space
 from .transformer import ModelConfig
 from .distributed import traffic
 from .pretrain import Feed, TrainConfig, check_shares, prepare_model, run_info
@@ -188,7 +189,7 @@ def cycle(
     step,  # that `StepSpec.build` made
 ) -> range:  # numbers of steps
     "Return the steps after which a step's work repeats; none at which a meta step logs."
-    return range(1, 2 + getattr(getattr(step, 'meta', None), 'rest', 0))
+    return range(1, 1 + getattr(getattr(step, 'meta', None), 'meta_every', 1))
 
 # %% ../nbs/07c_planner.ipynb #f1fb09f1
 class GpuKernels(TorchFunctionMode):
@@ -456,7 +457,7 @@ def plan_run(
     def planned(on, how=''):
         memory = account(StepSpec.of_run(spec, on, processes))
         gpus = torch.cuda.device_count() if on == 'cuda' else 0
-        return Plan(spec, processes, memory, *memory_of(on, processes), text, free_at(folder),
+        return Plan(spec, processes, memory, *memory_of(on, processes), text, free_space(folder),
                     how=how, gpus=gpus)
     plan = planned('cuda' if device() == 'cuda' or not seconds else 'cpu')
     if device() == 'cpu' and plan.memory.peak > plan.room:
@@ -486,14 +487,6 @@ def gpu() -> tuple[str, int]:  # name, bytes
     memory, name = said.stdout.split(maxsplit=1)
     return name.strip(), int(memory)
 
-def free_at(
-    folder,  # need not exist yet
-) -> int:  # bytes
-    "Tell how much is free on the disk of a folder."
-    place = Path(folder).absolute()
-    while not place.exists(): place = place.parent
-    return shutil.disk_usage(place).free
-
 def text_size(
     spec: RunSpec,
     folder,  # of the experiment
@@ -501,13 +494,14 @@ def text_size(
     "Tell what the tokenised text takes: what is there, or the source's estimate."
     caps = spec.max_sentences or None
     source, place, tokenizer = vocabulary(spec, folder, make=False)
-    key = lambda lang, split: _key(source, lang, split, tokenizer, caps, 0)
+    rows_of = spec.scale.train.rows
+    key = lambda lang, split: _key(source, lang, split, tokenizer, caps, 0, rows_of)
     found = {at: f for at in itertools.product(spec.pair, SPLITS)
              if tokenizer and (f := _find(place, key(*at)))}
     held = sum(2. * entry['tokens'] for _, entry in found.values())
     if all((l, s) in found for l in spec.pair for s in ('train', 'validation')):
         return TextSize(held, 0., held)
-    rows = disk_needed(source, spec.pair, place, tokenizer, caps)
+    rows = disk_needed(source, spec.pair, place, tokenizer, caps, rows=rows_of)
     known = not hasattr(source, 'size') or all(r['text'] for r in rows)
     new = sum(r['ids'] for r in rows)
     return TextSize(held + new if known else None, float(sum(r['copy'] for r in rows)), held)

@@ -21,8 +21,9 @@ from zlib import crc32
 
 import numpy as np
 
-from .data import (
-    SPLITS, TASKS, UPOS_LABELS, FolderSource, HubSource, InputError, WordTokenizer, check_languages)
+from .data import (SPLITS, TASKS, UPOS_LABELS, FolderSource, HubSource,
+                                  WordTokenizer, check_languages)
+from .files import InputError
 
 # %% ../nbs/00a_toy_languages.ipynb #b699b8d4
 TOPICS = {  # nouns; verbs, with their type behind the slash; adjectives

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from interference_nb.causes import Study, causes_page, load_causes, of_one_study, plan_causes
-from interference_nb.data import InputError
+from interference_nb.files import InputError
 from interference_nb.experiments import SCALES, Scale, open_run, plan, prune_model, run, text_of
 from interference_nb.gradient_probes import ProbeConfig
 from interference_nb.l0_pruning import Gates, PruneConfig

@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
-from interference_nb import pretrain
+from interference_nb import files, pretrain
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Stream, dev_batches, prepare_corpus
 from interference_nb.distributed import joined, launch, processes
-from interference_nb.pretrain import (Feed, Record, TrainConfig, load_checkpoint, read_record,
-                                      train)
+from interference_nb.pretrain import Feed, TrainConfig, train
+from interference_nb.files import JsonlLog, load_checkpoint, read_jsonl
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 
@@ -50,7 +50,7 @@ def left(folder):
     apart = {'wall_s', 'cpu_s', 'tokens_per_s', 'date'}
     clean = lambda row: {k: v for k, v in row.items() if k not in apart}
     tensors, meta = load_checkpoint(folder/'checkpoint.safetensors')
-    rows = [r for r in read_record(folder/'record.jsonl') if r['kind'] != 'resume']
+    rows = [r for r in read_jsonl(folder/'record.jsonl') if r['kind'] != 'resume']
     return tensors, clean(meta), [clean(r) for r in rows]
 
 def assert_same(a, b):
@@ -73,8 +73,9 @@ def home(tmp_path_factory):
 
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 
-def half_a_file(path, data):
-    with open(path, 'wb') as f: f.write(data[:len(data) // 2])
+def half_a_file(path, content):
+    content = content if isinstance(content, bytes) else b''.join(content)
+    with open(f'{path}.01234567.tmp', 'wb') as f: f.write(content[:len(content) // 2])
     die()
 
 def half_a_line(record, kind, **row):
@@ -91,11 +92,11 @@ def moments(rng):
     "Ten moments of a checkpoint: before, while and after each of its files is written and named."
     def renamed(*args): os.rename(*args); die()
     for n in (rng.randrange(4), rng.randrange(4)):
-        yield at_call(Path, 'write_bytes', half_a_file, n)
-        yield at_call(pretrain.os, 'fsync', die, rng.randrange(9))
-        yield at_call(pretrain.os, 'replace', die, 1 + n)       # call 0 is the record's
-        yield at_call(pretrain.os, 'replace', renamed, 1 + n)
-        yield at_call(Record, 'write', half_a_line, 1 + n)
+        yield at_call(files, 'write_atomically', half_a_file, 1 + n)     # call 0 is the log's
+        yield at_call(files.os, 'fsync', die, rng.randrange(9))
+        yield at_call(files.os, 'replace', die, 1 + n)
+        yield at_call(files.os, 'replace', renamed, 1 + n)
+        yield at_call(JsonlLog, 'write', half_a_line, 1 + n)
 
 def test_killed_at_twenty_moments(home):
     "kill -9, ten times at any moment and ten times while something is written; nothing is lost."
@@ -127,7 +128,7 @@ def test_cut_after_the_last_checkpoint(home):
     "With all steps taken, a restart writes what is missing, in each process; so does a new start."
     cfg = replace(CFG, steps=10)
     two = lambda f, name: launch(f, home, home/name, calm, cfg, processes=2)
-    kinds = lambda name: [r['kind'] for r in read_record(home/name/'record.jsonl')]
+    kinds = lambda name: [r['kind'] for r in read_jsonl(home/name/'record.jsonl')]
     two(run, 'ended'), two(killed_at_the_end, 'unended')
     assert_same(home/'unended', home/'ended')
     two(run, 'ended')
@@ -151,7 +152,7 @@ def test_a_run_begun_anew_says_where_it_ran(tmp_path, monkeypatch):
         if k == 3: raise KeyError
     with pytest.raises(KeyError): on('old', break_off)
     on('new')
-    rows = read_record(tmp_path/'run'/'record.jsonl')
+    rows = read_jsonl(tmp_path/'run'/'record.jsonl')
     assert [r['hardware'] for r in rows if r['kind'] == 'start'] == ['new']
     assert [r['kind'] for r in rows].count('eval') == 2
 
@@ -207,7 +208,7 @@ def killed_while_saving(home, folder):
     "Kill rank 0 in the middle of its third checkpoint, in the first life."
     if processes()[0] == 0:
         if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-            at_call(Path, 'write_bytes', half_a_file, 2)()
+            at_call(files, 'write_atomically', half_a_file, 3)()
         else:
             assert step_of(folder) == 2 * EVERY
             (home/'again').touch()

@@ -72,8 +72,10 @@ def test_gpu_replays_its_noise(autocast):
 
 LANGS = 'en', 'x3', 'fr'
 CFG = TrainConfig.toy(steps=4, accumulate=2, seed=3, clip=1e9)
-SETTINGS = {'sample': (CFG, MetaConfig(sample=1)), 'rest': (CFG, MetaConfig(rest=1)),
-            'mixed': (replace(CFG, mixed=True), MetaConfig(sample=2, estimator='one_sided')),
+SETTINGS = {'sampled': (CFG, MetaConfig(sampled_languages=1)),
+            'every other step': (CFG, MetaConfig(meta_every=2)),
+            'mixed': (replace(CFG, mixed=True),
+                      MetaConfig(sampled_languages=2, estimator='one_sided')),
             'mixed, shared first': (replace(CFG, mixed=True),
                                     MetaConfig.released(validation='train'))}
 
@@ -152,12 +154,13 @@ def test_second_streams_are_made_once():
     assert sum(s.forks for s in feed.streams.values()) == len(set(map(feed.lang, range(CFG.steps))))
 
 
-@pytest.mark.parametrize('choices', [{}, dict(rest=2), dict(sample=2), dict(others_only=True)])
+@pytest.mark.parametrize('choices', [{}, dict(meta_every=3), dict(sampled_languages=2),
+                                     dict(exclude_own_language=True)])
 def test_validation_batches_are_drawn_ahead(choices):
     "As on a GPU: only the first ones while a step waits, and none that no step asks for."
     cfg = replace(CFG, steps=9)
     _, step, feed = little_run(cfg, MetaConfig(**choices))
-    due = [(l, i) for k in range(0, cfg.steps, step.meta.rest + 1)
+    due = [(l, i) for k in range(0, cfg.steps, step.meta.meta_every)
            for l in step.val_langs(feed, k) for i in feed.share(k)]
     drawn = []
     feed.validation = {l: Watched(s, drawn) for l, s in feed.validation.items()}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from interference_nb import planner
 from interference_nb.cli import main
-from interference_nb.data import InputError
 from interference_nb.experiments import SCALES, SYSTEMS, RunSpec, cost
+from interference_nb.files import InputError, read_jsonl
 from interference_nb.meta_adapters import MetaConfig
 from interference_nb.planner import KINDS, StepSpec, account, measured_peak, plan_run
-from interference_nb.pretrain import TrainConfig, read_record
+from interference_nb.pretrain import TrainConfig
 from interference_nb.transformer import ModelConfig
 
 MODEL = ModelConfig.mini(500, dim=48, n_layers=2, n_heads=4, ffn_dim=160, max_len=64)
@@ -36,8 +36,9 @@ def test_three_languages():
 
 
 @pytest.mark.parametrize('meta', [
-    MetaConfig.released(estimator='finite_difference'), MetaConfig(also_direct=True),
-    MetaConfig(order='shared first'), MetaConfig(others_only=True),
+    MetaConfig.released(estimator='finite_difference'),
+    MetaConfig(phi_follows_training_gradient=True),
+    MetaConfig(order='shared first'), MetaConfig(exclude_own_language=True),
     MetaConfig(validation='held-out')], ids=lambda m: f'{m.order}-{m.validation}')
 def test_settings_of_the_meta_step(meta):
     step = StepSpec(MODEL, TRAIN, 'meta_adpt', meta=meta)
@@ -45,7 +46,7 @@ def test_settings_of_the_meta_step(meta):
 
 
 @pytest.mark.parametrize('change', [
-    dict(documents_apart=True), dict(dropout=0., attention_dropout=0.),
+    dict(isolate_documents=True), dict(dropout=0., attention_dropout=0.),
     dict(language_embeddings=True)], ids=lambda c: next(iter(c)))
 def test_other_models(change):
     "Masks, the CPU's fused attention (which drops nothing), a vector for each language."
@@ -229,7 +230,7 @@ def test_plan_of_a_machine_too_small(small, capsys, tmp_path, monkeypatch):
     "One line, the remedy, another status than 0; nothing is measured first."
     if small == 'memory': monkeypatch.setattr(planner, 'memory_of', lambda *_: (1e9, 'this toy'))
     else: monkeypatch.setattr(planner, 'memory_of', lambda *_: (1e12, 'this giant'))
-    if small == 'disk': monkeypatch.setattr(planner, 'free_at', lambda _: 1e6)
+    if small == 'disk': monkeypatch.setattr(planner, 'free_space', lambda _: 1e6)
     monkeypatch.setattr(planner, 'measured_step', lambda *_: pytest.fail('measured'))
     status, out, err = command(capsys, 'plan', 'paper', '--processes', 3 if small == 'processes'
                                else 4, '--out', tmp_path)
@@ -281,7 +282,7 @@ def test_pretrain_by_torchrun(tmp_path):
                     '--train.warmup', 1, '--train.accumulate', 2, '--out', tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('record and checkpoint in') == 1 == done.stdout.count('tokens/s')
-    rows = read_record(tmp_path/'joint-en+x3-0'/'record.jsonl')
+    rows = read_jsonl(tmp_path/'joint-en+x3-0'/'record.jsonl')
     end = next(r for r in rows if r['kind'] == 'end')
     assert (rows[0]['world'], end['step'], end['reduced_mb'] > 0) == (2, 4, True)
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from interference_nb import distributed, pretrain
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import InputError, Stream, dev_batches, prepare_corpus
+from interference_nb.data import Stream, dev_batches, prepare_corpus
+from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_jsonl, save_checkpoint
 from interference_nb.distributed import (first_process_first, gathered, joined, launch,
                                          mean_over_processes, processes, traffic)
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.meta_adapters import ESTIMATORS, MetaConfig, MetaStep
-from interference_nb.pretrain import (Feed, JointStep, Record, TrainConfig, load_checkpoint,
-                                      read_record, save_checkpoint, seed_step, train)
+from interference_nb.pretrain import Feed, JointStep, TrainConfig, seed_step, train
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import MaskedLM, ModelConfig
 
@@ -21,7 +21,7 @@ LANGS, STEPS = ('en', 'x3'), 3
 CFG = TrainConfig.toy(steps=STEPS, accumulate=4, seed=3, eval_every=3, checkpoint_every=2)
 MIXED = replace(CFG, mixed=True)
 META = {name: MetaConfig(estimator=name) for name in ESTIMATORS}
-META |= dict(mixed_meta=MetaConfig(), sampled=MetaConfig(sample=1, rest=1),
+META |= dict(mixed_meta=MetaConfig(), sampled=MetaConfig(sampled_languages=1, meta_every=2),
              released=MetaConfig.released(validation='train'))
 KINDS = dict(joint=JointStep, mixed=JointStep, mixed_vectors=JointStep, pcgrad=CombinedStep,
              gradvac=lambda *a: CombinedStep(*a, 'gradvac'))
@@ -126,7 +126,7 @@ def test_languages_met_on_some_ranks_only(toy):
 def test_probe_and_loop_agree_too(runs):
     "Cosines, weights and the record's losses, also of a run that went from two processes to four."
     (alone,) = runs.of[1]
-    rows = lambda name: [r for r in read_record(runs.home/name/'record.jsonl') if 'loss' in r]
+    rows = lambda name: [r for r in read_jsonl(runs.home/name/'record.jsonl') if 'loss' in r]
     for world in (2, 4):
         for rank in runs.of[world]:
             torch.testing.assert_close(rank['probe'], alone['probe'], rtol=0, atol=2e-5)
@@ -140,7 +140,7 @@ def test_probe_and_loop_agree_too(runs):
     for a, b in zip(rows('moved'), rows('whole1'), strict=True):
         assert (a['step'], a['passes']) == (b['step'], b['passes'])
     places = [(r['kind'], r['world'], r['precision'])
-              for r in read_record(runs.home/'moved'/'record.jsonl') if 'world' in r]
+              for r in read_jsonl(runs.home/'moved'/'record.jsonl') if 'world' in r]
     assert places == [('start', 2, 'float32'), ('resume', 4, 'float32')]
 
 def test_bytes_reduced(runs, toy):
@@ -273,10 +273,10 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(InputError, match='could not write .*checkpoint before it is untouched'):
+        with pytest.raises(InputError, match='could not write .*safetensors .*Make room'):
             save_checkpoint(path, {'w': torch.ones(100_000)}, dict(step=2))
         with pytest.raises(InputError, match='could not write .*record.jsonl .*Make room'):
-            Record(tmp_path/'log'/'record.jsonl').write('step', loss=[0.] * 9999)
+            JsonlLog(tmp_path/'log'/'record.jsonl').write('step', loss=[0.] * 9999)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     tensors, meta = load_checkpoint(path)
     assert meta['step'] == 1 and not tensors['w'].any()
@@ -290,11 +290,11 @@ def test_what_outlives_a_power_cut(tmp_path, monkeypatch):
         if stat.S_ISDIR(os.fstat(handle).st_mode): raise OSError(errno.EINVAL, 'Invalid argument')
         usual(handle)
     def renamed(*names): calls.append('replace'); os.rename(*names)
-    monkeypatch.setattr(pretrain.os, 'fsync', only_files)
-    monkeypatch.setattr(pretrain.os, 'replace', renamed)
-    Record(tmp_path/'record.jsonl')
+    monkeypatch.setattr(os, 'fsync', only_files)
+    monkeypatch.setattr(os, 'replace', renamed)
+    JsonlLog(tmp_path/'record.jsonl')
     save_checkpoint(tmp_path/'checkpoint.safetensors', {'w': torch.zeros(1)}, dict(step=1))
-    assert calls == ['fsync', 'replace', 'fsync', 'replace', 'fsync']
+    assert calls == ['fsync', 'replace', 'fsync'] * 2
 
 def test_a_full_disk_ends_all_processes(toy, tmp_path):
     "What stops the first process's checkpoint stops the others, with its message, at once."

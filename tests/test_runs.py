@@ -7,14 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interference_nb import cli, data
-from interference_nb.data import (FolderSource, HubSource, InputError, WordTokenizer, check_room,
-                                  disk_needed, prepare_corpus, train_tokenizer)
+from interference_nb import cli
+from interference_nb.data import (FolderSource, HubSource, WordTokenizer, check_room, disk_needed,
+                                  prepare_corpus, train_tokenizer)
+from interference_nb.files import InputError, load_checkpoint, read_jsonl, run_lock
 from interference_nb.distributed import launch, processes
-from interference_nb.experiments import (SCALES, Scale, alone, materials, plan, pretrain_all,
-                                         ready, run, run_all, small)
+from interference_nb.experiments import (SCALES, Scale, materials, plan, pretrain_all, ready, run,
+                                         run_all, small)
 from interference_nb.finetune import FinetuneConfig
-from interference_nb.pretrain import TrainConfig, load_checkpoint, read_record
+from interference_nb.pretrain import TrainConfig
 from interference_nb.reproduce import (FAMILIES, SETTINGS, family, family_page, records_of)
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
@@ -30,7 +31,7 @@ TINY = Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16),
              dict.fromkeys(('ner', 'pos'), FinetuneConfig.toy(epochs=1, max_train=32, max_dev=16,
                                                               max_eval=16)))
 
-def record(folder, spec): return read_record(folder/spec.name/'record.jsonl')
+def record(folder, spec): return read_jsonl(folder/spec.name/'record.jsonl')
 
 def told(rows):
     "What a record says, without times and places."
@@ -78,7 +79,7 @@ def everything(specs, folder):
 def test_a_group_pretrains_and_its_first_process_finetunes(tmp_path):
     "What `torchrun ... interference reproduce` does; a folder in use stops all processes at once."
     specs = [replace(s, tasks=('ner',)) for s in plan(['joint', 'ffn'], ('en', 'x3'), 1, TINY)]
-    with alone(tmp_path/specs[0].name), pytest.raises(InputError, match='process . of 2 failed'):
+    with run_lock(tmp_path/specs[0].name), pytest.raises(InputError, match='process . of 2 failed'):
         launch(everything, specs, tmp_path, processes=2)
     launch(everything, specs, tmp_path, processes=2)
     for spec in specs:
@@ -161,7 +162,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 def test_a_disk_too_small_is_told_before_it_starts(tmp_path, monkeypatch):
     source = folder_of(tmp_path/'text', ('en', 'sw'), 50)
-    monkeypatch.setattr(data.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(9, 9, 9))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(9, 9, 9))
     tokenizer = toy_tokenizer(ToySource(0), ('en',))
     with pytest.raises(InputError, match=r'text of en, sw takes about .* GB free\. Make room'):
         prepare_corpus(source, ['en', 'sw'], tokenizer, tmp_path/'ids')

@@ -5,12 +5,13 @@ import torch
 
 transformers = pytest.importorskip('transformers')
 
-from interference_nb.any_model import AnyModel, TextStream, hf_loss, requirements
-from interference_nb.data import BOS, EOS, MASK, PAD, InputError, Stream, prepare_corpus
+from interference_nb.data import BOS, EOS, MASK, PAD, Stream, prepare_corpus
+from interference_nb.files import InputError, read_jsonl
+from interference_nb.hub_models import AnyModel, TextStream, hf_loss, requirements
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.l0_pruning import PruneConfig, columns, gated, learn_gates, rows
 from interference_nb.meta_adapters import MetaStep, exact, finite_difference, hypergradient
-from interference_nb.pretrain import Feed, JointStep, TrainConfig, read_record, train
+from interference_nb.pretrain import Feed, JointStep, TrainConfig, train
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 
 LANGS = ('en', 'ar')
@@ -153,7 +154,7 @@ def test_killed_and_resumed_is_the_same_run(data, step, tmp_path):
             run(model, streams, cfg, step, folder=folder, stop_at=stop)
         return flat(model.parameters())
     assert torch.equal(end(tmp_path / 'a'), end(tmp_path / 'b', 3))
-    start = read_record(tmp_path / 'a' / 'record.jsonl')[0]
+    start = read_jsonl(tmp_path / 'a' / 'record.jsonl')[0]
     assert start['config']['model']['kind'] == 'XmodForMaskedLM'
 
 
@@ -235,6 +236,6 @@ def test_tied_weights_are_saved_once_and_come_back():
 
 
 def test_package_does_not_import_transformers():
-    code = ('import sys, interference_nb.any_model, interference_nb.experiments; '
+    code = ('import sys, interference_nb.hub_models, interference_nb.experiments; '
             'assert "transformers" not in sys.modules')
     subprocess.run([sys.executable, '-c', code], check=True)

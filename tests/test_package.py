@@ -1,0 +1,42 @@
+"What a package index would hold can be built, read and used without the checkout."
+import os, re, shutil, subprocess, sys, tarfile, zipfile
+import pytest
+from test_project import LEFT_OUT, ROOT
+
+def build(kind, folder, out):
+    "Let setuptools make an 'sdist' or a 'wheel' of a folder, as pip does; return its path."
+    code = f'import setuptools.build_meta as b; print(b.build_{kind}({str(out)!r}))'
+    r = subprocess.run([sys.executable, '-c', code], cwd=folder, text=True, capture_output=True)
+    assert r.returncode == 0, r.stderr
+    return out / r.stdout.splitlines()[-1]
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "The wheel made from the unpacked sdist of a copy of the project."
+    tmp = tmp_path_factory.mktemp('package')
+    copy = shutil.copytree(ROOT, tmp/'copy', symlinks=True, ignore=lambda folder, names: {
+        *LEFT_OUT(folder, names), *(n for n in ('records', 'runs', 'nbs') if n in names)})
+    with tarfile.open(build('sdist', copy, tmp)) as f: f.extractall(tmp/'source', filter='data')
+    source, = (tmp/'source').iterdir()
+    return build('wheel', source, tmp)
+
+def test_a_wheel_made_from_the_sdist_runs_the_demo(wheel, tmp_path):
+    home, empty = tmp_path/'site', tmp_path/'empty'
+    with zipfile.ZipFile(wheel) as f: f.extractall(home)
+    empty.mkdir()
+    code = 'from interference_nb import cli; print(cli.__file__); cli.main()'
+    r = subprocess.run([sys.executable, '-c', code, 'demo', '--steps', '20', '--seeds', '1',
+                        '--systems', 'joint', '--tasks', 'ner', '--out', 'out'], cwd=empty,
+                       env=os.environ | {'PYTHONPATH': str(home)}, text=True, capture_output=True)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.startswith(str(home))           # not the checkout
+    assert {'table.md', 'figure.svg'} <= {p.name for p in (empty/'out').iterdir()}
+
+def test_metadata_tells_what_an_index_shows(wheel):
+    with zipfile.ZipFile(wheel) as f:
+        name, = (n for n in f.namelist() if n.endswith('METADATA'))
+        about, _, readme = f.read(name).decode().partition('\n\n')
+    assert 'License-Expression: Apache-2.0' in about and 'Project-URL: Documentation' in about
+    links = re.findall(r'\]\(([^)\s]+)', readme)
+    assert links and not [l for l in links if not l.startswith(('https://', '#'))]
+    assert readme.startswith('# ')
