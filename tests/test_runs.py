@@ -258,7 +258,7 @@ def test_full_scale_notebooks_hold_what_they_promise():
         has = lambda what, own=own: any(re.search(what, c) for c in own)
         assert sum(c.startswith('#| gpu') for c in code) == 1, path.name
         assert has(r'pprint\(') and has(r'small\(|map\(small'), path.name
-        assert has(r'plan_family\(specs|plan_lessons\(specs|disk_needed\('), path.name
+        assert has(r'plan_family\(specs|plan_finetuning\(specs|disk_needed\('), path.name
         assert has(r'family_page\(') or '../07b_results.ipynb' in ''.join(code), path.name
         assert '```sh' in text or 'interference data prepare' in text, path.name
         shared += has('processes=2')
