@@ -21,7 +21,7 @@ from zlib import crc32
 
 import numpy as np
 
-from .data import (SPLITS, TASKS, UPOS_LABELS, FolderSource, HubSource,
+from .data import (SPLITS, TASKS, UPOS_LABELS, FolderSource, HubSource, Source,
                                   WordTokenizer, check_languages)
 from .files import InputError
 
@@ -628,7 +628,7 @@ def _qa(s, meaning, v):
                     answers=dict(text=[_line(context[i:j])], answer_start=[start]))
 
 # %% ../nbs/00a_toy_languages.ipynb #92b7075e
-class ToySource:
+class ToySource(Source):
     "Give text and labelled examples of the toy languages."
     name, languages = 'toy', tuple(TOY_LANGUAGES)
     def __init__(self,
