@@ -7,7 +7,7 @@ __all__ = ['SHARED', 'TORCHRUN', 'REAL', 'DemoConfig', 'interference_demo', 'run
            'PretrainConfig', 'PlanConfig', 'ExportCommand', 'FinetuneCommand', 'spec_of', 'prepare', 'statistics',
            'pretraining', 'plan_pretraining', 'export_run', 'pretrain', 'finetune_run', 'ProbeCommand', 'PruneCommand',
            'CausesConfig', 'probe_run', 'probe_table', 'prune_run', 'interference_causes', 'ReproduceConfig',
-           'interference_reproduce', 'executor_of', 'make_app', 'main', 'first_speaks', 'end']
+           'interference_reproduce', 'plan_of', 'executor_of', 'make_app', 'main', 'first_speaks', 'end']
 
 # %% ../nbs/09_cli.ipynb #8ae5884a
 import os, sys, time
@@ -16,18 +16,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
-import pandas as pd
 from .data import corpus_statistics, statistics_table
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
                                    write_atomically)
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, complete, materials,
                                          open_run, prune_model, run, side_by_side, text_of)
-from . import experiments
+import pandas as pd
 from .claims import text_table
-from .reproduce import (CAUSES, DEMO, STUDIES, choose, gate_table, loss_table,
-                                       make_study, numbers_of_study, plan_cells, run_study,
+from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, gate_table,
+                                       loss_table, make_study, numbers_of_study, run_study,
                                        specs_of, tell_failed, write_index)
-from .distributed import joined, processes
+from .distributed import process_group, rank_and_world_size
 from .finetune import FinetuneConfig, search
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
@@ -81,7 +80,7 @@ def run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of recor
     pairs = ', '.join(' and '.join(p) for p in study.pairs)
     print(f'{n} runs of {cfg.seeds} seeds on {pairs} ({cfg.data}); records in {out}/', flush=True)
     failed = run_study(study, [exhibit], out, cfg.workers)
-    if processes()[0]: return out
+    if rank_and_world_size()[0]: return out
     tell_failed(failed, n)
     print(f'\n{(out/"table.md").read_text(encoding="utf-8")}\n'
           f'{(time.time() - t0) / 60:.1f} minutes. Page: {out/"table.md"}, '
@@ -112,6 +111,7 @@ class PrepareConfig:
     data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
     vocab_size: int = 32_000  # BPE pieces shared by the languages (toy text has its own)
     temperature: float = 5.  # T of the sample that the vocabulary is trained on
+    rows: str = 'documents'  # or 'segments', a line each: as the scale's --train.rows
     max_sentences: dict[str, int] = field(default_factory=dict)  # caps, the paper's: fr 100000
     out: Path = Path('runs/pretrain')  # what `interference pretrain --out` will find it in
 
@@ -172,6 +172,7 @@ class FinetuneCommand:
     search: bool = False  # try the scale's values of batch size and learning rates; take the best
     workers: int = 1  # trials side by side, one on each GPU in turn
 
+
 # %% ../nbs/09_cli.ipynb #87063af8
 def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
     "Describe what a command works on as a run without tasks."
@@ -188,8 +189,10 @@ def spec_of(cfg, scale, system='joint', langs=None, meta=None) -> RunSpec:
 def prepare(cfg: PrepareConfig):
     "Make vocabulary and token files where `pretrain` looks for them."
     paper = SCALES['paper']
-    scale = replace(paper, model=replace(paper.model, vocab_size=cfg.vocab_size),
-                    train=replace(paper.train, temperature=cfg.temperature))
+    model = replace(paper.model, vocab_size=cfg.vocab_size,
+                    isolate_documents=cfg.rows == 'segments')
+    scale = replace(paper, model=model,
+                    train=replace(paper.train, temperature=cfg.temperature, rows=cfg.rows))
     _, tokenizer, corpora = materials(spec_of(cfg, scale), cfg.out, workers=None)
     for lang, splits in corpora.items():
         sizes = '; '.join(f'{split} {c.n_tokens:,} tokens in {c.n_sentences:,} sentences'
@@ -237,7 +240,7 @@ def pretrain(cfg: PretrainConfig):
     if cfg.probe_every:
         spec = replace(spec, probe=ProbeConfig(cfg.probe_every, cfg.probe_batches))
     home = cfg.out/spec.name
-    if not processes()[0] and complete(spec, home):     # then the checkpoint must be whole, too,
+    if not rank_and_world_size()[0] and complete(spec, home):   # the checkpoint must be whole, too,
         if (home/'checkpoint.safetensors').exists(): load_checkpoint(home/'checkpoint.safetensors')
         else: (home/'record.jsonl').unlink()            # or the run starts again
     print(f'{spec.name}: record and checkpoint in {cfg.out/spec.name}/', flush=True)
@@ -263,6 +266,8 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
+
+
 
 # %% ../nbs/09_cli.ipynb #51ce7ea8
 @dataclass(frozen=True)
@@ -380,17 +385,30 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
     out, source = cfg.out or Path('runs')/f'reproduce-{cfg.scale}', open_source(study.data)
     t0 = time.time()
     if cfg.dry_run or not cfg.write_only:
-        *cells, note = plan_cells(exhibits, study, source, out, cfg.workers or side_by_side())
-        n = study.seeds
-        print(f'{n} seed{"s" * (n > 1)} on {study.data}; records in {out}/\n\n'
-              f'{experiments.text_table(*cells)}\n\n{note}\n', flush=True)
+        print(f'{study.seeds} seed{"s" * (study.seeds > 1)} on {study.data}; records in {out}/\n')
+        workers = cfg.workers or side_by_side()
+        print(plan_of(exhibits, study, source, out, workers), end='\n\n', flush=True)
     if cfg.dry_run: return out
     failed = run_study(study, exhibits, out, cfg.workers, executor_of(cfg, out), cfg.write_only)
-    if processes()[0]: return out
+    if rank_and_world_size()[0]: return out
     index = write_index(replace(study, family='all'), source, out)
     print(f'{(time.time() - t0) / 60:.1f} minutes. All exhibits: {index}')
     tell_failed(failed, len(specs_of(exhibits, study, source)))
     return out
+
+def plan_of(exhibits, study, source, out: Path, workers: int) -> str:
+    "Say what exhibits take before they can be written, and which runs cannot be made."
+    from interference_nb.planner import as_text, plan_missing
+    of = {e.name: specs_of([e], study, source) for e in exhibits}
+    of |= dict(together=specs_of(exhibits, study, source))
+    other = check_records(of['together'], out)
+    of = {name: [s for s in specs if s.name not in other] for name, specs in of.items()}
+    if not of['together']: return 'No runs to plan.'
+    header, lines, note = plan_missing(of, out, workers)
+    if other: note += (' Not to be run, for their folders hold other settings: '
+                       f'{", ".join(other)}.')
+    note = f'Exhibits share runs: the last line counts each once. {note}'
+    return f'{as_text(header, lines)}\n\n{note}'
 
 def executor_of(cfg: ReproduceConfig, out: Path):
     "Give what runs the runs: None for this machine's processes, or SLURM jobs."
@@ -411,7 +429,7 @@ def make_app():
     flat, bare = tyro.conf.arg(name=''), tyro.conf.PositionalRequiredArgs
     def command(app, name, function, config, default=None, note=''):
         def call(cfg):
-            if config not in SHARED and processes()[1] > 1:
+            if config not in SHARED and rank_and_world_size()[1] > 1:
                 raise InputError('this is the work of one process. Start it without torchrun.')
             return function(cfg)
         call.__annotations__['cfg'] = Annotated[config, flat, bare]
@@ -464,7 +482,7 @@ def main(args: list[str] | None = None):
     import tyro
     stopped = 'stopped. The same command goes on from the last checkpoint.'
     try:
-        with joined(), first_speaks():
+        with process_group(), first_speaks():
             make_app().cli(prog='interference', args=args,
                            config=(tyro.conf.ConsolidateSubcommandArgs,),
                            description='Negative interference in multilingual models, '
@@ -484,7 +502,7 @@ def main(args: list[str] | None = None):
 @contextmanager
 def first_speaks():
     "Keep all processes but the first from printing; what went wrong is said by each, as it may."
-    if not processes()[0]: yield
+    if not rank_and_world_size()[0]: yield
     else:
         with open(os.devnull, 'w') as f, redirect_stdout(f): yield
 

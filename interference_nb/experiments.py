@@ -15,26 +15,27 @@ import itertools, json, math, multiprocessing, os, shutil, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 import torch
-from .data import (Stream, check_languages, check_room, cpu_count, dev_batches,
-                                  disk_needed, load_tokenizer, prepare_corpus, train_tokenizer)
+from .data import (Stream, check_languages, check_room, dev_batches, disk_needed,
+                                  load_tokenizer, prepare_corpus, train_tokenizer)
 from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_jsonl,
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
-from .distributed import first_process_first, launch, processes
+from .distributed import (cpu_count, first_process_first, launch,
+                                         rank_and_world_size, worker_pool)
 from .pretrain import (Feed, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep
-from .finetune import GRIDS, FinetuneConfig, be_worker, no_main, search
+from .finetune import GRIDS, FinetuneConfig, search
 from .hub_models import XLM_100, open_encoder
 from .tasks import TASKS, task_rows, task_spec
 
@@ -69,22 +70,31 @@ class Scale:
     finetune: dict[str, FinetuneConfig] = field(default_factory=dict)  # by task
     search: dict[str, dict] = field(default_factory=dict)  # by task: settings and values to try
 
+    def __post_init__(self):
+        if self.train.rows == 'segments' and not self.model.isolate_documents:
+            raise InputError("rows of 'segments' need a model that keeps them apart. "
+                             'Set isolate_documents, or use rows of documents.')
+
 def for_tasks(preset, **kw) -> dict[str, FinetuneConfig]:  # preset: such as `FinetuneConfig.toy`
     "Make the finetuning settings of all tasks."
     return {task: preset(task, **kw) for task in TASKS}
 
 SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), for_tasks(FinetuneConfig.toy)),
-          'pocket': Scale(ModelConfig.toy(2000, dim=64, n_heads=4, ffn_dim=256,
-                                          isolate_documents=False),
-                          TrainConfig.toy(steps=1200, batch_size=16, seq_len=48, eval_every=120),
-                          for_tasks(FinetuneConfig.mini, epochs=5, lr=1e-3, head_lr=3e-3,
-                                    max_train=900, max_dev=300, max_eval=500)),
+          'pocket': Scale(ModelConfig.toy(4000, dim=128, n_heads=4, ffn_dim=512),
+                          TrainConfig.toy(steps=3000, batch_size=16, seq_len=64, lr=3e-3,
+                                          warmup=300, mask_prob=.3, rows='segments',
+                                          language_order='round_robin', eval_every=300),
+                          for_tasks(FinetuneConfig.mini, epochs=12, lr=3e-3, max_len=64,
+                                    max_train=300, max_dev=300, max_eval=500)),
           'mini': Scale(ModelConfig.mini(8000, dim=256, ffn_dim=1024),
                         TrainConfig.mini(steps=4000, batch_size=32, seq_len=64, lr=1e-3, warmup=200,
                                          schedule='linear', eval_every=200, checkpoint_every=200),
                         for_tasks(FinetuneConfig.mini, epochs=6, max_train=1500)),
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(),
                          for_tasks(FinetuneConfig.paper), GRIDS)}
+
+
+
 
 # %% ../nbs/07_experiments.ipynb #180630b5
 @dataclass(frozen=True)
@@ -155,7 +165,8 @@ def materials(spec: RunSpec, folder,  # of the experiment
     "Open the data of a run: source, vocabulary of the pair, {lang: {split: Corpus}}."
     source, place, tokenizer = vocabulary(spec, folder, source)
     return source, tokenizer, prepare_corpus(source, spec.pair, tokenizer, place,
-                                             spec.max_sentences or None, workers)
+                                             spec.max_sentences or None, workers,
+                                             rows=spec.scale.train.rows)
 
 def vocabulary(spec: RunSpec, folder, source=None,
                make: bool = True):  # train the BPE if it is not there; else it is None
@@ -169,6 +180,7 @@ def vocabulary(spec: RunSpec, folder, source=None,
     if not make and not place.exists(): return source, place, None
     about = spec.scale.model.vocab_size, spec.scale.train.temperature, spec.max_sentences or None
     return source, place, cached_tokenizer(source, langs, *about, place/'tokenizer', make)
+
 
 # %% ../nbs/07_experiments.ipynb #086f0cee
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
@@ -189,8 +201,8 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, p
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
-    home, first = Path(folder)/spec.name, processes()[0] == 0
-    hub, workers = SYSTEMS[spec.system].hub, None if processes()[1] > 1 else 1
+    home, first = Path(folder)/spec.name, rank_and_world_size()[0] == 0
+    hub, workers = SYSTEMS[spec.system].hub, None if rank_and_world_size()[1] > 1 else 1
     with ExitStack() as locked:
         with first_process_first():         # the others find its decisions and its files
             if (rows := complete(spec, home)): return rows if first else None
@@ -233,7 +245,7 @@ def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict
     meta = SYSTEMS[spec.system].meta and (spec.meta or SYSTEMS[spec.system].meta)
     feed, dev = text_of(spec, tokenizer, corpora, meta)
     model = pretrained(spec, home, source, tokenizer, corpora, feed, dev, meta, progress)
-    if processes()[0]: return None
+    if rank_and_world_size()[0]: return None
     record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     for prune in spec.prune:
         if not matching_row(record.rows, prune=prune):
@@ -278,7 +290,7 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
     probe = [GradientProbe(spec.probe, home)] if spec.probe else []
     train(model, feed, cfg, dev, step, probe, home, about, progress)
     before = home/'record-before.jsonl'
-    if before.exists() and not processes()[0]: keep_lessons(before, home/'record.jsonl')
+    if before.exists() and not rank_and_world_size()[0]: keep_lessons(before, home/'record.jsonl')
     return model
 
 def make_step(model, cfg: TrainConfig, system: str, meta: MetaConfig | None = None):
@@ -475,7 +487,7 @@ def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
     "Pretrain runs one after another, all processes together; nothing is finetuned or pruned."
     specs = [s for s in specs if not SYSTEMS[s.system].hub]
     for i, spec in enumerate(specs, 1):
-        if progress and not processes()[0]:
+        if progress and not rank_and_world_size()[0]:
             path = Path(folder)/spec.name/'record.jsonl'
             there = path.exists() and any(r['kind'] == 'end' for r in read_jsonl(path))
             print(f'{i} of {len(specs)}: {spec.name}' + ', pretrained already' * there, flush=True)
@@ -533,9 +545,9 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
             executor: Executor | None = None,  # what runs them, if not processes of this machine
             ) -> Iterator[tuple[RunSpec, list[dict] | Exception]]:
     "Run side by side what is not complete; give each run's record, or what stopped it, as it ends."
-    if processes()[1] > 1:                      # pretrained by all of them, the rest as usual
+    if rank_and_world_size()[1] > 1:            # pretrained by all of them, the rest as usual
         pretrain_all(specs, folder)
-        if processes()[0]: return
+        if rank_and_world_size()[0]: return
     todo, names = [], [s.name for s in specs]
     if twice := [n for n in names if names.count(n) > 1]:
         raise InputError(f'{twice[0]} is asked for twice. Name each pair and each system once.')
@@ -556,7 +568,7 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     if executor: return (yield from as_they_end(executor, todo, folder, []))
     while todo:                             # once, unless a worker is killed
         waiting = []
-        with local_workers(min(workers or side_by_side(), len(todo))) as pool:
+        with worker_pool(min(workers or side_by_side(), len(todo))) as pool:
             yield from as_they_end(pool, todo, folder, waiting)
         todo = waiting
 
@@ -567,7 +579,7 @@ def sharing_data(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     for s in (s for s in specs if not SYSTEMS[s.system].hub):
         seed = s.seed if s.data.split(':')[0] == 'toy' else 0       # real text has none
         key = (s.data, s.pair, seed, *sorted(s.max_sentences.items()), s.scale.model.vocab_size,
-               s.scale.train.temperature)
+               s.scale.train.temperature, s.scale.train.rows)
         out.setdefault(key, []).append(s)
     return list(out.values())
 
@@ -583,37 +595,3 @@ def as_they_end(executor, specs: list[RunSpec], folder, waiting: list[RunSpec]) 
             else: yield spec, failed or job.result()
         if isinstance(executor, ProcessPoolExecutor): started |= {j for j in jobs if j.running()}
         time.sleep(.2)
-
-@contextmanager
-def local_workers(n: int):
-    "Start processes, each with one thread and, where there are GPUs, one of them."
-    spawn = multiprocessing.get_context('spawn')
-    numbers = spawn.Queue()
-    for i in range(n): numbers.put(i)
-    with no_main():
-        pool = ProcessPoolExecutor(n, spawn, take_turn, (numbers,))
-        try: yield pool
-        finally: pool.shutdown(cancel_futures=True)
-
-def take_turn(numbers):
-    "Keep a worker to its core and, where there are GPUs, to one of them."
-    be_worker()
-    if n := torch.cuda.device_count(): torch.cuda.set_device(numbers.get() % n)
-
-# %% ../nbs/07_experiments.ipynb #aa070099
-held = own_rows
-def held_gates(cfg, row): return bool(matching_row([row], prune=cfg))
-def held_lesson(task, lang, row): return bool(matching_row([row], (task, lang)))
-
-def text_table(header: list[str], lines: list[list[str]]) -> str:
-    "Align a table for the terminal."
-    widths = [max(len(r[i]) for r in [header, *lines]) for i in range(len(header))]
-    rule = '─' * (sum(widths) + 2 * len(widths) - 2)
-    align = [str.ljust] + [str.rjust] * (len(header) - 1)
-    show = lambda r: '  '.join(to(c, w) for to, c, w in zip(align, r, widths, strict=True))
-    return '\n'.join([show(header), rule, *map(show, lines)])
-
-def markdown_table(header: list[str], lines: list[list[str]], align: str = '--:') -> str:
-    "Write a table in Markdown; `align` is that of all columns but the first."
-    show = lambda r: '| ' + ' | '.join(c.strip() for c in r) + ' |'
-    return '\n'.join([show(header), show([':--', *[align] * (len(header) - 1)]), *map(show, lines)])

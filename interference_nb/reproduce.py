@@ -18,31 +18,26 @@ __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'TEXT', 'STUDIES', 'PAPE
            'latest', 'one_line', 'family', 'records_of', 'records_to_draw', 'family_page', 'family_table']
 
 # %% ../nbs/07a_reproduce.ipynb #ef5fe051
-import itertools, math, sys, threading, time
+import itertools, math, sys, threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-import torch
-from .data import (LANGUAGES, TASKS, Batch, corpus_statistics, mask_tokens,
-                                  statistics_cells)
-from .adapters import MultilingualLM
+from .data import LANGUAGES, TASKS, corpus_statistics, statistics_cells
 from .files import InputError, read_jsonl
 from .toy_languages import open_source
-from .distributed import processes
-from .pretrain import JointStep, TrainConfig, run_info
+from .distributed import rank_and_world_size
+from .pretrain import TrainConfig
 from .transformer import ModelConfig
 from .l0_pruning import PruneConfig
 from .gradient_probes import ProbeConfig
 from .tasks import task_spec
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, check_format, check_rows,
-                                         checkpoint_size, complete, cost, device, holds_all,
-                                         matching_row, own_rows, plan, run_all)
+                                         cost, holds_all, plan, run_all)
 from .records import (COLUMNS, Run, describe, gate_metrics, load, numbers_of_run,
                                      price, read_counts, read_rows, read_runs, spread_out,
                                      summarise, text_name, unpack)
@@ -431,14 +426,9 @@ def run_of(study: Study, row: str, group: ColumnGroup, partner: str, seed: int) 
 def has_data(source, group: ColumnGroup, partner: str) -> bool:
     "Say whether a cell's rows exist, to finetune and to test on; the hub is taken at its word."
     if not {'en', partner.removesuffix('_l')} <= set(source.languages): return False
-    if group.task == 'ppl' or not hasattr(source, 'count'): return True
+    if group.task == 'ppl' or source.name == 'hub': return True
     spec, (train, test) = task_spec(group.task), group.languages(partner)
-    def rows(lang, *splits):
-        for split in splits:
-            try:
-                if source.count(spec.data, lang, split): return True
-            except InputError: pass
-        return False
+    rows = lambda lang, *splits: any(source.count(spec.data, lang, split) for split in splits)
     return rows(train, 'train') and rows(test, 'test', *['validation'] * spec.no_test)
 
 def cells(exhibit: Exhibit) -> Iterator[tuple[str, ColumnGroup, str]]:
@@ -517,87 +507,6 @@ def gather(exhibit: Exhibit, study: Study, source, folder,
     done = {s.name for s in specs if s.name in names and holds_all(s, read_rows(folder, s.name))}
     return Evidence(exhibit, study, source, Path(folder), specs, names, done,
                     load(folder, names, whole=False), frozenset(failed))
-
-# %% ../nbs/07a_reproduce.ipynb #aa07a099
-def work_left(spec: RunSpec, folder) -> float:  # in plain steps, as `cost`
-    "Estimate what a run's record lacks; raises `InputError` if it is of an older format."
-    rows = own_rows(spec, Path(folder)/spec.name)
-    tasks = [t for t in spec.tasks if not all(matching_row(rows, (t, l)) for l in spec.langs)]
-    prune = [p for p in spec.prune if not matching_row(rows, prune=p)]
-    trained = max([r['step'] for r in rows if 'step' in r], default=0) / spec.train.steps
-    todo = replace(spec, tasks=tuple(tasks), prune=tuple(prune))
-    return cost(todo) - min(1, trained) * cost(replace(spec, tasks=(), prune=()))
-
-def pace(specs: Iterable[RunSpec], folder) -> float | None:  # seconds for a plain step
-    "Read from finished runs how fast this machine is; None if none was made on it."
-    machine = lambda hardware: hardware.split(', ')[:2]
-    here, seconds, work = machine(run_info()['hardware']), 0., 0.
-    for spec in specs:
-        rows = complete(spec, Path(folder)/spec.name)
-        if not rows or machine(rows[0]['hardware']) != here: continue
-        timed = (r for r in rows if r['kind'] in ('end', 'finetune', 'gates'))
-        seconds += sum(r['wall_s'] for r in timed)
-        work += cost(spec)
-    return seconds / work if work else None
-
-def time_step(scale: Scale) -> float:  # seconds
-    "Time a plain step of this size on one core or GPU: the quickest of a few, of fewer rows."
-    cfg, V, rng = scale.train, scale.model.vocab_size or 300, np.random.default_rng(0)
-    tokens = 512 if device() == 'cpu' else 16_384
-    n_rows = max(1, min(cfg.batch_size, tokens // cfg.seq_len))
-    hidden = mask_tokens(rng.integers(10, V, (n_rows, cfg.seq_len)), rng, V, cfg.mask_prob)
-    batch = Batch(*map(torch.from_numpy, hidden), 'en').to(device())
-    step = JointStep(MultilingualLM(replace(scale.model, vocab_size=V), ('en',)).to(device()), cfg)
-    threads, times = torch.get_num_threads(), []
-    clock = time.process_time if device() == 'cpu' else time.perf_counter   # others may be at work
-    torch.set_num_threads(1)
-    try:
-        while len(times) < 5 and sum(times[1:]) < 2:
-            start = clock()
-            step(0, SimpleNamespace(train=lambda k: [batch]), 0.)
-            if batch.tokens.is_cuda: torch.cuda.synchronize()
-            times.append(clock() - start)
-    finally: torch.set_num_threads(threads)
-    return min(times[1:]) * cfg.accumulate * cfg.batch_size / n_rows
-
-def disk(specs: Iterable[RunSpec], workers: int = 1) -> float:  # bytes
-    "Count each run's checkpoint, and the trials of as many runs as are at work at once."
-    ours = [s for s in specs if not SYSTEMS[s.system].hub]      # the hub's is not kept with a run
-    passing = sorted((checkpoint_size(s) * 4 / 3 * trials(s) for s in ours), reverse=True)
-    return sum(map(checkpoint_size, ours), 0.) + sum(passing[:workers])     # 4: also the best ones
-
-def trials(spec: RunSpec) -> int:
-    "Count the checkpoints that a run's largest search keeps till it ends; on toy data none."
-    if spec.data.startswith('toy'): return 0
-    return max((math.prod(map(len, spec.scale.search.get(t, {}).values())) for t in spec.tasks),
-               default=0)
-
-def plan_cells(exhibits: list[Exhibit], study: Study, source, folder,
-               workers: int = 1) -> tuple[list[str], list[list[str]], str]:  # header, lines, note
-    "Write the plan of exhibits: runs, those held, what the missing ones take."
-    every = specs_of(exhibits, study, source)
-    other = check_records(every, folder)
-    ours = [s for s in every if s.name not in other]
-    measured = pace(ours, folder)
-    done = {s.name for s in ours if complete(s, Path(folder)/s.name)}
-    seconds = measured or time_step(study.scale)
-    left = {s.name: work_left(s, folder) for s in ours if s.name not in done}
-    def line(name, specs):
-        todo = [s for s in specs if s.name in left]
-        hours = sum(left[s.name] for s in todo) * seconds / 3600
-        steps = sum(s.train.steps for s in todo if s.system in OURS)
-        there = sum(s.name in done for s in specs)
-        return [name, f'{len(specs)}', f'{there}', f'{len(todo)}', f'{steps:,}', f'{hours:,.1f}',
-                f'{hours / workers:,.1f}', f'{disk(todo, workers) / 1e9:,.2f}']
-    lines = [line(e.name, specs_of([e], study, source)) for e in exhibits]
-    how = ('as finished runs took here' if measured else 'the quickest of a few timed just now')
-    note = (f'Exhibits share runs: the last line counts each once. A plain step takes '
-            f'{seconds * 1000:,.1f} ms, {how}; probes, gates and finetuning counted in such steps. '
-            f'GB: checkpoints, and those of the trials of {workers} runs at once; not the text.')
-    if other: note += (f' Not to be run, for their folders hold other studys: '
-                       f'{", ".join(other)}.')
-    header = ['exhibit', 'runs', 'held', 'missing', 'steps', 'hours', f'by {workers} workers', 'GB']
-    return header, [*lines, line('together', every)], note
 
 # %% ../nbs/07a_reproduce.ipynb #97c4f2ea
 def scores_of(e: Evidence) -> pd.DataFrame:  # a line for each cell and seed that has a score
@@ -1087,7 +996,7 @@ def run_study(study: Study, exhibits: list[Exhibit], folder,
     elif todo := [s for s in specs if s.name not in failed]:
         unpack(folder)
         failed |= run_missing(todo, folder, workers, executor)
-    if processes()[0]: return failed            # the first process has the results
+    if rank_and_world_size()[0]: return failed            # the first process has the results
     shown = replace(study, family='all')        # pages show what else is there, too
     for exhibit in exhibits: print(*write(exhibit, shown, source, folder, failed))
     return failed

@@ -6,8 +6,8 @@
 __all__ = ['TOPICS', 'WORDS', 'SUFFIXES', 'SIZES', 'TOY_LANGUAGES', 'LITTLE', 'zipf_table', 'World', 'NounPhrase', 'Clause',
            'Meaning', 'uniforms', 'draw_noun_phrase', 'draw_place', 'draw_clause', 'draw_meaning', 'Language',
            'lexicons', 'Speaker', 'say_word', 'say_noun_phrase', 'say_name', 'say_place', 'say_clause', 'say_verb',
-           'order_agreement', 'shared_words', 'plot_distance', 'home_split', 'shorten', 'negate', 'alter', 'draw_pair',
-           'Question', 'draw_question', 'say_question', 'ToySource', 'toy_tokenizer', 'open_source']
+           'order_agreement', 'shared_words', 'home_split', 'shorten', 'negate', 'alter', 'draw_pair', 'Question',
+           'draw_question', 'say_question', 'ToySource', 'toy_tokenizer', 'open_source']
 
 # %% ../nbs/00a_toy_languages.ipynb #82997d0d
 import hashlib
@@ -21,7 +21,7 @@ from zlib import crc32
 
 import numpy as np
 
-from .data import (SPLITS, TASKS, UPOS_LABELS, FolderSource, HubSource,
+from .data import (SPLITS, TASKS, UPOS_LABELS, FolderSource, HubSource, Source,
                                   WordTokenizer, check_languages)
 from .files import InputError
 
@@ -79,7 +79,7 @@ def zipf_table(items: list, # from frequent to rare
 
 # %% ../nbs/00a_toy_languages.ipynb #2f7809bb
 class World:
-    "Hold the concepts that all languages share, and facts about them."
+    "Concepts that all languages share, and facts about them."
     def __init__(self,
                  size: str = 'small', # 'small' (4 topics) or 'big' (6 topics, twice the words)
                  seed: int = 0,       # of the object topics and of the split
@@ -115,7 +115,7 @@ class World:
 
 # %% ../nbs/00a_toy_languages.ipynb #c57252d8
 class NounPhrase(NamedTuple):
-    "Hold the meaning of a noun phrase; -1 stands for none."
+    "Meaning of a noun phrase; -1 stands for none."
     kind: str                # 'NOUN', 'PER', 'ORG', 'LOC' or 'PRON'
     head: int                # noun, name or pronoun
     plural: bool = False     # more than one
@@ -127,7 +127,7 @@ class NounPhrase(NamedTuple):
 
 # %% ../nbs/00a_toy_languages.ipynb #f30356ed
 class Clause(NamedTuple):
-    "Hold the meaning of a clause."
+    "Meaning of a clause."
     verb: int                # decides what else there is
     subject: NounPhrase
     object: NounPhrase | None = None
@@ -138,7 +138,7 @@ class Clause(NamedTuple):
     order: float = 0.        # in [0, 1): chooses where a language has several word orders
 
 class Meaning(NamedTuple):
-    "Hold the meaning of a sentence."
+    "Meaning of a sentence."
     topic: int
     clauses: tuple[Clause, ...]  # one or two
     conjunction: int = -1    # joins the two
@@ -221,7 +221,7 @@ def draw_meaning(world: World, # the concepts
 # %% ../nbs/00a_toy_languages.ipynb #4e41829c
 @dataclass(frozen=True)
 class Language:
-    "Say how one language realises the common grammar; the defaults are English."
+    "How one language realises the common grammar; the defaults are English."
     name: str = 'English'         # for people
     order: tuple = (('SVO', 1.),) # word orders, and how often each
     adjective_after: bool = False # after its noun
@@ -468,23 +468,6 @@ def shared_words(a: Speaker, # one language
     x, y = set(a.pieces()), set(b.pieces())
     return len(x & y) / len(y)
 
-# %% ../nbs/00a_toy_languages.ipynb #5025b9df
-def plot_distance(distance: dict[str, tuple[float, float]], # {language: (order, vocabulary)}
-                  ax=None, # matplotlib axes; made when not given
-                 ):        # the axes
-    "Draw languages by their distance to English."
-    import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(5.5, 3.5))
-    for lang, (order, shared) in distance.items():
-        fake, kin = lang.startswith('x'), TOY_LANGUAGES[lang].kin[0]
-        ax.scatter(order, shared, color='#D55E00' if fake else '#0072B2')
-        ax.annotate(f'{lang}  {TOY_LANGUAGES[lang].name}', (order, shared), fontsize=8,
-                    xytext=(4, 10) if fake else (-7 if kin else 7, 0), va='center',
-                    textcoords='offset points', ha='right' if fake or kin else 'left')
-    ax.set(xlabel='neighbours in the order of English (share)',
-           ylabel='vocabulary shared with English (share)')
-    return ax
-
 # %% ../nbs/00a_toy_languages.ipynb #42e89556
 def home_split(world: World, # holds the code of each concept
                meaning: Meaning, # a sentence in any language
@@ -552,7 +535,7 @@ def draw_pair(world: World, # the concepts
 
 # %% ../nbs/00a_toy_languages.ipynb #575497c8
 class Question(NamedTuple):
-    "Hold the meaning of a question and of the two clauses to find the answer in."
+    "Meaning of a question and of the two clauses to find the answer in."
     topic: int        # of both clauses
     part: str         # asked for: 'S', 'O' or 'P'
     wh: int           # the word that asks
@@ -645,7 +628,7 @@ def _qa(s, meaning, v):
                     answers=dict(text=[_line(context[i:j])], answer_start=[start]))
 
 # %% ../nbs/00a_toy_languages.ipynb #92b7075e
-class ToySource:
+class ToySource(Source):
     "Give text and labelled examples of the toy languages."
     name, languages = 'toy', tuple(TOY_LANGUAGES)
     def __init__(self,
@@ -667,7 +650,7 @@ class ToySource:
         self.speakers = {x: Speaker(self.world, x, words[x]) for x in self.languages}
 
     def text(self, lang: str, split: str = 'train') -> Iterator[str]:
-        "Give documents: a sentence each or, with `pairs`, two lines."
+        "Yield documents: a sentence each or, with `pairs`, two lines."
         u, v = self._uniforms('text', lang, split), self._uniforms('pairs', lang, split)
         n, s = self.sizes[lang] if split == 'train' else self.n_dev, self.speakers[lang]
         if self.pairs: return islice(_pairs(self.world, s, split, u, v, self.max_pieces), n)
@@ -675,7 +658,7 @@ class ToySource:
         return (line for _, (line,) in islice(sentences, n))
 
     def examples(self, task: str, lang: str, split: str) -> list[dict]:
-        "Give labelled rows in the hub's schema; those of validation and test are translations."
+        "Return labelled rows in the hub's schema; those of validation and test are translations."
         if task not in TASKS:
             raise InputError(f"unknown task {task!r}. Choose from: {', '.join(TASKS)}.")
         label, s = dict(ner=_ner, pos=_pos, nli=_nli, qa=_qa)[task], self.speakers.get(lang)

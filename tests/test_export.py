@@ -14,9 +14,9 @@ from interference_nb import export
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Tokenizer, WordTokenizer
 from interference_nb.files import InputError
-from interference_nb.export import (ADAPTERS, OWN, WEIGHTS, export_hf, from_xlm, import_hf,
-                                    one_language, push_to_hub, save_hf_tokenizer, to_xlm,
-                                    with_adapters, xlm_shape)
+from interference_nb.export import (ADAPTERS, OWN_TOKENIZER, WEIGHTS, export_hf, from_xlm,
+                                    import_hf, one_language, push_to_hub, save_hf_tokenizer,
+                                    to_xlm, with_adapters, xlm_shape)
 from interference_nb.hub_models import open_masked_lm, require_package
 from interference_nb.transformer import ModelConfig
 
@@ -95,7 +95,8 @@ def test_scores_are_equal_and_bits_come_back(variant, cfg, tmp_path):
     assert (logits - wanted)[~pad].abs().max() <= 1e-5 * scale
 
 
-@pytest.mark.parametrize('name', ['config.json', WEIGHTS, ADAPTERS, 'tokenizer.json', OWN])
+@pytest.mark.parametrize('name', ['config.json', WEIGHTS, ADAPTERS, 'tokenizer.json',
+                                  OWN_TOKENIZER])
 @pytest.mark.parametrize('damage', ['gone', 'empty', 'half'])
 def test_a_folder_cut_short_is_refused(copy, name, damage):
     file = copy / name

@@ -18,10 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from interference_nb.adapters import MultilingualLM, load_model
 from interference_nb.data import BOS, EOS, Corpus, Stream, dev_batches
 from interference_nb.experiments import SCALES, Claim, RunSpec, run, small, verdicts
-from interference_nb.finetune import (FinetuneConfig, TaskData, TaskModel, Tuning, evaluate,
-                                      examine, finetune, predict, read_data, task_spec, tune)
+from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evaluate,
+                                      evaluate_languages, finetune, predict, tune)
 from interference_nb.meta_adapters import MetaConfig, MetaStep
 from interference_nb.pretrain import Feed, JointStep, TrainConfig
+from interference_nb.tasks import TaskData, read_data, task_spec
 from interference_nb.toy_languages import open_source, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 
@@ -81,7 +82,7 @@ class Alone:
 
 # ---- the meta step [paper Eq. 3-5, Algorithm 1] ----
 
-@pytest.mark.parametrize('choices', [{}, dict(others_only=True)])
+@pytest.mark.parametrize('choices', [{}, dict(exclude_own_language=True)])
 def test_meta_step_is_algorithm_1(choices):
     "Line 6: phi_i down the mean of L_val,j(theta', phi_j), each j with its own phi. Then line 7."
     torch.manual_seed(0)
@@ -275,7 +276,7 @@ def test_best_epoch_is_the_development_sets():
     def epochs(dev):                    # one training run, whatever its development set
         model = untrained()
         torch.manual_seed(TUNE.seed)
-        run = Tuning(TaskModel(model, task_spec('pos')), rows_of('aa', 'train'), dev, 'aa', TUNE)
+        run = Trainer(TaskModel(model, task_spec('pos')), rows_of('aa', 'train'), dev, 'aa', TUNE)
         for _ in range(TUNE.epochs):
             run.epoch()
             yield run.model
@@ -309,7 +310,7 @@ def test_zero_shot_goes_through_the_languages_own_modules():
     "What is said of several languages is what is said of each, and what a model of only it says."
     model, *_ = tune(untrained(), Words(), 'pos', Splits(), 'aa', TUNE)
     tests = {l: rows_of(l, 'test') for l in LANGS}
-    found = examine(model, tests)
+    found = evaluate_languages(model, tests)
     for lang, data in tests.items():
         alone = TaskModel(untrained(('one',)), task_spec('pos'))
         own = {n.replace(f'.{lang}.', '.one.'): p for n, p in model.named_parameters()
@@ -333,7 +334,7 @@ def test_finetuning_reports_the_test_split_language_by_language():
 def test_finetuning_clips():
     "With huge gradients every parameter moves by lr * clip together."
     cfg = replace(TUNE, clip=.01, lr=.5)
-    run = Tuning(TaskModel(untrained(), task_spec('pos')), rows_of('aa', 'train'),
+    run = Trainer(TaskModel(untrained(), task_spec('pos')), rows_of('aa', 'train'),
                  rows_of('aa', 'validation'), 'aa', cfg)
     groups = run.optimizers['all'].param_groups
     tuned = [p for g in groups for p in g['params']]
