@@ -833,8 +833,8 @@ class Stream:
         rng = np.random.default_rng([2, *self._key, k])
         return _batch(self.rows[index], rng, self.vocab_size, self.mask_prob, self.corpus.lang)
 
-    def fork(self, name: str) -> 'Stream':
-        "Give a stream over the same text that draws independently."
+    def independent_stream(self, name: str) -> 'Stream':
+        "Return a stream over the same text that draws independently."
         return Stream(self.corpus, self.batch_size, self.seq_len, self.seed, self.vocab_size,
                       self.mask_prob, name)
 

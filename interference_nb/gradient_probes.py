@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .adapters import locate_parameter, parameter_groups
 from .files import InputError, JsonlLog
-from .pretrain import (Feed, JointStep, Precision, TrainConfig, check_shares,
+from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, check_shares,
                                       mean_over_processes, same_config, seed_step)
 
 # %% ../nbs/04_gradient_probes.ipynb #578dda96
@@ -142,7 +142,7 @@ class GradientProbe:
         "Return what has been measured."
         return [r for r in self.record.rows if r['kind'] == 'probe'] if self.record else []
 
-    def __call__(self, k: int, model, feed: Feed, out=None):    # out: of the step, not used
+    def __call__(self, k: int, model, feed: BatchSampler, out=None):    # out: of the step, not used
         "Look at the model after step k; leaves weights, `.grad`s and random numbers as they are."
         if self.record is None: self.start(k, feed)
         if k % self.cfg.every: return
@@ -173,7 +173,7 @@ class GradientProbe:
         if len(feed.langs) < 2:
             raise InputError(f'a probe compares languages, but this run has only {feed.langs[0]}. '
                              'Probe a run of two or more.')
-        self.streams = {l: s.fork('probe') for l, s in feed.streams.items()}
+        self.streams = {l: s.independent_stream('probe') for l, s in feed.streams.items()}
         self.turns = len(eulerian_pair_order(feed.langs))
         path = Path(self.folder)/'probe.jsonl' if self.folder and feed.rank == 0 else None
         self.record = JsonlLog(path, keep=lambda r: k > 0 and r.get('step', -1) < k)
@@ -303,9 +303,10 @@ class CombinedStep(JointStep):
         self.combine = COMBINERS[combiner](len(model.langs), sizes)
         self.memory = self.combine.memory
 
-    def __call__(self, k: int, feed: Feed, lr: float) -> dict:  # {'loss': mean, weighted by P}
+    def __call__(self, k: int, feed: BatchSampler, lr: float,
+                 ) -> dict:     # {'loss': mean, weighted by P}
         "Take step k; phi_i follows its own gradient."
-        batches, loss, own = feed.every(k), 0., []
+        batches, loss, own = feed.batches_by_language(k), 0., []
         if set(batches) != set(self.model.langs):
             raise InputError(f'the model knows {", ".join(self.model.langs)}, the feed brings '
                              f'{", ".join(batches)}. Give both the same languages.')

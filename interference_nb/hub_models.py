@@ -136,14 +136,14 @@ class TextStream:
         if not sentences: raise InputError(f'no text in {lang!r}. Give at least one sentence.')
         ids = tokenizer(list(sentences), truncation=True, max_length=seq_len)['input_ids']
         self.rows = [np.array(row, dtype=np.int64) for row in ids]
-        self.corpus = SimpleNamespace(lang=lang, n_sentences=len(ids))      # what a `Feed` asks for
+        self.corpus = SimpleNamespace(lang=lang, n_sentences=len(ids))      # as a `Corpus` has
         self.batch_size, self.seed, self.mask_prob = batch_size, seed, mask_prob
         self.pad, self.mask = tokenizer.pad_token_id, tokenizer.mask_token_id
         self.special = np.array(sorted(tokenizer.all_special_ids))
         self.words = np.setdiff1d(np.arange(len(tokenizer)), self.special)
         self.name, self._orders = 'train', {}
 
-    def fork(self, name: str) -> 'TextStream':
+    def independent_stream(self, name: str) -> 'TextStream':
         "Return a stream over the same text that draws independently."
         other = copy.copy(self)
         other.name, other._orders = name, {}

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapters import frozen
 from .files import InputError
-from .pretrain import (Feed, JointStep, Precision, TrainConfig, make_adam,
+from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, make_adam,
                                       mean_over_processes)
 
 # %% ../nbs/05_meta_adapters.ipynb #42524e04
@@ -355,7 +355,7 @@ class Updates(JointStep):
     def other_batches(self, k, feed, batches) -> list:
         "Draw batches of the same languages that the shared update has not seen."
         return [resampled_stream(feed.streams[b.lang]).batch(i).to(feed.device)
-                for i, b in zip(feed.share(k), batches, strict=True)]
+                for i, b in zip(feed.shard_indices(k), batches, strict=True)]
 
     def val_langs(self, feed, k) -> list[str]:
         "Name the languages whose validation losses a step takes; drawn alike by all processes."
@@ -376,7 +376,7 @@ class Updates(JointStep):
             raise InputError(
                 f"validation is {self.meta.validation!r}, but the feed draws validation batches "
                 f"from {'a held-out split' if apart else 'the training text'}. "
-                "Change the setting, or what Feed is given as held_out.")
+                "Change the setting, or what BatchSampler is given as held_out.")
         if self.meta.exclude_own_language and len(feed.langs) < 2:
             raise InputError("exclude_own_language leaves no validation loss with one language. "
                              "Train on two, or switch it off.")
@@ -388,7 +388,7 @@ class Updates(JointStep):
 @lru_cache(64)                  # a new stream would shuffle its whole text at every step
 def resampled_stream(stream):
     "Give a stream over the same text that the shared update does not draw from."
-    return stream.fork('second')
+    return stream.independent_stream('second')
 
 # %% ../nbs/05_meta_adapters.ipynb #177f0bae
 class MetaStep(Updates):
@@ -418,7 +418,7 @@ class MetaStep(Updates):
                 self.theta + specific * self.meta.phi_follows_training_gradient, cfg)}
         self.amp = Precision(cfg.precision, self.theta[0].device)
 
-    def __call__(self, k: int, feed: Feed, lr: float) -> dict:
+    def __call__(self, k: int, feed: BatchSampler, lr: float) -> dict:
         "Take step k: line 6 then line 7 of Algorithm 1, or the other way round."
         self.check(feed)
         own, batches = feed.langs_at(k), feed.train(k)
@@ -434,7 +434,8 @@ class MetaStep(Updates):
         "Move phi of the step's languages along the hypergradient [paper Eq. 3]."
         meta, phi, s = self.meta, [p for l in own for p in self.phi[l]], self.scale()
         langs = self.val_langs(feed, k)
-        val = feed.fresh(k, partial(self.val_langs, feed), meta.meta_every - 1)
+        at = lambda k: feed.indices(self.val_langs(feed, k), k) if k < self.cfg.steps else []
+        val = feed.validation_batches(at(k), at(k + meta.meta_every))
         beta = (lr if meta.beta is None else meta.beta) / s     # losses times s, beta over s:
         with self.amp.autocast():                               # the hypergradient times s
             h = hypergradient(self.theta, phi, self.losses(batches), self.losses(val), beta,
