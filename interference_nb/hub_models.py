@@ -8,7 +8,7 @@ __all__ = ['SHIFT', 'XLM_100', 'Description', 'AnyModel', 'TextStream', 'hf_loss
            'requirements']
 
 # %% ../nbs/05a_hub_models.ipynb #fb7fab1f
-import copy, hashlib, importlib, math, re, zlib
+import hashlib, importlib, math, re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import frozen
-from .data import PAD, Batch
+from .data import PAD, Batch, Stream, mask_tokens
 from .files import InputError
 from .l0_pruning import evaluating, gated, rows
 from .meta_adapters import exact, finite_difference, hypergradient
@@ -120,8 +120,8 @@ class AnyModel(nn.Module):
         return missing, extra
 
 # %% ../nbs/05a_hub_models.ipynb #3e189097
-class TextStream:
-    "One language's masked batches in the ids of any Hugging Face tokenizer."
+class TextStream(Stream):
+    "One language's masked batches in the ids of any Hugging Face tokenizer, a sentence a row."
     def __init__(self,
                  tokenizer,                 # the model's; it must have a mask token
                  sentences: Sequence[str],  # the text, held in memory
@@ -130,57 +130,25 @@ class TextStream:
                  seq_len: int,              # T, tokens in a row at most; the rest is cut off
                  seed: int = 0,             # 0 or more
                  mask_prob: float = .15):   # share of the real tokens to predict
+        "Raise `InputError` without text, or without a mask or a padding token."
         if None in (tokenizer.mask_token_id, tokenizer.pad_token_id):
             raise InputError('the tokenizer has no mask or no padding token. '
                              'Use one of a masked language model.')
         if not sentences: raise InputError(f'no text in {lang!r}. Give at least one sentence.')
         ids = tokenizer(list(sentences), truncation=True, max_length=seq_len)['input_ids']
-        self.rows = [np.array(row, dtype=np.int64) for row in ids]
+        self.rows = np.full((len(ids), max(map(len, ids))), -1, dtype=np.int32)     # -1: padding
+        for row, own in zip(self.rows, ids): row[:len(own)] = own
         self.corpus = SimpleNamespace(lang=lang, n_sentences=len(ids))      # as a `Corpus` has
-        self.batch_size, self.seed, self.mask_prob = batch_size, seed, mask_prob
-        self.pad, self.mask = tokenizer.pad_token_id, tokenizer.mask_token_id
-        self.special = np.array(sorted(tokenizer.all_special_ids))
-        self.words = np.setdiff1d(np.arange(len(tokenizer)), self.special)
-        self.name, self._orders = 'train', {}
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.vocab_size, self.mask_prob, self.hub = len(tokenizer), mask_prob, tokenizer
+        self._draw_as('train')
 
-    def independent_stream(self, name: str) -> 'TextStream':
-        "Return a stream over the same text that draws independently."
-        other = copy.copy(self)
-        other.name, other._orders = name, {}
-        return other
-
-    def _rng(self, *key):
-        lang, name = (zlib.crc32(x.encode()) for x in (self.corpus.lang, self.name))
-        return np.random.default_rng([self.seed, lang, name, *key])
-
-    def _order(self, epoch):
-        order = self._orders.get(epoch)
-        if order is None:
-            order = self._rng(1, epoch).permutation(len(self.rows))
-            self._orders = {epoch: order}
-        return order
-
-    def batch(self, k: int) -> Batch:
-        "Return batch k: the next rows of this epoch's order, padded, with masks of its own."
-        place = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
-        epoch, place = place // len(self.rows), place % len(self.rows)
-        chosen = [self.rows[self._order(e)[i]] for e, i in zip(epoch.tolist(), place)]
-        tokens = np.full((len(chosen), max(map(len, chosen))), self.pad)
-        for line, row in zip(tokens, chosen): line[:len(row)] = row
-        pad = np.arange(tokens.shape[1]) >= np.array([[len(row)] for row in chosen])
-        return Batch(*self._hide(tokens, self._rng(2, k)), self.corpus.lang, torch.from_numpy(pad))
-
-    def _hide(self, tokens, rng):
-        "Choose, hide and remember: 80% mask, 10% a random word, 10% as it is."
-        flat = tokens.reshape(-1)
-        real = np.flatnonzero(~np.isin(flat, self.special))
-        if not len(real): raise InputError('no real token to hide in a batch. Look at the text.')
-        n = max(1, round(self.mask_prob * len(real)))
-        places = np.sort(rng.choice(real, n, replace=False))
-        targets, u = flat[places], rng.random(n)
-        flat[places] = np.where(u < .8, self.mask,
-                                np.where(u < .9, rng.choice(self.words, n), targets))
-        return map(torch.from_numpy, (tokens, places, targets))
+    def _hide(self, rows, rng):
+        rows = rows[:, :(rows >= 0).sum(1).max()]
+        pad, hub = rows < 0, self.hub
+        hidden = mask_tokens(np.where(pad, hub.pad_token_id, rows), rng, self.vocab_size,
+                             self.mask_prob, hub.mask_token_id, hub.all_special_ids)
+        return Batch(*map(torch.from_numpy, hidden), self.corpus.lang, torch.from_numpy(pad))
 
 # %% ../nbs/05a_hub_models.ipynb #de3f62a0
 def hf_loss(

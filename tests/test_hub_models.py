@@ -101,10 +101,10 @@ def test_gates_leave_no_trace(data, kind):
     trace = lambda: [(n, id(p), p.requires_grad, id(p.grad))
                      for n, p in model.named_parameters(remove_duplicate=False)]
     before, rng = trace(), torch.get_rng_state()
-    sites = [*columns(model, r'attention\.output\.dense\.weight$', 2),
+    groups = [*columns(model, r'attention\.output\.dense\.weight$', 2),
              *columns(model, r'layer\.\d+\.output\.dense\.weight$'), *rows(model, 'embeddings')]
     assert not any('adapter' in s.weight for s in rows(model, ''))      # a language's own
-    gates = learn_gates(model, lambda k: model.loss(streams['en'].batch(k)), sites,
+    gates = learn_gates(model, lambda k: model.loss(streams['en'].batch(k)), groups,
                         PruneConfig(steps=3, warmup=1))
     with pytest.raises(ZeroDivisionError), gated(model, gates.fixed()):
         assert 1 / 0
