@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['tagging', 'TASKS', 'classifying', 'MAX_ANSWER', 'Feature', 'cut_between_words', 'encode_tags', 'spans', 'count_spans',
            'span_f1', 'TaskSpec', 'total_score', 'check_label', 'clean_tags', 'linear_head', 'tagging_loss',
-           'decode_tags', 'score_tags', 'task_spec', 'TaskBatch', 'TaskData', 'task_rows', 'has_rows', 'read_data',
-           'FirstPosition', 'encode_pairs', 'clean_label', 'score_label', 'windows', 'encode_qa', 'span_loss',
-           'decode_span', 'normalise_answer', 'word_f1', 'score_qa', 'clean_qa']
+           'decode_tags', 'score_tags', 'task_spec', 'TaskBatch', 'TaskData', 'task_rows', 'read_data', 'FirstPosition',
+           'encode_pairs', 'clean_label', 'score_label', 'windows', 'encode_qa', 'span_loss', 'decode_span',
+           'normalise_answer', 'word_f1', 'score_qa', 'clean_qa']
 
 # %% ../nbs/06b_tasks.ipynb #6db49d4e
 import math, re, string, unicodedata, zlib
@@ -256,15 +256,10 @@ def task_rows(
 ) -> list[dict]:            # in the hub's schema
     "Return a split's rows; without a test set, validation takes its place and training gives some."
     rows = lambda split: source.examples(spec.data, lang, split)
-    if not spec.no_test or has_rows(spec, source, lang, 'test'): return rows(split)
+    if not spec.no_test or source.count(spec.data, lang, 'test'): return rows(split)
     if split == 'test': return rows('validation')
     return [row for row in rows('train')
             if (zlib.crc32(row['context'].encode()) % 10 == 0) == (split == 'validation')]
-
-def has_rows(spec: TaskSpec, source, lang: str, split: str) -> bool:
-    "Say whether a source has rows of a task."
-    try: return len(source.examples(spec.data, lang, split)) > 0
-    except InputError: return False
 
 # %% ../nbs/06b_tasks.ipynb #19500249
 def read_data(
