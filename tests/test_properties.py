@@ -217,6 +217,7 @@ def test_cuts_cover_their_sentence(lengths, room):
 
 class Pieces:
     "Words of a given number of pieces: 'w3' has three."
+    bos, eos, pad = 0, 1, 2
     def encode_words(self, words):
         sizes = [int(w[1:]) for w in words]
         return [5] * sum(sizes), np.cumsum([0, *sizes])[:-1].tolist()
