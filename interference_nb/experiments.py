@@ -17,7 +17,7 @@ import itertools, json, math, multiprocessing, os, shutil, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -31,14 +31,15 @@ from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_json
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
-from .distributed import cpu_count, first_process_first, launch, rank_and_world_size
+from .distributed import (cpu_count, first_process_first, launch,
+                                         rank_and_world_size, worker_pool)
 from .pretrain import (Feed, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep
-from .finetune import GRIDS, FinetuneConfig, be_worker, no_main, search
+from .finetune import GRIDS, FinetuneConfig, search
 from .hub_models import XLM_100, open_encoder
 from .tasks import TASKS, task_rows, task_spec
 
@@ -563,7 +564,7 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     if executor: return (yield from as_they_end(executor, todo, folder, []))
     while todo:                             # once, unless a worker is killed
         waiting = []
-        with local_workers(min(workers or side_by_side(), len(todo))) as pool:
+        with worker_pool(min(workers or side_by_side(), len(todo))) as pool:
             yield from as_they_end(pool, todo, folder, waiting)
         todo = waiting
 
@@ -590,23 +591,6 @@ def as_they_end(executor, specs: list[RunSpec], folder, waiting: list[RunSpec]) 
             else: yield spec, failed or job.result()
         if isinstance(executor, ProcessPoolExecutor): started |= {j for j in jobs if j.running()}
         time.sleep(.2)
-
-@contextmanager
-def local_workers(n: int):
-    "Start processes, each with one thread and, where there are GPUs, one of them."
-    spawn = multiprocessing.get_context('spawn')
-    numbers = spawn.Queue()
-    for i in range(n): numbers.put(i)
-    with no_main():
-        pool = ProcessPoolExecutor(n, spawn, take_turn, (numbers,))
-        try: yield pool
-        finally: pool.shutdown(cancel_futures=True)
-
-def take_turn(numbers):
-    "Keep a worker to its core and, where there are GPUs, to one of them."
-    be_worker()
-    if n := torch.cuda.device_count(): torch.cuda.set_device(numbers.get() % n)
-
 
 # %% ../nbs/07_experiments.ipynb #c309612c
 def metrics(records: list[list[dict]],  # of one system and seed: one record, or mono's several

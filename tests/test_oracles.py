@@ -254,7 +254,7 @@ class Splits:
 
 class Words:
     "An id for each word."
-    vocab_size, fingerprint = 60, 'words'
+    vocab_size, fingerprint, bos, eos, pad = 60, 'words', 0, 1, 2
     def encode_words(self, words): return [5 + WORDS.index(w) for w in words], [*range(len(words))]
 
 
