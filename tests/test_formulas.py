@@ -14,8 +14,8 @@ from interference_nb.finetune import FinetuneConfig, TaskModel, Trainer
 from interference_nb.gradient_probes import (CombinedStep, GradientProbe, ProbeConfig, cosines,
                                              disattenuated_cosine, pcgrad)
 from interference_nb.l0_pruning import (GateGroup, Gates, HardConcrete, PruneConfig, columns,
-                                        gate_cosines, gate_groups, gated, learn_gates, partition_gates,
-                                        prune_study)
+                                        gate_cosines, gate_groups, gated, learn_gates,
+                                        partition_gates, prune_study)
 from interference_nb.meta_adapters import exact, finite_difference, hypergradient
 from interference_nb.pretrain import Feed, JointStep, TrainConfig, make_adam, perplexity
 from interference_nb.tasks import decode_span, task_spec
