@@ -848,8 +848,8 @@ class Stream:
     def _hide(self, rows, rng):
         return _batch(rows, rng, self.vocab_size, self.mask_prob, self.corpus.lang)
 
-    def fork(self, name: str) -> 'Stream':
-        "Give a stream over the same text that draws independently."
+    def independent_stream(self, name: str) -> 'Stream':
+        "Return a stream over the same text that draws independently."
         other = copy.copy(self)
         other._draw_as(name)
         return other

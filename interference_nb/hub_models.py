@@ -137,7 +137,7 @@ class TextStream(Stream):
         ids = tokenizer(list(sentences), truncation=True, max_length=seq_len)['input_ids']
         self.rows = np.full((len(ids), max(map(len, ids))), -1, dtype=np.int32)     # -1: padding
         for row, own in zip(self.rows, ids): row[:len(own)] = own
-        self.corpus = SimpleNamespace(lang=lang, n_sentences=len(ids))      # what a `Feed` asks for
+        self.corpus = SimpleNamespace(lang=lang, n_sentences=len(ids))      # as a `Corpus` has
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.vocab_size, self.mask_prob, self.hub = len(tokenizer), mask_prob, tokenizer
         self._draw_as('train')
