@@ -7,8 +7,8 @@ __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale',
            'vocabulary', 'run', 'room_for_checkpoint', 'checkpoint_size', 'sized', 'parameters', 'run_own', 'run_hub',
            'teach', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_lessons', 'teach_one', 'lessons',
            'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
-           'check_format', 'device', 'on_cpu', 'aside', 'pretrain_all', 'ready', 'small', 'try_small', 'cost',
-           'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records',
+           'check_format', 'device', 'on_cpu', 'aside', 'be_apart', 'pretrain_all', 'ready', 'small', 'try_small',
+           'cost', 'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records',
            'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
            'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
 
@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 import numpy as np
 import torch
 from .data import (Stream, check_languages, check_room, dev_batches, disk_needed,
@@ -37,7 +36,7 @@ from .pretrain import (Feed, JointStep, TrainConfig, config_hash, perplexity,
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
-from .meta_adapters import MetaConfig, MetaStep
+from .meta_adapters import MetaConfig, MetaStep, upgrade_meta
 from .finetune import GRIDS, FinetuneConfig, be_worker, no_main, search
 from .hub_models import XLM_100, open_encoder
 from .tasks import TASKS, task_rows, task_spec
@@ -122,9 +121,11 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        "Name the run, and the folder that keeps it."
+        "Name the run, and the folder that keeps it; another meta step than the system's shows."
         pair = '' if self.langs == self.pair else f'-of-{replace(self, langs=self.pair).model}'
-        return f'{self.system}-{self.model}{pair}-{self.seed}'
+        own = self.meta in (None, SYSTEMS[self.system].meta)
+        meta = '' if own else f'~{config_hash(asdict(self.meta))[:6]}'
+        return f'{self.system}{meta}-{self.model}{pair}-{self.seed}'
 
     @property
     def train(self) -> TrainConfig:
@@ -391,8 +392,9 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
                          f"'{Path(data).name}'. Name it with --data.")
     sizes = about['scale']
     scale = Scale(ModelConfig(**upgrade_model(sizes['model'])), TrainConfig(**sizes['train']))
+    meta = about['meta'] and MetaConfig(**upgrade_meta(about['meta']))
     spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'],
-                   scale, data, (), about['max_sentences'])
+                   scale, data, (), about['max_sentences'], meta)
     source, tokenizer, corpora = materials(spec, home.parent)
     model = load_model(home/'checkpoint.safetensors', tokenizer, device=device())
     return spec, source, tokenizer, corpora, model
@@ -466,16 +468,28 @@ def on_cpu(f, *args,  # called as f(*args) in each process
            processes: int = 1):
     "Call a function without GPUs, outside this process if there are any: it may share them later."
     if processes == 1: return aside(f, *args, CUDA_VISIBLE_DEVICES='')
-    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=''):
-        return launch(f, *args, processes=processes)
+    name, before = 'CUDA_VISIBLE_DEVICES', os.environ.get('CUDA_VISIBLE_DEVICES')
+    os.environ[name] = ''
+    try: return launch(f, *args, processes=processes)
+    finally:
+        if before is None: del os.environ[name]
+        else: os.environ[name] = before
 
 def aside(f, *args, **environment: str):
-    "Call a function in a process of its own, if this one has GPUs and has not used them yet."
-    if not torch.cuda.device_count() or torch.cuda.is_initialized(): return f(*args)
-    fork = multiprocessing.get_context('fork')
-    with (patch.dict(os.environ, environment),
-          ProcessPoolExecutor(1, fork, torch.set_num_threads, (1,)) as pool):
+    """Call a function in a process of its own, so that this one can start others afterwards.
+
+    With a CUDA build of torch, a backward pass ends that, also on a machine without GPUs; once this
+    process has used a GPU there is nothing left to keep, and without CUDA nothing to lose."""
+    if not torch.backends.cuda.is_built() or torch.cuda.is_initialized(): return f(*args)
+    server = multiprocessing.get_context('forkserver')      # this process may have learned already
+    server.set_forkserver_preload(['interference_nb.experiments'])
+    with no_main(), ProcessPoolExecutor(1, server, be_apart, (environment,)) as pool:
         return pool.submit(f, *args).result()
+
+def be_apart(environment: dict[str, str]):
+    "Set up a process that does one thing for another."
+    os.environ.update(environment)
+    torch.set_num_threads(1)
 
 # %% ../nbs/07_experiments.ipynb #16ca872c
 def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
