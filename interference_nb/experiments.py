@@ -7,11 +7,10 @@ __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'System', 'Scale', 'for_tasks', 'RunSp
            'room_for_checkpoint', 'checkpoint_size', 'sized', 'parameters', 'run_own', 'run_hub', 'teach', 'pretrained',
            'make_step', 'has_model', 'is_pretrained', 'keep_lessons', 'teach_one', 'lessons', 'usable', 'text_of',
            'open_run', 'prune_model', 'complete', 'holds_all', 'own_rows', 'check_rows', 'matching_row', 'check_format',
-           'device', 'on_cpu', 'aside', 'pretrain_all', 'ready', 'small', 'try_small', 'cost', 'side_by_side',
-           'run_all']
+           'device', 'on_cpu', 'pretrain_all', 'ready', 'small', 'try_small', 'cost', 'side_by_side', 'run_all']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
-import itertools, json, math, multiprocessing, os, shutil, tempfile, time
+import itertools, json, math, os, shutil, sys, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +18,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from unittest.mock import patch
 import torch
 from .data import (Stream, check_languages, check_room, dev_batches, disk_needed,
                                   load_tokenizer, prepare_corpus, train_tokenizer)
@@ -27,14 +25,14 @@ from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_json
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
-from .distributed import (cpu_count, first_process_first, launch,
+from .distributed import (cpu_count, first_process_first, in_subprocess, launch,
                                          rank_and_world_size, worker_pool)
-from .pretrain import (Feed, JointStep, TrainConfig, config_hash, perplexity,
+from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
-from .meta_adapters import MetaConfig, MetaStep
+from .meta_adapters import MetaConfig, MetaStep, upgrade_meta
 from .finetune import GRIDS, FinetuneConfig, search
 from .hub_models import XLM_100, open_encoder
 from .tasks import TASKS, task_rows, task_spec
@@ -119,9 +117,11 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        "Name the run, and the folder that keeps it."
+        "Name the run, and the folder that keeps it; another meta step than the system's shows."
         pair = '' if self.langs == self.pair else f'-of-{replace(self, langs=self.pair).model}'
-        return f'{self.system}-{self.model}{pair}-{self.seed}'
+        own = self.meta in (None, SYSTEMS[self.system].meta)
+        meta = '' if own else f'~{config_hash(asdict(self.meta))[:6]}'
+        return f'{self.system}{meta}-{self.model}{pair}-{self.seed}'
 
     @property
     def train(self) -> TrainConfig:
@@ -273,7 +273,7 @@ def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: JsonlLog,
     record.write('done', name=spec.name)
     return record.rows
 
-def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed: Feed,
+def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed: BatchSampler,
                dev: dict[str, list], meta: MetaConfig | None, progress: bool):  # -> model
     "Give the run's pretrained model: from its checkpoint, else trained, from where it was cut."
     at, system, cfg = home/'checkpoint.safetensors', SYSTEMS[spec.system], spec.train
@@ -315,9 +315,12 @@ def keep_lessons(before: Path, path: Path):
     "Take over what an older record of the same weights holds: they have the same perplexities."
     end = lambda rows: next(r['ppl'] for r in rows if r['kind'] == 'end')
     old, record = read_jsonl(before), JsonlLog(path)
-    if end(old) == end(record.rows):
-        for row in old:
-            if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
+    if end(old) != end(record.rows):
+        print(f'{path.parent} now has other weights; what was done with the old ones is kept in '
+              f'{before}', file=sys.stderr)
+        return
+    for row in old:
+        if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
     before.unlink()
 
 def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, lang: str,
@@ -357,14 +360,14 @@ def usable(task: str, source, lang: str, split: str) -> bool:
     except InputError: return False
 
 def text_of(spec: RunSpec, tokenizer, corpora: dict,
-            meta: MetaConfig | None = None):  # -> Feed, {language: held-out batches}
+            meta: MetaConfig | None = None):  # -> BatchSampler, {language: held-out batches}
     "Deal a run's text: batches to train on, and others to measure perplexity on."
     cfg = spec.train
     stream = lambda text: Stream(text, cfg.batch_size, cfg.seq_len, cfg.seed,
                                  tokenizer.vocab_size, cfg.mask_prob)
     streams = lambda split: {l: stream(corpora[l][split]) for l in spec.langs}
     apart = meta and meta.validation == 'held-out'
-    feed = Feed(streams('train'), cfg, streams('validation') if apart else None, device())
+    feed = BatchSampler(streams('train'), cfg, streams('validation') if apart else None, device())
     # the test split: a meta step may be validated on the other one
     return feed, {l: dev_batches(corpora[l]['test'], 64, cfg.seq_len, tokenizer.vocab_size,
                                  cfg.mask_prob, n_batches=8) for l in spec.langs}
@@ -388,13 +391,14 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
                          f"'{Path(data).name}'. Name it with --data.")
     sizes = about['scale']
     scale = Scale(ModelConfig(**upgrade_model(sizes['model'])), TrainConfig(**sizes['train']))
+    meta = about['meta'] and MetaConfig(**upgrade_meta(about['meta']))
     spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'],
-                   scale, data, (), about['max_sentences'])
+                   scale, data, (), about['max_sentences'], meta)
     source, tokenizer, corpora = materials(spec, home.parent)
     model = load_model(home/'checkpoint.safetensors', tokenizer, device=device())
     return spec, source, tokenizer, corpora, model
 
-def prune_model(model, feed: Feed,
+def prune_model(model, feed: BatchSampler,
                 dev: dict[str, list],  # {language: held-out batches}
                 cfg: PruneConfig,
                 folder,  # for the gates; those that it holds are not learned again
@@ -470,17 +474,13 @@ def device() -> str:
 def on_cpu(f, *args,  # called as f(*args) in each process
            processes: int = 1):
     "Call a function without GPUs, outside this process if there are any: it may share them later."
-    if processes == 1: return aside(f, *args, CUDA_VISIBLE_DEVICES='')
-    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=''):
-        return launch(f, *args, processes=processes)
-
-def aside(f, *args, **environment: str):
-    "Call a function in a process of its own, if this one has GPUs and has not used them yet."
-    if not torch.cuda.device_count() or torch.cuda.is_initialized(): return f(*args)
-    fork = multiprocessing.get_context('fork')
-    with (patch.dict(os.environ, environment),
-          ProcessPoolExecutor(1, fork, torch.set_num_threads, (1,)) as pool):
-        return pool.submit(f, *args).result()
+    if processes == 1: return in_subprocess(f, *args, CUDA_VISIBLE_DEVICES='')
+    name, before = 'CUDA_VISIBLE_DEVICES', os.environ.get('CUDA_VISIBLE_DEVICES')
+    os.environ[name] = ''
+    try: return launch(f, *args, processes=processes)
+    finally:
+        if before is None: del os.environ[name]
+        else: os.environ[name] = before
 
 # %% ../nbs/07_experiments.ipynb #16ca872c
 def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):

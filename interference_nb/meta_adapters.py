@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapters import frozen
 from .files import InputError
-from .pretrain import (Feed, JointStep, Precision, TrainConfig, make_adam,
+from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, make_adam,
                                       mean_over_processes)
 
 # %% ../nbs/05_meta_adapters.ipynb #42524e04
@@ -33,10 +33,10 @@ def perturbed(
 ) -> Iterator[None]:              # every bit of theta is back afterwards, also after an exception
     "Move parameters for the length of a block [paper Eq. 3, Eq. 8]."
     kept = [p.data for p in theta]
-    if isinstance(step, Tensor):            # stays where it is: to read it would stall a GPU
+    if isinstance(step, Tensor):            # not read: a GPU's would have to be waited for
         new = [torch.addcmul(p, d, step) for p, d in zip(kept, direction, strict=True)]
     else: new = list(torch._foreach_add(kept, direction, alpha=step))
-    del direction                           # the caller may want its memory
+    del direction                           # so that the caller can free its memory
     try:
         for p, x in zip(theta, new, strict=True): p.data = x
         torch.clear_autocast_cache()        # it may hold 16-bit copies of the old weights
@@ -67,7 +67,7 @@ def with_rng_state(
 def _full_precision(tensors):
     "Switch autocast off: a difference of two losses drowns in the rounding of 16-bit numbers."
     kind = tensors[0].device.type
-    known = torch.amp.is_autocast_available(kind)       # not on torch's device without numbers
+    known = torch.amp.is_autocast_available(kind)       # it is not on the meta device
     return torch.autocast(kind, enabled=False) if known else nullcontext()
 
 # %% ../nbs/05_meta_adapters.ipynb #81f7f61b
@@ -82,10 +82,10 @@ def mean_gradient(
         for loss in losses:
             value = loss()
             if value.requires_grad:         # else none of the inputs is in it
-                with _full_precision(inputs):           # the forward pass is the caller's
+                with _full_precision(inputs):           # the caller decides for the forward pass
                     value.backward(inputs=inputs)       # adds to what the losses before it left
             total = total + value.detach()
-            del value                       # and with it what is left of the graph
+            del value                       # frees what is left of the graph
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in inputs]
     finally:
         for p, grad in zip(inputs, kept): p.grad = grad
@@ -123,7 +123,7 @@ def _second_derivative(train_losses, theta, phi, v, eps):
         with sdpa_kernel(SDPBackend.MATH), _full_precision(theta):
             g = torch.autograd.grad(loss(), theta, create_graph=True, materialize_grads=True)
             parts = [(x * y).sum() for x, y in zip(g, v, strict=True) if x.requires_grad]
-            if parts:                               # else the gradient is constant
+            if parts:                       # else the gradient does not depend on theta and phi
                 more = torch.autograd.grad(sum(parts), phi, materialize_grads=True)
                 total = torch._foreach_add(total, more, alpha=1 / len(train_losses))
     return list(total)
@@ -339,12 +339,12 @@ def upgrade_meta(
     return dict(meta_every=old.get('rest', 0) + 1) | new        # the oldest had no `rest`
 
 # %% ../nbs/05_meta_adapters.ipynb #62e61770
-@lru_cache(64)                  # a new stream would shuffle its whole text at every step
+@lru_cache(64)                  # once a stream: a new one shuffles its whole text
 def resampled_stream(
     stream,     # a `Stream`
 ):              # the same stream at every call
     "Return a stream over the same text whose batches the shared update does not draw."
-    return stream.fork('second')
+    return stream.independent_stream('second')
 
 # %% ../nbs/05_meta_adapters.ipynb #177f0bae
 class MetaStep(JointStep):
@@ -378,7 +378,7 @@ class MetaStep(JointStep):
     def __call__(
         self,
         k: int,         # step, from 0
-        feed: Feed,     # draws the batches
+        feed: BatchSampler,     # draws the batches
         lr: float,      # rate of both optimisers
     ) -> dict:          # {'loss'}; of a meta step also 'val_loss' and, now and then, 'ratio'
         "Take step k: line 6 then line 7 of Algorithm 1, or the other way round."
@@ -390,14 +390,15 @@ class MetaStep(JointStep):
             return dict(loss=self.update_shared(own, batches, lr)) | out
         loss = self.update_shared(own, batches, lr)
         batches = [resampled_stream(feed.streams[b.lang]).batch(i).to(feed.device)
-                   for i, b in zip(feed.share(k), batches, strict=True)]
+                   for i, b in zip(feed.shard_indices(k), batches, strict=True)]
         return dict(loss=loss) | self.update_specific(k, feed, own, batches, lr)
 
     def update_specific(self, k, feed, own, batches, lr) -> dict:
         "Move phi of the step's languages along the hypergradient [paper Eq. 3]."
         meta, phi, s = self.meta, [p for l in own for p in self.phi[l]], self.scale()
         langs = self.val_langs(feed, k)
-        val = feed.fresh(k, partial(self.val_langs, feed), meta.meta_every - 1)
+        at = lambda k: feed.indices(self.val_langs(feed, k), k) if k < self.cfg.steps else []
+        val = feed.validation_batches(at(k), at(k + meta.meta_every))
         beta = (lr if meta.beta is None else meta.beta) / s     # losses times s, beta over s:
         with self.amp.autocast():                               # the hypergradient times s
             h = hypergradient(self.theta, phi, self.losses(batches), self.losses(val), beta,
@@ -451,7 +452,7 @@ class MetaStep(JointStep):
             raise InputError(
                 f"validation is {meta.validation!r}, but the feed draws validation batches "
                 f"from {'a held-out split' if held_out else 'the training text'}. "
-                "Change the setting, or what Feed is given as held_out.")
+                "Change the setting, or what BatchSampler is given as held_out.")
         if meta.exclude_own_language and len(feed.langs) < 2:
             raise InputError("exclude_own_language leaves no validation loss with one language. "
                              "Train on two, or switch it off.")
