@@ -42,7 +42,8 @@ def difference(a: Iterable[float], b: Iterable[float] | float = 0.) -> Differenc
     d = np.asarray(a, float) - b
     if len(d) < 2: return Difference(len(d), *map(float, d))
     delta, se = float(d.mean()), float(sem(d))
-    if se == 0: return Difference(len(d), delta, se, delta, delta, float(delta == 0))
+    if se <= 1e-12 * abs(delta):                # the same in every seed
+        return Difference(len(d), delta, se, delta, delta, float(delta == 0))
     test = ttest_rel(d, 0 * d)
     return Difference(len(d), delta, se, *map(float, test.confidence_interval(.95)),
                       float(test.pvalue))
