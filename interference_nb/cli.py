@@ -620,8 +620,8 @@ def read_options(
                                 args=args, default=default, return_unknown_args=True, config=config)
         except SystemExit as e:
             if not e.code: raise                        # after help
-            lines = [l.strip('│ ') for l in errors.getvalue().splitlines()[1:]]
-            text = ' '.join(lines[:next((i for i, l in enumerate(lines) if '──' in l), None)])
+            boxed = re.split('[─-]{3,}', errors.getvalue())     # title, what is wrong, help
+            text = ' '.join(re.sub('[│╭╮╰╯─|]', ' ', boxed[min(1, len(boxed) - 1)]).split())
             raise InputError(f'{text.rstrip(".")}. See {said} --help.') from None
     default, own = command.options, None
     if isinstance(default, SystemOptions):
