@@ -26,7 +26,7 @@ from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cos
 from .reproduce import (check_records, choose, make_setting, plan_cells,
                                        specs_of, write, write_index)
 from .distributed import process_group, rank_and_world_size
-from .finetune import FinetuneConfig, search
+from .finetune import FinetuneConfig, finetune
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
@@ -321,7 +321,7 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
     _, source, tokenizer, _, model = open_run(cfg.run, cfg.data)
     langs = split_commas(cfg.test_langs) or model.langs
     folder = cfg.run/f'finetune-{task}-{cfg.train_lang}'
-    result = search(model, tokenizer, task, source, cfg.train_lang, langs, cfg.finetune,
+    result = finetune(model, tokenizer, task, source, cfg.train_lang, langs, cfg.finetune,
                     grid if cfg.search else None, folder, cfg.workers, progress=True)
     result.pop('counts')
     anew = JsonlLog(folder/'record.jsonl', keep=lambda row: False)
