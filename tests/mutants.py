@@ -335,7 +335,8 @@ def run_tests(folder, tests, timeout):
         return False, f'no end after {timeout} s'
     out = log.read_text(errors='replace')
     if process.exitcode == 0: return True, ''
-    failed = [line.split()[1] for line in out.splitlines() if line.startswith(('FAILED', 'ERROR'))]
+    failed = [line.split(' ', 1)[1].split(' - ')[0] for line in out.splitlines()
+              if line.startswith(('FAILED ', 'ERROR '))]
     line = re.search(r'/tests/test_\w+\.py:(\d+): ', out)
     if failed: return False, failed[0] + (f', line {line[1]}' if line else '')
     raise RuntimeError(f'pytest ended with {process.exitcode} on {" ".join(tests)}:\n{out}')
