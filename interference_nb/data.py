@@ -172,6 +172,8 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
 # %% ../nbs/00_data.ipynb #4c87ca49
 class Tokenizer:
     "Turn text into subword ids and back, in all languages of a model [paper Section 3.2]."
+    bos, eos, pad, mask = BOS, EOS, PAD, MASK
+
     def __init__(self,
                  model: bytes):  # a SentencePiece model whose first ids are SPECIALS
         import sentencepiece
@@ -219,6 +221,8 @@ class Tokenizer:
 # %% ../nbs/00_data.ipynb #2f957126
 class WordTokenizer:
     "Turn words of a closed vocabulary into ids, split at '·' into a stem and its suffixes."
+    bos, eos, pad, mask = BOS, EOS, PAD, MASK
+
     def __init__(self,
                  pieces: Iterable[str]):  # stems 'kato' and suffixes '·ni', in the order of ids
         self.pieces = tuple(pieces)
@@ -844,8 +848,8 @@ class Stream:
     def _hide(self, rows, rng):
         return _batch(rows, rng, self.vocab_size, self.mask_prob, self.corpus.lang)
 
-    def fork(self, name: str) -> 'Stream':
-        "Give a stream over the same text that draws independently."
+    def independent_stream(self, name: str) -> 'Stream':
+        "Return a stream over the same text that draws independently."
         other = copy.copy(self)
         other._draw_as(name)
         return other

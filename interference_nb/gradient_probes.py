@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .adapters import locate_parameter, parameter_groups
 from .files import InputError, JsonlLog
-from .pretrain import (Feed, JointStep, Precision, TrainConfig, check_shares,
+from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, check_shares,
                                       mean_over_processes, same_config, seed_step)
 
 # %% ../nbs/04_gradient_probes.ipynb #578dda96
@@ -146,7 +146,7 @@ class GradientProbe:
         self,
         k: int,         # step that was just taken
         model,          # has `theta` and `loss(batch)`
-        feed: Feed,     # of the run: languages, streams, device
+        feed: BatchSampler,     # of the run: languages, streams, device
         out=None,       # what the step returned; not used
     ):
         "Measure the model after step k; weights, `.grad`s and random numbers stay as they are."
@@ -179,7 +179,7 @@ class GradientProbe:
         if len(feed.langs) < 2:
             raise InputError(f'a probe compares languages, but this run has only {feed.langs[0]}. '
                              'Probe a run of two or more.')
-        self.streams = {l: s.fork('probe') for l, s in feed.streams.items()}
+        self.streams = {l: s.independent_stream('probe') for l, s in feed.streams.items()}
         self.turns = len(eulerian_pair_order(feed.langs))
         path = Path(self.folder)/'probe.jsonl' if self.folder and feed.rank == 0 else None
         self.record = JsonlLog(path, keep=lambda r: k > 0 and r.get('step', -1) < k)
@@ -313,11 +313,11 @@ class CombinedStep(JointStep):
     def __call__(
         self,
         k: int,         # step, from 0
-        feed: Feed,     # draws batches of every language
+        feed: BatchSampler,     # draws batches of every language
         lr: float,      # rate of the optimiser
     ) -> dict:          # {'loss': mean, weighted by P}
         "Take step k; phi_i follows its own gradient. Raises `InputError` if languages differ."
-        batches, loss, own = feed.every(k), 0., []
+        batches, loss, own = feed.batches_by_language(k), 0., []
         if set(batches) != set(self.model.langs):
             raise InputError(f'the model knows {", ".join(self.model.langs)}, the feed brings '
                              f'{", ".join(batches)}. Give both the same languages.')

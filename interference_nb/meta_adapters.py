@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapters import frozen
 from .files import InputError
-from .pretrain import (Feed, JointStep, Precision, TrainConfig, make_adam,
+from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, make_adam,
                                       mean_over_processes)
 
 # %% ../nbs/05_meta_adapters.ipynb #42524e04
@@ -344,7 +344,7 @@ def resampled_stream(
     stream,     # a `Stream`
 ):              # the same stream at every call
     "Return a stream over the same text whose batches the shared update does not draw."
-    return stream.fork('second')
+    return stream.independent_stream('second')
 
 # %% ../nbs/05_meta_adapters.ipynb #177f0bae
 class MetaStep(JointStep):
@@ -378,7 +378,7 @@ class MetaStep(JointStep):
     def __call__(
         self,
         k: int,         # step, from 0
-        feed: Feed,     # draws the batches
+        feed: BatchSampler,     # draws the batches
         lr: float,      # rate of both optimisers
     ) -> dict:          # {'loss'}; of a meta step also 'val_loss' and, now and then, 'ratio'
         "Take step k: line 6 then line 7 of Algorithm 1, or the other way round."
@@ -390,14 +390,15 @@ class MetaStep(JointStep):
             return dict(loss=self.update_shared(own, batches, lr)) | out
         loss = self.update_shared(own, batches, lr)
         batches = [resampled_stream(feed.streams[b.lang]).batch(i).to(feed.device)
-                   for i, b in zip(feed.share(k), batches, strict=True)]
+                   for i, b in zip(feed.shard_indices(k), batches, strict=True)]
         return dict(loss=loss) | self.update_specific(k, feed, own, batches, lr)
 
     def update_specific(self, k, feed, own, batches, lr) -> dict:
         "Move phi of the step's languages along the hypergradient [paper Eq. 3]."
         meta, phi, s = self.meta, [p for l in own for p in self.phi[l]], self.scale()
         langs = self.val_langs(feed, k)
-        val = feed.fresh(k, partial(self.val_langs, feed), meta.meta_every - 1)
+        at = lambda k: feed.indices(self.val_langs(feed, k), k) if k < self.cfg.steps else []
+        val = feed.validation_batches(at(k), at(k + meta.meta_every))
         beta = (lr if meta.beta is None else meta.beta) / s     # losses times s, beta over s:
         with self.amp.autocast():                               # the hypergradient times s
             h = hypergradient(self.theta, phi, self.losses(batches), self.losses(val), beta,
@@ -451,7 +452,7 @@ class MetaStep(JointStep):
             raise InputError(
                 f"validation is {meta.validation!r}, but the feed draws validation batches "
                 f"from {'a held-out split' if held_out else 'the training text'}. "
-                "Change the setting, or what Feed is given as held_out.")
+                "Change the setting, or what BatchSampler is given as held_out.")
         if meta.exclude_own_language and len(feed.langs) < 2:
             raise InputError("exclude_own_language leaves no validation loss with one language. "
                              "Train on two, or switch it off.")

@@ -17,7 +17,7 @@ from interference_nb.l0_pruning import (GateGroup, Gates, HardConcrete, PruneCon
                                         compare, gate_groups, gated, learn_gates, partition_gates,
                                         prune_study)
 from interference_nb.meta_adapters import exact, finite_difference, hypergradient
-from interference_nb.pretrain import Feed, JointStep, TrainConfig, make_adam, perplexity
+from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, make_adam, perplexity
 from interference_nb.tasks import decode_span, task_spec
 from interference_nb.transformer import ModelConfig
 from test_oracles import LANGS, apart, descent, rows_of, stream, untrained
@@ -30,7 +30,7 @@ def model_of(variant='adpt', **kw):
     return apart(MultilingualLM(ModelConfig.toy(60, **{**dict(dropout=0.), **kw}), LANGS, variant))
 
 
-def feed_of(cfg, langs=LANGS): return Feed({l: stream(l, cfg) for l in langs}, cfg)
+def feed_of(cfg, langs=LANGS): return BatchSampler({l: stream(l, cfg) for l in langs}, cfg)
 
 
 # ---- data ----
@@ -290,8 +290,8 @@ def test_a_combined_step_weighs_languages_as_sampling_does():
     cfg = replace(CFG, temperature=1.)
     model = model_of().double()
     sizes = dict(zip(LANGS, (60, 30, 10)))
-    feed = Feed({l: stream(l, cfg, n_sentences=sizes[l]) for l in LANGS}, cfg)
-    loss = sum(sizes[l] / 100 * model.loss(feed.every(0)[l][0]) for l in LANGS)
+    feed = BatchSampler({l: stream(l, cfg, n_sentences=sizes[l]) for l in LANGS}, cfg)
+    loss = sum(sizes[l] / 100 * model.loss(feed.batches_by_language(0)[l][0]) for l in LANGS)
     before = [p.detach().clone() for p in model.parameters()]
     grads = torch.autograd.grad(loss, list(model.parameters()))
     step = CombinedStep(model, cfg, 'mean')

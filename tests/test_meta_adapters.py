@@ -15,7 +15,7 @@ from interference_nb.files import InputError
 from interference_nb.meta_adapters import (ESTIMATORS, Estimator, MetaConfig, MetaStep, exact,
                                            finite_difference, hypergradient, mean_gradient,
                                            one_sided, perturbed)
-from interference_nb.pretrain import Feed, TrainConfig, seed_step
+from interference_nb.pretrain import BatchSampler, TrainConfig, seed_step
 from interference_nb.transformer import ModelConfig
 
 
@@ -157,7 +157,8 @@ def little_run(cfg, meta, device='cpu'):
     step = MetaStep(model, cfg, meta)
     for name, opt in step.optimizers.items():
         step.optimizers[name] = torch.optim.SGD(opt.param_groups[0]['params'])
-    return model, step, Feed({l: stream(i) for i, l in enumerate(LANGS)}, cfg, device=device)
+    streams = {l: stream(i) for i, l in enumerate(LANGS)}
+    return model, step, BatchSampler(streams, cfg, device=device)
 
 
 def steps(cfg, meta):
@@ -228,7 +229,7 @@ def test_validation_batches_are_drawn_ahead(choices):
     cfg = replace(CFG, steps=9)
     _, step, feed = little_run(cfg, MetaConfig(**choices))
     due = [(l, i) for k in range(0, cfg.steps, step.meta.meta_every)
-           for l in step.val_langs(feed, k) for i in feed.share(k)]
+           for l in step.val_langs(feed, k) for i in feed.shard_indices(k)]
     drawn = []
     feed.validation = {l: Watched(s, drawn) for l, s in feed.validation.items()}
     with ThreadPoolExecutor(1) as feed._ahead:
@@ -253,9 +254,9 @@ class Counted:
     def __init__(self, stream): self.stream, self.forks = stream, 0
     def __getattr__(self, name): return getattr(self.stream, name)
 
-    def fork(self, name):
+    def independent_stream(self, name):
         self.forks += 1
-        return self.stream.fork(name)
+        return self.stream.independent_stream(name)
 
 
 @pytest.mark.parametrize('name', ESTIMATORS)

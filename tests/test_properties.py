@@ -19,7 +19,7 @@ from interference_nb.tasks import (TaskData, count_spans, cut_between_words, spa
 from interference_nb.gradient_probes import eulerian_pair_order, gram, pcgrad, vaccine
 from interference_nb.l0_pruning import HardConcrete
 from interference_nb.meta_adapters import MetaConfig, mean_gradient, perturbed
-from interference_nb.pretrain import Feed, TrainConfig, learning_rate
+from interference_nb.pretrain import BatchSampler, TrainConfig, learning_rate
 
 settings.register_profile('project', deadline=None, max_examples=60, derandomize=True,
                           database=None)
@@ -184,7 +184,7 @@ def test_workers_keep_the_order(n, workers):
 @cache
 def feed(accumulate, mixed=False, steps=12):
     cfg = TrainConfig.toy(steps=steps, accumulate=accumulate, batch_size=2, seq_len=8, mixed=mixed)
-    return Feed({l: Stream(corpus(200, l), 2, 8, 0, 6000) for l in ('aa', 'bb')}, cfg)
+    return BatchSampler({l: Stream(corpus(200, l), 2, 8, 0, 6000) for l in ('aa', 'bb')}, cfg)
 
 
 @given(a=st.integers(1, 6), b=st.integers(1, 6), turns=st.integers(1, 5))
@@ -192,13 +192,13 @@ def test_shards_are_a_partition_for_any_number_of_processes(a, b, turns):
     "No batch is taken twice and none left out, by whichever number divides a step."
     dealer, world = feed(a * b), b
     one, shards = {}, []
-    for t in range(turns): one[t] = set(dealer.share(t))
+    for t in range(turns): one[t] = set(dealer.shard_indices(t))
     assert sorted(i for own in one.values() for i in own) == list(range(turns * a * b))
     for t in range(turns):
         for rank in range(world):
             dealer.rank, dealer.world = rank, world
-            shards += dealer.share(t)
-            assert len(dealer.share(t)) == a and set(dealer.share(t)) <= one[t]
+            shards += dealer.shard_indices(t)
+            assert len(dealer.shard_indices(t)) == a and set(dealer.shard_indices(t)) <= one[t]
         dealer.rank, dealer.world = 0, 1
     assert sorted(shards) == list(range(turns * a * b))
 
@@ -263,6 +263,7 @@ def test_cuts_cover_their_sentence(lengths, room):
 
 class Pieces:
     "Words of a given number of pieces: 'w3' has three."
+    bos, eos, pad = 0, 1, 2
     def encode_words(self, words):
         sizes = [int(w[1:]) for w in words]
         return [5] * sum(sizes), np.cumsum([0, *sizes])[:-1].tolist()
