@@ -111,7 +111,7 @@ def plan(quick: bool, about: dict) -> dict[str, dict]:
         langs = tuple(f'l{i}' for i in range(n))
         one = functools.partial(Job, 'library', langs=langs, threads=1 if quick else THREADS)
         many |= {f'plain {n}': one(**small), f'meta {n}': one(meta={'beta': .1}, **small),
-                 f'sampled {n}': one(meta={'sample': 1}, **small)}
+                 f'sampled {n}': one(meta={'sampled_languages': 1}, **small)}
     add('languages', 'More languages, at a quarter of the size', many, 80, 5)
     words = dict(vocab_size=500 if quick else 8000, threads=1)
     add('tokenise', 'Tokenising on one core',

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
-from .data import InputError
+from .files import InputError, read_jsonl
 from .transformer import ModelConfig
-from .pretrain import TrainConfig, read_record
+from .pretrain import TrainConfig
 from .l0_pruning import PruneConfig
 from .gradient_probes import ProbeConfig, conflict
 from .experiments import (SCALES, Claim, RunSpec, Scale, about_records,
@@ -63,7 +63,7 @@ def gradient_metrics(rows: list[dict],  # of a probe
     "Sum up a probe: mean cosines of a pair and of its languages; all steps, early and late."
     a, b = langs
     fifth, out = (rows[-1]['step'] + 1) / 5, dict(zero=0.)
-    for end, period in (('', {}), (' early', dict(upto=fifth)), (' late', dict(since=fifth))):
+    for end, period in (('', {}), (' early', dict(max_step=fifth)), (' late', dict(since=fifth))):
         found = conflict(rows, group, **period)
         cross = found[f'{a}-{b}']
         within = (found[f'{a}-{a}']['mean'] + found[f'{b}-{b}']['mean']) / 2
@@ -177,7 +177,7 @@ def near_to_far(pairs: Iterable[str]) -> list[str]:
 
 def read_probe(home: Path) -> list[dict]:
     "Read what a run's probe measured."
-    return [r for r in read_record(home/'probe.jsonl') if r['kind'] == 'probe']
+    return [r for r in read_jsonl(home/'probe.jsonl') if r['kind'] == 'probe']
 
 def homes(folder, names=None) -> list[tuple[Path, list[dict]]]:
     "List the runs of a study that are complete: folder and rows."
@@ -357,15 +357,15 @@ def probe_rows(folder, names=None) -> dict[str, list[list[dict]]]:  # {'en-fr': 
     return {pair: found[pair] for pair in near_to_far(found)}
 
 def plot_conflict(probes: dict,  # of `probe_rows`
-                  group: str = 'encoder',  # of `groups_of`: a kind, 'layer 0', 'all', ...
+                  group: str = 'encoder',  # of `parameter_groups`: a kind, 'layer 0', 'all', ...
                   window: int = 9,  # probes in the running mean
-                  upto: float = math.inf,  # leave out what comes from this step on
+                  max_step: float = math.inf,  # leave out what comes from this step on
                   ax=None) -> Figure:
     "Draw cosines within and across languages over training: mean ± se over seeds. [paper Fig. 3]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=6.)
     for (pair, seeds), colour in zip(probes.items(), PAIR_COLOURS, strict=False):
         a, b = pair.split('-')
-        seeds = [[r for r in rows if r['step'] < upto] for rows in seeds]
+        seeds = [[r for r in rows if r['step'] < max_step] for rows in seeds]
         steps = running(np.array([r['step'] for r in seeds[0]]), window)
         for name, style, which in (('within', '--', (f'{a}-{a}', f'{b}-{b}')), ('', '-', (pair,))):
             runs = [running(np.array([np.mean([r['cos'][w].get(group, np.nan) for w in which])

@@ -4,30 +4,28 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'BOS', 'EOS', 'PAD', 'UNK', 'MASK', 'SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS',
-           'TASKS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'IDS_PER_BYTE',
-           'InputError', 'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'cpu_count',
-           'parallel_map', 'train_bpe', 'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages',
-           'train_tokenizer', 'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size',
-           'hub_cache', 'HubSource', 'Corpus', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch',
-           'Stream', 'dev_batches', 'task_sizes', 'corpus_statistics', 'statistics_table']
+           'TASKS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'ROWS',
+           'IDS_PER_BYTE', 'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'train_bpe',
+           'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages', 'train_tokenizer', 'FolderSource',
+           'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource', 'Corpus',
+           'check_rows', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch', 'Stream', 'dev_batches',
+           'corpus_statistics', 'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
-import functools, hashlib, heapq, io, json, multiprocessing, os, re, shutil, signal, zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import copy, functools, hashlib, heapq, io, json, re, zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 import numpy as np
 import torch
+from .distributed import cpu_count, parallel_map
+from .files import InputError, free_space, run_lock, write_atomically
 
 # %% ../nbs/00_data.ipynb #64ba85b6
 SPECIALS = ('<s>', '</s>', '<pad>', '<unk>', '<mask>')
 BOS, EOS, PAD, UNK, MASK = range(5)
 SPLITS = ('train', 'validation', 'test')
 
-class InputError(ValueError):
-    "Say what is wrong with something the user gave, and what to do about it."
 
 # %% ../nbs/00_data.ipynb #d1751a81
 LANGUAGES = dict(en='English', ar='Arabic', fr='French', ru='Russian', hi='Hindi', sw='Swahili',
@@ -41,18 +39,35 @@ TASKS = dict(ner=('tokens', 'ner_tags'), pos=('tokens', 'upos'),  # task: the co
              nli=('premise', 'hypothesis', 'label'))
 
 # %% ../nbs/00_data.ipynb #4c3026bd
-class Source(Protocol):
-    "Give text and labelled rows by language: toy languages, a folder, or the hub."
+class Source:
+    "Text and labelled rows by language: toy languages, a folder, the hub, or a class of your own."
     name: str                   # 'toy', 'folder' or 'hub'
     languages: tuple[str, ...]  # codes of the languages it has text of
+    pairs: bool = False         # documents are two lines, each with an `</s>`
 
     def text(self, lang: str, split: str = 'train') -> Iterator[str]:
-        "Give documents one by one; a line end separates paragraphs or sentences."
+        "Yield documents; a line end separates sentences. Raises `InputError` if there are none."
+        raise NotImplementedError
+
     def examples(self, task: str, lang: str, split: str) -> list[dict]:
-        "Give the rows of a labelled task in the hub's schema (see TASKS)."
-    # and, where it can be told without reading the text: size(lang, split) -> bytes
+        "Return the rows of a labelled task, in the columns of TASKS. Raises `InputError` if none."
+        raise InputError(f'the {self.name} source has no {task} rows. Use another source.')
+
+    def count(self, task: str, lang: str, split: str) -> int:  # 0: there are none
+        "Count the rows of a labelled task; a source that can count without reading does."
+        try: return len(self.examples(task, lang, split))
+        except InputError: return 0
+
     def revision(self) -> dict[str, str]:
-        "Name the version of the data: keys are kinds ('text', 'ner') or 'kind/language'."
+        "Return the version of the data: keys are kinds ('text', 'ner') or 'kind/language'."
+        raise NotImplementedError
+
+    def size(self, lang: str, split: str = 'train') -> int | None:  # bytes; None: unknown
+        "Return the size of a language's text, as far as it is known without reading it."
+
+    def copy_size(self, lang: str) -> int:  # bytes
+        "Return what a local copy of the text would add to the disk."
+        return 0
 
 # %% ../nbs/00_data.ipynb #dcbd3aaf
 _SENTENCE_END = re.compile(r'(?<=[.!?…।॥؟])\s+|\s*\n\s*')
@@ -97,10 +112,6 @@ def cap_sentences(documents: Iterable[str],   # a language's documents
     return (document for *_, document in sorted(heap, key=lambda row: -row[1]))
 
 # %% ../nbs/00_data.ipynb #0d4133f0
-def cpu_count() -> int:
-    "Count the processor cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
 def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
     "Group documents into chunks of about `size` characters."
     chunk, n = [], 0
@@ -110,52 +121,6 @@ def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
             yield chunk
             chunk, n = [], 0
     if chunk: yield chunk
-
-def _serve(function: Callable, pipe, others: list) -> None:
-    "Answer items from a pipe until None comes, or the other end is gone."
-    for other in others: other.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # a launcher's handler would complain
-    try:
-        while (item := pipe.recv()) is not None:
-            try: answer = True, function(item)
-            except Exception as e: answer = False, e
-            pipe.send(answer)
-    except (EOFError, OSError, KeyboardInterrupt): pass
-
-# %% ../nbs/00_data.ipynb #4e29a3e7
-def parallel_map(function: Callable,  # what to do with an item
-                 items: Iterable,     # read as it goes, at most workers + 1 of them ahead
-                 workers: int,        # processes; 1: none but this one
-                 ) -> Iterator:       # results, in the order of the items
-    "Apply a function to a stream in several processes, in order and in bounded memory."
-    items = iter(items)
-    head = [item for _, item in zip(range(2), items)]
-    if workers < 2 or len(head) < 2:
-        yield from map(function, head)
-        yield from map(function, items); return
-    queue, pipes, processes = (item for part in (head, items) for item in part), [], []
-    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
-    try:
-        for _, item in zip(range(workers), queue):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, daemon=True,
-                                      args=(function, theirs, [*pipes, ours]))
-            process.start(); theirs.close(); ours.send(item)
-            pipes.append(ours); processes.append(process)
-        while pipes:
-            item = next(queue, None)                     # read on while they work
-            pipe = pipes.pop(0)
-            good, answer = pipe.recv()
-            pipe.send(item)                              # None sends it home
-            if item is not None: pipes.append(pipe)
-            if not good: raise answer
-            yield answer
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise RuntimeError("a worker process died. Use fewer if memory is short.") from None
-    finally:
-        for process in processes: process.terminate()
-        for process in processes: process.join()
 
 # %% ../nbs/00_data.ipynb #91204f2a
 def _explain_bpe(reason: str, vocab_size: int) -> str:
@@ -204,16 +169,11 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     while start < end and text[end - 1].isspace(): end -= 1
     return start, end
 
-def _write(path: str | Path, content: bytes) -> None:
-    "Write a file whole or not at all: a temporary file beside it, renamed at the end."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try: temporary.write_bytes(content); os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
 # %% ../nbs/00_data.ipynb #4c87ca49
 class Tokenizer:
     "Turn text into subword ids and back, in all languages of a model [paper Section 3.2]."
+    bos, eos, pad, mask = BOS, EOS, PAD, MASK
+
     def __init__(self,
                  model: bytes):  # a SentencePiece model whose first ids are SPECIALS
         import sentencepiece
@@ -254,13 +214,15 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         "Write the model for `load_tokenizer`."
-        _write(path, self.model)
+        write_atomically(path, self.model)
 
     def __reduce__(self): return type(self), (self.model,)
 
 # %% ../nbs/00_data.ipynb #2f957126
 class WordTokenizer:
     "Turn words of a closed vocabulary into ids, split at '·' into a stem and its suffixes."
+    bos, eos, pad, mask = BOS, EOS, PAD, MASK
+
     def __init__(self,
                  pieces: Iterable[str]):  # stems 'kato' and suffixes '·ni', in the order of ids
         self.pieces = tuple(pieces)
@@ -291,7 +253,7 @@ class WordTokenizer:
 
     def save(self, path: str | Path) -> None:
         "Write the pieces as JSON for `load_tokenizer`."
-        _write(path, json.dumps({'pieces': self.pieces}, ensure_ascii=False).encode())
+        write_atomically(path, json.dumps({'pieces': self.pieces}, ensure_ascii=False))
 
 # %% ../nbs/00_data.ipynb #f81f6d2c
 def load_tokenizer(path: str | Path,               # a file written by `save`
@@ -395,7 +357,7 @@ def _open_parquet(folder: Path, kind: str, lang: str, split: str, columns: tuple
     return file
 
 # %% ../nbs/00_data.ipynb #f5366a34
-class FolderSource:
+class FolderSource(Source):
     "Read a folder of parquet files in the hub's schemas."
     name = 'folder'
     def __init__(self,
@@ -418,8 +380,9 @@ class FolderSource:
         return _open_parquet(self.path, task, lang, split, columns).read(list(columns)).to_pylist()
 
     def count(self, task: str, lang: str, split: str) -> int:
-        "Count the rows of a labelled task without reading them."
+        "Count the rows of a labelled task without reading them; 0 where there is no file."
         columns = TASKS[_check_task(task)]
+        if not (self.path/task/lang/f'{split}.parquet').exists(): return 0
         return _open_parquet(self.path, task, lang, split, columns).metadata.num_rows
 
     def size(self, lang: str, split: str = 'train') -> int:
@@ -517,17 +480,13 @@ def hub_cache() -> Path:
     return Path(constants.HF_HOME)
 
 # %% ../nbs/00_data.ipynb #16c707c2
-class HubSource:
+class HubSource(Source):
     "Read the paper's data sets from the Hugging Face hub [paper Section 3.2]."
     name, languages = 'hub', tuple(LANGUAGES)
     def __init__(self,
                  streaming: bool = False,   # True: read over the network anew, keep no local copy
-                 held_out: float = .01,     # share of Wikipedia for validation, and for test
-                 opener: Callable = open_hub,  # opens a data set; another one in tests
-                 resolver: Callable = resolve_revision,  # finds its commit
-                 sizer: Callable = hub_size):  # tells its bytes
-        self.streaming, self.held_out, self._online = streaming, held_out, True
-        self._opener, self._resolver, self._sizer, self._commits = opener, resolver, sizer, {}
+                 held_out: float = .01):    # share of Wikipedia for validation, and for test
+        self.streaming, self.held_out, self._online, self._commits = streaming, held_out, True, {}
         self._sizes = functools.cache(self._look_up)
         self._open = functools.cache(self._load)            # each data set is opened once
 
@@ -568,20 +527,20 @@ class HubSource:
 
     def _commit(self, kind):
         if kind not in self._commits:
-            self._commits[kind], self._online = self._resolver(
+            self._commits[kind], self._online = resolve_revision(
                 HUB[kind], HUB_REVISIONS.get(kind), self._online)
         return self._commits[kind]
 
     def _look_up(self, lang):
         commit = self._commit('text')
-        return self._sizer(HUB['text'], f'{WIKIPEDIA_DUMP}.{lang}',
-                           None if commit == 'unknown' else commit, self._online)
+        return hub_size(HUB['text'], f'{WIKIPEDIA_DUMP}.{lang}',
+                        None if commit == 'unknown' else commit, self._online)
 
     def _load(self, kind, config, data_dir=None):
         repo, commit = HUB[kind], self._commit(kind)
         if commit == 'unknown': commit = HUB_REVISIONS.get(kind)
         what = f"{repo} ({config or data_dir})"
-        try: return self._opener(repo, config, data_dir, commit, self.streaming, self._online)
+        try: return open_hub(repo, config, data_dir, commit, self.streaming, self._online)
         except Exception as e:
             if not self._online:
                 raise InputError(f"no network and no local copy of {what}. Go online once, or use "
@@ -594,7 +553,7 @@ class HubSource:
 @dataclass(frozen=True, eq=False)
 class Corpus:
     "Hold one language's tokenised documents of one split, mapped from disk."
-    ids: np.ndarray   # [n_tokens] uint16: documents `<s> ... </s>` end to end
+    ids: np.ndarray   # [n_tokens] uint16: documents or segments `<s> ... </s>` end to end
     lang: str         # language code
     split: str        # 'train', 'validation' or 'test'
     n_documents: int  # rows of the source
@@ -605,31 +564,39 @@ class Corpus:
         "Count the ids, borders included."
         return len(self.ids)
 
+
 # %% ../nbs/00_data.ipynb #95999e3d
-def _encode_documents(tokenizer, pairs: bool, documents: list[str]) -> tuple:
+ROWS = 'documents', 'segments'
+
+def check_rows(rows: str) -> str:  # what packs into rows: 'documents' or 'segments'
+    "Return the choice if there is such a one; raises `InputError` if not."
+    if rows in ROWS: return rows
+    raise InputError(f"unknown rows {rows!r}. Use {' or '.join(map(repr, ROWS))}.")
+
+def _encode_documents(tokenizer, form: str, documents: list[str]) -> tuple:
     "Tokenise documents: ids as bytes, then tokens, documents, sentences and unknown subwords."
+    inputs = dict(documents=lambda d: [[d]], pairs=lambda d: [d.split('\n')],
+                  segments=lambda d: [[line] for line in d.split('\n') if line.strip()])[form]
     out, sentences = [], 0
     for document in documents:
-        out.append(BOS)
-        for part in document.split('\n') if pairs else [document]:
-            out.extend(tokenizer.encode(part)); out.append(EOS)
+        for parts in inputs(document):
+            out.append(BOS)
+            for part in parts: out.extend(tokenizer.encode(part)); out.append(EOS)
         sentences += len(split_sentences(document))
     ids = np.array(out, dtype=np.uint16)
     return ids.tobytes(), len(ids), len(documents), sentences, int((ids == UNK).sum())
 
 def _tokenise(documents: Iterable[str], tokenizer, path: Path, workers: int,
-              pairs: bool) -> dict[str, int]:
+              form: str) -> dict[str, int]:
     "Write the ids of documents to a file, whole or not at all, and count."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     total = np.zeros(4, dtype=np.int64)
-    try:
-        with open(temporary, 'wb') as f:
-            encode = functools.partial(_encode_documents, tokenizer, pairs)
-            for ids, *counts in parallel_map(encode, _chunks(documents), workers):
-                f.write(ids); total += counts
-        if total[1]: os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    def encoded():
+        nonlocal total
+        encode = functools.partial(_encode_documents, tokenizer, form)
+        for ids, *counts in parallel_map(encode, _chunks(documents), workers):
+            total += counts
+            yield ids
+    write_atomically(path, encoded())
     return dict(zip(('tokens', 'documents', 'sentences', 'unknown'), total.tolist(), strict=True))
 
 # %% ../nbs/00_data.ipynb #d29c507b
@@ -642,20 +609,25 @@ def _matches(entry: dict, key: dict) -> bool:
     "Say whether an entry has this key; a commit that cannot be looked up is taken on trust."
     unknown = any('@unknown' in v for v in key['revision'].values())
     return all(entry.get(k) == key.get(k) or (k == 'revision' and unknown)
-               for k in {*key, 'pairs'})
+               for k in {*key, 'pairs', 'rows'})
 
 def _read_manifest(folder: Path) -> dict[str, dict]:
     "Read the manifest; where there is none, or a broken one, all is tokenised again."
     try: return dict(json.loads((folder / 'manifest.json').read_text()))
     except (OSError, ValueError, TypeError): return {}
 
-def _key(source: Source, lang: str, split: str, tokenizer, max_sentences, seed: int) -> dict:
+def _key(source: Source, lang: str, split: str, tokenizer, max_sentences, seed: int,
+         rows: str) -> dict:
     "List what a file of ids depends on."
     cap = _cap(max_sentences, lang) if split == 'train' else None
     key = dict(lang=lang, split=split, source=source.name, tokenizer=tokenizer.fingerprint,
                revision=_text_revision(source, lang), max_sentences=cap, seed=cap and seed)
-    pairs = getattr(source, 'pairs', False)     # two lines, each with its </s>
-    return key | {'pairs': True} if pairs else key
+    if source.pairs: return key | {'pairs': True}    # one segment each
+    return key | {'rows': rows} if rows != 'documents' else key
+
+def _form(key: dict) -> str:
+    "Name the form in which a key's documents become ids."
+    return 'pairs' if key.get('pairs') else key.get('rows', 'documents')
 
 def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
     "Find the file with this key, if it has the length that the manifest says."
@@ -663,6 +635,9 @@ def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
         path = folder / name
         if _matches(entry, key) and path.exists() and path.stat().st_size == 2 * entry['tokens']:
             return path, entry
+
+
+
 
 # %% ../nbs/00_data.ipynb #d18cf02f
 IDS_PER_BYTE = .65  # bytes of ids for one of text: more than 8,000 pieces take in English
@@ -673,30 +648,37 @@ def disk_needed(source: Source,        # where the text comes from
                 tokenizer: Tokenizer | WordTokenizer | None = None,  # None: not yet trained
                 max_sentences: dict | int | None = None,  # caps, as for prepare_corpus
                 splits: tuple[str, ...] = SPLITS, seed: int = 0,  # the same
+                rows: str = 'documents',  # the same
                 ) -> list[dict]:       # bytes: of text, of ids and local copy still to be made
     "Tell what preparing takes on the disk before it starts; toy text counts as nothing."
-    rows = []
+    found = []
     for lang in check_languages(source, langs):
-        copy = source.copy_size(lang) if hasattr(source, 'copy_size') else 0
-        rows.append(row := dict(lang=lang, text=0, ids=0, copy=copy))
-        for split in splits if hasattr(source, 'size') else ():
+        copy = source.copy_size(lang)
+        found.append(row := dict(lang=lang, text=0, ids=0, copy=copy))
+        for split in splits:
             text = source.size(lang, split) or 0
             row['text'] += text
-            if tokenizer and _find(Path(folder), _key(source, lang, split, tokenizer,
-                                                      max_sentences, seed)): continue
+            key = tokenizer and _key(source, lang, split, tokenizer, max_sentences, seed, rows)
+            if key and _find(Path(folder), key): continue
             cap = _cap(max_sentences, lang) if split == 'train' else None
             look = text and (tokenizer or cap) and not copy
             bound = min(text, 400 * cap) if cap else text       # bytes; sentences have fewer
-            row['ids'] += (_ids_size(source, lang, split, tokenizer, text, cap) if look
+            row['ids'] += (_ids_size(source, lang, split, tokenizer, text, cap, key) if look
                            else round(bound * IDS_PER_BYTE))
-    return rows
+    return found
+
+
+
+
 
 # %% ../nbs/00_data.ipynb #920dcf3b
-def _ids_size(source: Source, lang: str, split: str, tokenizer, text: int, cap: int | None) -> int:
+def _ids_size(source: Source, lang: str, split: str, tokenizer, text: int, cap: int | None,
+              key: dict | None) -> int:
     "Estimate the bytes of ids from the first documents."
     sample = next(_chunks(source.text(lang, split)), [''])
     size = sum(len(d.encode()) for d in sample)
-    ids = len(_encode_documents(tokenizer, False, sample)[0]) if tokenizer else size * IDS_PER_BYTE
+    ids = (len(_encode_documents(tokenizer, _form(key), sample)[0]) if tokenizer
+           else size * IDS_PER_BYTE)
     times = text / max(size, 1)
     if cap: times = min(times, cap / max(1, sum(len(split_sentences(d)) for d in sample)))
     return round(ids * times)
@@ -711,23 +693,12 @@ def check_room(rows: list[dict],  # from disk_needed
         while not place.exists(): place = place.parent
         disks.setdefault(place.stat().st_dev, [place, 0])[1] += need
     for place, need in disks.values():
-        if need > (free := shutil.disk_usage(place).free):
+        if need > (free := free_space(place)):
             raise InputError(
                 f"the text of {', '.join(dict.fromkeys(r['lang'] for r in rows))} takes about "
                 f"{need / 1e9:,.2f} GB on the disk of {place}, which has {free / 1e9:,.2f} GB "
                 "free. Make room, name a folder on another disk, or prepare it from "
                 "HubSource(streaming=True), which keeps no copy of the hub's text.")
-
-@contextmanager
-def _in_turn(folder: Path):
-    "Let one process at a time write to a folder; another one waits."
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'lock', 'w') as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX)
-        except (ImportError, OSError): pass                 # not on this system
-        yield
 
 # %% ../nbs/00_data.ipynb #7b2b5b1a
 def prepare_corpus(source: Source,        # where the text comes from
@@ -738,21 +709,26 @@ def prepare_corpus(source: Source,        # where the text comes from
                    workers: int | None = None,  # processes; None: one a core, at most 16
                    splits: tuple[str, ...] = SPLITS,  # a source may lack 'test'
                    seed: int = 0,         # of the subsample where a cap is set
+                   rows: str = 'documents',  # or 'segments': each line an input of its own
                    ) -> dict[str, dict[str, Corpus]]:  # {lang: {split: Corpus}}
     "Tokenise a source once, in parallel, into memory-mapped ids; later calls only map them."
     langs, folder, corpora = check_languages(source, langs), Path(folder), {}
     workers = workers or min(cpu_count(), 16)
     if tokenizer.vocab_size > 2**16:
         raise InputError(f"{tokenizer.vocab_size} subwords do not fit 16 bits. Use at most 65536.")
-    check_room(disk_needed(source, langs, folder, tokenizer, max_sentences, splits, seed), folder)
+    about = tokenizer, max_sentences, splits, seed, check_rows(rows)
+    check_room(disk_needed(source, langs, folder, *about), folder)
     for lang, split in ((lang, split) for lang in langs for split in splits):
-        key = _key(source, lang, split, tokenizer, max_sentences, seed)
+        key = _key(source, lang, split, tokenizer, max_sentences, seed, rows)
         found = _find(folder, key) or _prepare(source, key, tokenizer, folder, workers)
         if found is None: continue
         ids, entry = np.memmap(found[0], dtype=np.uint16, mode='r'), found[1]
         corpus = Corpus(ids, lang, split, entry['documents'], entry['sentences'])
         corpora.setdefault(lang, {})[split] = corpus
     return corpora
+
+
+
 
 # %% ../nbs/00_data.ipynb #9c2b3fc7
 def _prepare(source: Source, key: dict, tokenizer, folder: Path,
@@ -765,35 +741,40 @@ def _prepare(source: Source, key: dict, tokenizer, folder: Path,
         raise
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     name = f'{lang}/{split}-{digest}.ids'
-    with _in_turn(folder):
+    with run_lock(folder, wait=True):
         if found := _find(folder, key): return found        # another process made it meanwhile
-        for left in folder.glob(f'{name}.*.tmp'): left.unlink()     # by a kill
         documents = cap_sentences(documents, key['max_sentences'], key['seed'] or 0)
-        counts = _tokenise(documents, tokenizer, folder / name, workers, key.get('pairs', False))
+        counts = _tokenise(documents, tokenizer, folder / name, workers, _form(key))
         if not counts['documents']:
+            (folder / name).unlink()
             if split == 'test': return None
             raise InputError(f"language {lang!r} has no {split} text. Leave it out, or add text.")
         manifest = _read_manifest(folder) | {name: key | counts}
-        _write(folder / 'manifest.json', json.dumps(manifest, indent=1, sort_keys=True).encode())
+        write_atomically(folder/'manifest.json', json.dumps(manifest, indent=1, sort_keys=True))
     return folder / name, manifest[name]
+
 
 # %% ../nbs/00_data.ipynb #5c9b7440
 def mask_tokens(ids: np.ndarray,           # [B, T] ids of text
                 rng: np.random.Generator,  # draws positions and replacements
                 vocab_size: int,           # V
                 p: float = .15,            # share of the real tokens to predict
+                mask: int = MASK,          # id of <mask>
+                special: Iterable[int] = range(len(SPECIALS)),  # ids never hidden and never drawn
                 ) -> tuple[np.ndarray, ...]:  # tokens [B, T], positions [M], targets [M], all int64
     "Hide tokens: 80% become <mask>, 10% a random token, 10% stay [Devlin et al. 2018]."
     tokens = np.array(ids, dtype=np.int64)
     flat = tokens.reshape(-1)
-    real = np.flatnonzero(flat > MASK)
+    word = np.ones(vocab_size, dtype=bool)
+    word[list(special)] = False
+    words, real = np.flatnonzero(word), np.flatnonzero(word[flat])
     if not len(real):
         raise InputError("no real token to hide. Check that the tokenizer knows the script.")
     M = max(1, round(p * len(real)))
     positions = np.sort(real[rng.choice(len(real), M, replace=False, shuffle=False)])
     targets, u = flat[positions], rng.random(M)
-    chance = rng.integers(len(SPECIALS), vocab_size, M)
-    flat[positions] = np.where(u < .8, MASK, np.where(u < .9, chance, targets))
+    chance = words[rng.integers(0, len(words), M)]
+    flat[positions] = np.where(u < .8, mask, np.where(u < .9, chance, targets))
     return tokens, positions, targets
 
 # %% ../nbs/00_data.ipynb #5d2cebba
@@ -805,6 +786,7 @@ class Batch:
     targets: torch.Tensor    # [M] int64, the ids that stood there
     lang: str                # the language of all rows
     pad: torch.Tensor | None = None  # [B, T] bool, True = padding; None: nothing is padded
+    weight: float = 1.       # its loss counts as that of so many batches of a step
 
     def to(self, device: str | torch.device) -> 'Batch':
         "Give the batch on a device."
@@ -837,9 +819,14 @@ class Stream:
                  mask_prob: float = .15,  # share of the real tokens to predict
                  name: str = 'train'):    # streams with other names draw independently
         self.corpus, self.batch_size, self.seq_len, self.seed = corpus, batch_size, seq_len, seed
-        self.vocab_size, self.mask_prob, self.name = vocab_size, mask_prob, name
+        self.vocab_size, self.mask_prob = vocab_size, mask_prob
         self.rows = _rows(corpus, seq_len)                  # [n_rows, T], a view of the mapped file
-        self._key = [seed, zlib.crc32(corpus.lang.encode()), zlib.crc32(name.encode())]
+        self._draw_as(name)
+
+    def _draw_as(self, name):
+        "Take the random numbers that belong to a name."
+        lang, self.name = self.corpus.lang, name
+        self._key = [self.seed, zlib.crc32(lang.encode()), zlib.crc32(name.encode())]
         self._order = functools.lru_cache(2)(self._permute)
 
     @property
@@ -857,13 +844,16 @@ class Stream:
         epoch, place = place // self.n_rows, place % self.n_rows
         epochs = np.unique(epoch).tolist()                   # nearly always one
         index = np.concatenate([self._order(e)[place[epoch == e]] for e in epochs])
-        rng = np.random.default_rng([2, *self._key, k])
-        return _batch(self.rows[index], rng, self.vocab_size, self.mask_prob, self.corpus.lang)
+        return self._hide(self.rows[index], np.random.default_rng([2, *self._key, k]))
 
-    def fork(self, name: str) -> 'Stream':
-        "Give a stream over the same text that draws independently."
-        return Stream(self.corpus, self.batch_size, self.seq_len, self.seed, self.vocab_size,
-                      self.mask_prob, name)
+    def _hide(self, rows, rng):
+        return _batch(rows, rng, self.vocab_size, self.mask_prob, self.corpus.lang)
+
+    def independent_stream(self, name: str) -> 'Stream':
+        "Return a stream over the same text that draws independently."
+        other = copy.copy(self)
+        other._draw_as(name)
+        return other
 
 # %% ../nbs/00_data.ipynb #f87e4199
 def dev_batches(corpus: Corpus,          # held-out text
@@ -880,17 +870,6 @@ def dev_batches(corpus: Corpus,          # held-out text
     rows = rows[np.linspace(0, len(rows) - 1, n).round().astype(int)]
     return [_batch(rows[i:i + batch_size], np.random.default_rng([3, seed, i]), vocab_size,
                    mask_prob, corpus.lang) for i in range(0, n, batch_size)]
-
-# %% ../nbs/00_data.ipynb #2e3709dc
-def task_sizes(source: Source,  # where the rows come from
-               lang: str,       # language code
-               ) -> dict[str, tuple]:  # {task: (train, validation, test)}; None: no such rows
-    "Count the labelled rows of each task and split [paper Table 1]."
-    count = getattr(source, 'count', None) or (lambda *args: len(source.examples(*args)))
-    def size(*args):
-        try: return count(*args)
-        except InputError: return None
-    return {task: tuple(size(task, lang, split) for split in SPLITS) for task in TASKS}
 
 # %% ../nbs/00_data.ipynb #242310e0
 def _count(tokenizer: Tokenizer | WordTokenizer | None, documents: list[str]) -> tuple[int, ...]:
@@ -916,7 +895,8 @@ def corpus_statistics(source: Source,        # where the text comes from
         total = {what: sum(n) for what, *n in zip(names, *counts)}
         rows.append(dict(lang=lang, language=LANGUAGES.get(lang, lang), **total))
     P = sampling_probabilities({row['lang']: row['sentences'] for row in rows}, temperature)
-    return [row | {'P': P[row['lang']]} | task_sizes(source, row['lang']) for row in rows]
+    sizes = lambda lang: {t: tuple(source.count(t, lang, s) for s in SPLITS) for t in TASKS}
+    return [row | {'P': P[row['lang']]} | sizes(row['lang']) for row in rows]
 
 # %% ../nbs/00_data.ipynb #d99b6511
 def statistics_table(rows: list[dict],  # from corpus_statistics

@@ -5,42 +5,42 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials',
            'vocabulary', 'run', 'room_for_checkpoint', 'checkpoint_size', 'sized', 'parameters', 'run_own', 'run_hub',
-           'teach', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_lessons', 'alone', 'teach_one',
-           'lessons', 'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
-           'check_format', 'device', 'on_cpu', 'aside', 'pretrain_all', 'ready', 'small', 'try_small', 'cost',
-           'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records',
-           'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
-           'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
+           'teach', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_lessons', 'teach_one', 'lessons',
+           'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
+           'check_format', 'device', 'on_cpu', 'pretrain_all', 'ready', 'small', 'try_small', 'cost', 'side_by_side',
+           'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records', 'load_results', 'Paired',
+           'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures',
+           'findings', 'verdict_table', 'about_records', 'table_page']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
-import hashlib, itertools, json, math, multiprocessing, os, shutil, tempfile, time
+import itertools, json, math, os, shutil, sys, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 import numpy as np
 import torch
-from .data import (InputError, Stream, check_languages, check_room, cpu_count,
-                                  dev_batches, disk_needed, load_tokenizer, prepare_corpus,
-                                  train_tokenizer)
+from .data import (Stream, check_languages, check_room, dev_batches, disk_needed,
+                                  load_tokenizer, prepare_corpus, train_tokenizer)
+from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_jsonl,
+                                   run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
-from .transformer import ModelConfig
-from .distributed import first_process_first, launch, processes
-from .pretrain import (Feed, JointStep, Record, TrainConfig, config_hash,
-                                      load_checkpoint, perplexity, read_record, run_info,
-                                      same_config, save_checkpoint, train)
+from .transformer import ModelConfig, upgrade_model
+from .distributed import (cpu_count, first_process_first, in_subprocess, launch,
+                                         rank_and_world_size, worker_pool)
+from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, perplexity,
+                                      run_info, same_config, train)
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
-from .meta_adapters import MetaConfig, MetaStep
-from .finetune import (GRIDS, TASKS, FinetuneConfig, be_worker, no_main, search,
-                                      task_rows, task_spec)
-from .pretrained_xlm import XLM_100, load_pretrained
+from .meta_adapters import MetaConfig, MetaStep, upgrade_meta
+from .finetune import GRIDS, FinetuneConfig, search
+from .hub_models import XLM_100, open_encoder
+from .tasks import TASKS, task_rows, task_spec
 
 # %% ../nbs/07_experiments.ipynb #3e93fba4
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps
            'ffn': System('ffn'), 'attn': System('attn'), 'adpt': System('adpt'),
            'share_adpt': System('share_adpt'), 'meta_adpt': System('adpt', meta=MetaConfig()),
            **{f'meta_{name}': System('adpt', meta=MetaConfig(**kw)) for name, kw in dict(
-               one_sided=dict(estimator='one_sided'), rest3=dict(rest=3), sample1=dict(sample=1),
+               one_sided=dict(estimator='one_sided'), rest3=dict(meta_every=4),
+               sample1=dict(sampled_languages=1),
                first_order=dict(estimator='first_order'), exact=dict(estimator='exact')).items()},
            'joint_all': System(combine='mean'), 'pcgrad': System(combine='pcgrad'),
            'gradvac': System(combine='gradvac'), 'xlm': System(mono=True, hub=XLM_100)}
@@ -72,22 +73,31 @@ class Scale:
     finetune: dict[str, FinetuneConfig] = field(default_factory=dict)  # by task
     search: dict[str, dict] = field(default_factory=dict)  # by task: settings and values to try
 
+    def __post_init__(self):
+        if self.train.rows == 'segments' and not self.model.isolate_documents:
+            raise InputError("rows of 'segments' need a model that keeps them apart. "
+                             'Set isolate_documents, or use rows of documents.')
+
 def for_tasks(preset, **kw) -> dict[str, FinetuneConfig]:  # preset: such as `FinetuneConfig.toy`
     "Make the finetuning settings of all tasks."
     return {task: preset(task, **kw) for task in TASKS}
 
 SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), for_tasks(FinetuneConfig.toy)),
-          'pocket': Scale(ModelConfig.toy(2000, dim=64, n_heads=4, ffn_dim=256,
-                                          documents_apart=False),
-                          TrainConfig.toy(steps=1200, batch_size=16, seq_len=48, eval_every=120),
-                          for_tasks(FinetuneConfig.mini, epochs=5, lr=1e-3, head_lr=3e-3,
-                                    max_train=900, max_dev=300, max_eval=500)),
+          'pocket': Scale(ModelConfig.toy(4000, dim=128, n_heads=4, ffn_dim=512),
+                          TrainConfig.toy(steps=3000, batch_size=16, seq_len=64, lr=3e-3,
+                                          warmup=300, mask_prob=.3, rows='segments',
+                                          language_order='round_robin', eval_every=300),
+                          for_tasks(FinetuneConfig.mini, epochs=12, lr=3e-3, max_len=64,
+                                    max_train=300, max_dev=300, max_eval=500)),
           'mini': Scale(ModelConfig.mini(8000, dim=256, ffn_dim=1024),
                         TrainConfig.mini(steps=4000, batch_size=32, seq_len=64, lr=1e-3, warmup=200,
                                          schedule='linear', eval_every=200, checkpoint_every=200),
                         for_tasks(FinetuneConfig.mini, epochs=6, max_train=1500)),
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(),
                          for_tasks(FinetuneConfig.paper), GRIDS)}
+
+
+
 
 # %% ../nbs/07_experiments.ipynb #180630b5
 @dataclass(frozen=True)
@@ -112,9 +122,11 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        "Name the run, and the folder that keeps it."
+        "Name the run, and the folder that keeps it; another meta step than the system's shows."
         pair = '' if self.langs == self.pair else f'-of-{replace(self, langs=self.pair).model}'
-        return f'{self.system}-{self.model}{pair}-{self.seed}'
+        own = self.meta in (None, SYSTEMS[self.system].meta)
+        meta = '' if own else f'~{config_hash(asdict(self.meta))[:6]}'
+        return f'{self.system}{meta}-{self.model}{pair}-{self.seed}'
 
     @property
     def train(self) -> TrainConfig:
@@ -158,7 +170,8 @@ def materials(spec: RunSpec, folder,  # of the experiment
     "Open the data of a run: source, vocabulary of the pair, {lang: {split: Corpus}}."
     source, place, tokenizer = vocabulary(spec, folder, source)
     return source, tokenizer, prepare_corpus(source, spec.pair, tokenizer, place,
-                                             spec.max_sentences or None, workers)
+                                             spec.max_sentences or None, workers,
+                                             rows=spec.scale.train.rows)
 
 def vocabulary(spec: RunSpec, folder, source=None,
                make: bool = True):  # train the BPE if it is not there; else it is None
@@ -173,15 +186,8 @@ def vocabulary(spec: RunSpec, folder, source=None,
     about = spec.scale.model.vocab_size, spec.scale.train.temperature, spec.max_sentences or None
     return source, place, cached_tokenizer(source, langs, *about, place/'tokenizer', make)
 
-# %% ../nbs/07_experiments.ipynb #086f0cee
-def weights_hash(model) -> str:
-    "Name a model's weights, bit for bit."
-    found = hashlib.sha256()
-    for name, t in model.state_dict().items():
-        found.update(name.encode())
-        found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:12]
 
+# %% ../nbs/07_experiments.ipynb #086f0cee
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
                      make: bool = True):
     "Train the pair's BPE once; the file's name says what it was trained on."
@@ -200,12 +206,12 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, p
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
-    home, first = Path(folder)/spec.name, processes()[0] == 0
-    hub, workers = SYSTEMS[spec.system].hub, None if processes()[1] > 1 else 1
+    home, first = Path(folder)/spec.name, rank_and_world_size()[0] == 0
+    hub, workers = SYSTEMS[spec.system].hub, None if rank_and_world_size()[1] > 1 else 1
     with ExitStack() as locked:
         with first_process_first():         # the others find its decisions and its files
             if (rows := complete(spec, home)): return rows if first else None
-            if first: locked.enter_context(alone(home))
+            if first: locked.enter_context(run_lock(home))
             if first and not hub: room_for_checkpoint(spec, home)
             data = None if hub else materials(spec, folder, workers)
             if data: lessons(spec, data[0])                 # refuses tasks without rows
@@ -217,7 +223,7 @@ def room_for_checkpoint(spec: RunSpec, home: Path):
     "Raise `InputError` if the disk cannot take the checkpoint, which is there twice while written."
     if has_model(spec, home): return
     before = (home/'checkpoint.safetensors').exists()
-    need, free = checkpoint_size(spec) * (2 - before), shutil.disk_usage(home).free
+    need, free = checkpoint_size(spec) * (2 - before), free_space(home)
     if need > free:
         raise InputError(f'the checkpoint of {spec.name} takes up to {need / 1e9:,.2f} GB on the '
                          f'disk of {home}, which has {free / 1e9:,.2f} GB free. Make room, or name '
@@ -244,8 +250,8 @@ def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict
     meta = SYSTEMS[spec.system].meta and (spec.meta or SYSTEMS[spec.system].meta)
     feed, dev = text_of(spec, tokenizer, corpora, meta)
     model = pretrained(spec, home, source, tokenizer, corpora, feed, dev, meta, progress)
-    if processes()[0]: return None
-    record = Record(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
+    if rank_and_world_size()[0]: return None
+    record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     for prune in spec.prune:
         if not any(held_gates(prune, r) for r in record.rows):
             folder = home/f'gates-{config_hash(asdict(prune))}'
@@ -254,13 +260,13 @@ def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict
 
 def run_hub(spec: RunSpec, home: Path, progress: bool) -> list[dict]:
     "Finetune a model of the hub under the same protocol. [paper Fig. 1]"
-    model, tokenizer = load_pretrained(**SYSTEMS[spec.system].hub)
-    record = Record(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
+    model, tokenizer = open_encoder(**SYSTEMS[spec.system].hub)
+    record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     if not record.rows: record.write('start', config=dict(run=spec.config), **run_info())
     return teach(spec, home, model.to(device()), tokenizer, open_source(spec.data, spec.seed),
                  record, progress)
 
-def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: Record, progress: bool):
+def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: JsonlLog, progress: bool):
     "Finetune on what a record lacks, and finish it."
     for (task, lang), tests in lessons(spec, source).items():
         if any(held_lesson(task, lang, r) for r in record.rows):
@@ -272,7 +278,7 @@ def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: Record, p
     record.write('done', name=spec.name)
     return record.rows
 
-def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed: Feed,
+def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed: BatchSampler,
                dev: dict[str, list], meta: MetaConfig | None, progress: bool):  # -> model
     "Give the run's pretrained model: from its checkpoint, else trained, from where it was cut."
     at, system, cfg = home/'checkpoint.safetensors', SYSTEMS[spec.system], spec.train
@@ -289,7 +295,7 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
     probe = [GradientProbe(spec.probe, home)] if spec.probe else []
     train(model, feed, cfg, dev, step, probe, home, about, progress)
     before = home/'record-before.jsonl'
-    if before.exists() and not processes()[0]: keep_lessons(before, home/'record.jsonl')
+    if before.exists() and not rank_and_world_size()[0]: keep_lessons(before, home/'record.jsonl')
     return model
 
 def make_step(model, cfg: TrainConfig, system: str, meta: MetaConfig | None = None):
@@ -313,28 +319,17 @@ def is_pretrained(spec: RunSpec, home: Path) -> bool:
 def keep_lessons(before: Path, path: Path):
     "Take over what an older record of the same weights holds: they have the same perplexities."
     end = lambda rows: next(r['ppl'] for r in rows if r['kind'] == 'end')
-    old, record = read_record(before), Record(path)
-    if end(old) == end(record.rows):
-        for row in old:
-            if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
+    old, record = read_jsonl(before), JsonlLog(path)
+    if end(old) != end(record.rows):
+        print(f'{path.parent} now has other weights; what was done with the old ones is kept in '
+              f'{before}', file=sys.stderr)
+        return
+    for row in old:
+        if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
     before.unlink()
 
-@contextmanager
-def alone(home: Path):
-    "Hold a run's folder while it is worked on; raises `InputError` if another process does."
-    home.mkdir(parents=True, exist_ok=True)
-    with open(home/'lock', 'w') as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise InputError(f'another process works on {home}. Wait for it, or name another '
-                             'folder with --out.') from e
-        except (ImportError, OSError): pass             # not on this system, or this file system
-        yield
-
 def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, lang: str,
-              tests: list[str], record: Record, progress: bool):
+              tests: list[str], record: JsonlLog, progress: bool):
     "Finetune on one task and language, and add what came of it to the record."
     protocol, folder = spec.protocol(task), home/f'{task}-{lang}'
     cfg = replace(spec.scale.finetune[task], seed=spec.seed)
@@ -370,14 +365,14 @@ def usable(task: str, source, lang: str, split: str) -> bool:
     except InputError: return False
 
 def text_of(spec: RunSpec, tokenizer, corpora: dict,
-            meta: MetaConfig | None = None):  # -> Feed, {language: held-out batches}
+            meta: MetaConfig | None = None):  # -> BatchSampler, {language: held-out batches}
     "Deal a run's text: batches to train on, and others to measure perplexity on."
     cfg = spec.train
     stream = lambda text: Stream(text, cfg.batch_size, cfg.seq_len, cfg.seed,
                                  tokenizer.vocab_size, cfg.mask_prob)
     streams = lambda split: {l: stream(corpora[l][split]) for l in spec.langs}
     apart = meta and meta.validation == 'held-out'
-    feed = Feed(streams('train'), cfg, streams('validation') if apart else None, device())
+    feed = BatchSampler(streams('train'), cfg, streams('validation') if apart else None, device())
     # the test split: a meta step may be validated on the other one
     return feed, {l: dev_batches(corpora[l]['test'], 64, cfg.seq_len, tokenizer.vocab_size,
                                  cfg.mask_prob, n_batches=8) for l in spec.langs}
@@ -388,7 +383,7 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
     if not (home/'record.jsonl').exists():
         raise InputError(f'no run in {home}. Name a folder that `interference pretrain` '
                          'made.')
-    rows = read_record(home/'record.jsonl')
+    rows = read_jsonl(home/'record.jsonl')
     if not rows or 'run' not in rows[0].get('config', {}):
         raise InputError(f'{home} holds no whole record. Pretrain again into another folder.')
     if not any(r['kind'] == 'end' for r in rows):
@@ -400,14 +395,15 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
         raise InputError(f"{home} was pretrained on data named '{about['data']}', not "
                          f"'{Path(data).name}'. Name it with --data.")
     sizes = about['scale']
-    scale = Scale(ModelConfig(**sizes['model']), TrainConfig(**sizes['train']))
+    scale = Scale(ModelConfig(**upgrade_model(sizes['model'])), TrainConfig(**sizes['train']))
+    meta = about['meta'] and MetaConfig(**upgrade_meta(about['meta']))
     spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'],
-                   scale, data, (), about['max_sentences'])
+                   scale, data, (), about['max_sentences'], meta)
     source, tokenizer, corpora = materials(spec, home.parent)
     model = load_model(home/'checkpoint.safetensors', tokenizer, device=device())
     return spec, source, tokenizer, corpora, model
 
-def prune_model(model, feed: Feed,
+def prune_model(model, feed: BatchSampler,
                 dev: dict[str, list],  # {language: held-out batches}
                 cfg: PruneConfig,
                 folder,  # for the gates; those that it holds are not learned again
@@ -419,7 +415,7 @@ def prune_model(model, feed: Feed,
                      'prune')
         return lambda k: model.loss(own.batch(k).to(feed.device))
     path = lambda lang, seed: Path(folder)/f'{lang}-{seed}.safetensors'
-    about = json.loads(json.dumps(dict(config=asdict(cfg), model=weights_hash(model))))
+    about = json.loads(json.dumps(dict(config=asdict(cfg), model=weights_hash(model)[:12])))
     def done(lang, seed):
         if not path(lang, seed).exists(): return None
         gates = Gates.load(path(lang, seed))
@@ -445,7 +441,7 @@ def complete(spec: RunSpec, home: Path) -> list[dict] | None:
 def held(spec: RunSpec, home: Path) -> list[dict]:
     "Read a run's record, if any; raises `InputError` if it is another config's or an older one."
     path = Path(home)/'record.jsonl'
-    if not (rows := read_record(path) if path.exists() else []): return []
+    if not (rows := read_jsonl(path) if path.exists() else []): return []
     check_format(rows, home)
     same_config(spec.config, rows[0]['config']['run'], home)
     for r in (r for r in rows if r['kind'] == 'finetune' and r['task'] in spec.tasks):
@@ -475,26 +471,22 @@ def device() -> str:
 def on_cpu(f, *args,  # called as f(*args) in each process
            processes: int = 1):
     "Call a function without GPUs, outside this process if there are any: it may share them later."
-    if processes == 1: return aside(f, *args, CUDA_VISIBLE_DEVICES='')
-    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=''):
-        return launch(f, *args, processes=processes)
-
-def aside(f, *args, **environment: str):
-    "Call a function in a process of its own, if this one has GPUs and has not used them yet."
-    if not torch.cuda.device_count() or torch.cuda.is_initialized(): return f(*args)
-    fork = multiprocessing.get_context('fork')
-    with (patch.dict(os.environ, environment),
-          ProcessPoolExecutor(1, fork, torch.set_num_threads, (1,)) as pool):
-        return pool.submit(f, *args).result()
+    if processes == 1: return in_subprocess(f, *args, CUDA_VISIBLE_DEVICES='')
+    name, before = 'CUDA_VISIBLE_DEVICES', os.environ.get('CUDA_VISIBLE_DEVICES')
+    os.environ[name] = ''
+    try: return launch(f, *args, processes=processes)
+    finally:
+        if before is None: del os.environ[name]
+        else: os.environ[name] = before
 
 # %% ../nbs/07_experiments.ipynb #16ca872c
 def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
     "Pretrain runs one after another, all processes together; nothing is finetuned or pruned."
     specs = [s for s in specs if not SYSTEMS[s.system].hub]
     for i, spec in enumerate(specs, 1):
-        if progress and not processes()[0]:
+        if progress and not rank_and_world_size()[0]:
             path = Path(folder)/spec.name/'record.jsonl'
-            there = path.exists() and any(r['kind'] == 'end' for r in read_record(path))
+            there = path.exists() and any(r['kind'] == 'end' for r in read_jsonl(path))
             print(f'{i} of {len(specs)}: {spec.name}' + ', pretrained already' * there, flush=True)
         run(replace(spec, tasks=(), prune=()), folder, progress)
 
@@ -521,7 +513,7 @@ def try_small(spec: RunSpec, processes: int = 1) -> dict:  # what its last evalu
     tiny = small(spec)
     with tempfile.TemporaryDirectory() as folder:
         on_cpu(pretrain_all, [tiny], folder, False, processes=processes)
-        end = next(r for r in read_record(Path(folder)/tiny.name/'record.jsonl')
+        end = next(r for r in read_jsonl(Path(folder)/tiny.name/'record.jsonl')
                    if r['kind'] == 'end')
     return dict(run=tiny.name, **{k: end[k] for k in ('step', 'passes', 'ppl')})
 
@@ -550,9 +542,9 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
             executor: Executor | None = None,  # what runs them, if not processes of this machine
             ) -> Iterator[tuple[RunSpec, list[dict] | Exception]]:
     "Run side by side what is not complete; give each run's record, or what stopped it, as it ends."
-    if processes()[1] > 1:                      # pretrained by all of them, the rest as usual
+    if rank_and_world_size()[1] > 1:            # pretrained by all of them, the rest as usual
         pretrain_all(specs, folder)
-        if processes()[0]: return
+        if rank_and_world_size()[0]: return
     todo, names = [], [s.name for s in specs]
     if twice := [n for n in names if names.count(n) > 1]:
         raise InputError(f'{twice[0]} is asked for twice. Name each pair and each system once.')
@@ -573,7 +565,7 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     if executor: return (yield from as_they_end(executor, todo, folder, []))
     while todo:                             # once, unless a worker is killed
         waiting = []
-        with local_workers(min(workers or side_by_side(), len(todo))) as pool:
+        with worker_pool(min(workers or side_by_side(), len(todo))) as pool:
             yield from as_they_end(pool, todo, folder, waiting)
         todo = waiting
 
@@ -584,7 +576,7 @@ def sharing_data(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     for s in (s for s in specs if not SYSTEMS[s.system].hub):
         seed = s.seed if s.data.split(':')[0] == 'toy' else 0       # real text has none
         key = (s.data, s.pair, seed, *sorted(s.max_sentences.items()), s.scale.model.vocab_size,
-               s.scale.train.temperature)
+               s.scale.train.temperature, s.scale.train.rows)
         out.setdefault(key, []).append(s)
     return list(out.values())
 
@@ -600,22 +592,6 @@ def as_they_end(executor, specs: list[RunSpec], folder, waiting: list[RunSpec]) 
             else: yield spec, failed or job.result()
         if isinstance(executor, ProcessPoolExecutor): started |= {j for j in jobs if j.running()}
         time.sleep(.2)
-
-@contextmanager
-def local_workers(n: int):
-    "Start processes, each with one thread and, where there are GPUs, one of them."
-    spawn = multiprocessing.get_context('spawn')
-    numbers = spawn.Queue()
-    for i in range(n): numbers.put(i)
-    with no_main():
-        pool = ProcessPoolExecutor(n, spawn, take_turn, (numbers,))
-        try: yield pool
-        finally: pool.shutdown(cancel_futures=True)
-
-def take_turn(numbers):
-    "Keep a worker to its core and, where there are GPUs, to one of them."
-    be_worker()
-    if n := torch.cuda.device_count(): torch.cuda.set_device(numbers.get() % n)
 
 # %% ../nbs/07_experiments.ipynb #c309612c
 def metrics(records: list[list[dict]],  # of one system and seed: one record, or mono's several
@@ -679,7 +655,7 @@ def complete_records(folder,
                      ) -> list[list[dict]]:  # the rows of each record
     "Read the complete records under a folder."
     paths = sorted(Path(folder).glob('*/record.jsonl'))
-    records = [read_record(p) for p in paths if names is None or p.parent.name in names]
+    records = [read_jsonl(p) for p in paths if names is None or p.parent.name in names]
     last = ('done',) if whole else ('end', 'gates', 'finetune', 'no lesson', 'done')
     return [rows for rows in records if rows and rows[-1]['kind'] in last]
 

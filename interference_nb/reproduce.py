@@ -16,7 +16,7 @@ __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'SETTINGS', 'SAID', 'EXH
            'write_statistics', 'write_index', 'family', 'records_of', 'records_to_draw', 'family_page', 'family_cells']
 
 # %% ../nbs/07a_reproduce.ipynb #ef5fe051
-import csv, math, time, zlib
+import csv, io, math, time, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,15 +24,16 @@ from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np
 import torch
-from .data import (LANGUAGES, TASKS, Batch, InputError, corpus_statistics,
-                                  mask_tokens, statistics_table)
+from .data import (LANGUAGES, TASKS, Batch, corpus_statistics, mask_tokens,
+                                  statistics_table)
+from .files import InputError, read_jsonl, write_atomically
 from .toy_languages import open_source
-from .pretrain import JointStep, TrainConfig, read_record, run_info
+from .pretrain import JointStep, TrainConfig, run_info
 from .adapters import MultilingualLM
 from .transformer import ModelConfig
 from .l0_pruning import PruneConfig
 from .gradient_probes import ProbeConfig
-from .finetune import task_spec
+from .tasks import task_spec
 from .experiments import (SCALES, SYSTEMS, Claim, RunSpec, Scale, Score,
                                          about_records, check_format, checkpoint_size, complete,
                                          complete_records, cost, device, held, held_gates,
@@ -365,7 +366,7 @@ def make_setting(name: str,  # key of `SETTINGS`
 def has_data(source, block: Block, partner: str) -> bool:
     "Say whether a cell's rows exist, to finetune and to test on; the hub is taken at its word."
     if not {'en', partner.removesuffix('_l')} <= set(source.languages): return False
-    if block.task == 'ppl' or not hasattr(source, 'count'): return True
+    if block.task == 'ppl' or source.name == 'hub': return True
     spec, (train, test) = task_spec(block.task), block.lesson(partner)
     def rows(lang, *splits):
         for split in splits:
@@ -436,7 +437,7 @@ def check_records(specs: list[RunSpec], folder) -> dict[str, InputError]:  # of 
     "Refuse a folder with a record of an older format, or with none of these settings."
     out = refused(specs, folder)
     record = lambda name: Path(folder)/name/'record.jsonl'
-    for name in out: check_format(read_record(record(name)), Path(folder)/name)
+    for name in out: check_format(read_jsonl(record(name)), Path(folder)/name)
     there = sum(record(s.name).exists() for s in specs)
     for error in out.values():
         if len(out) == there: raise error
@@ -891,11 +892,12 @@ LATEX = {c: '\\' + c for c in '&%$#_{}'} | {
 
 def as_csv(rows: list[dict], path: Path):
     "Write rows of plain values; nothing stands where a number is not known."
-    with open(path, 'w', newline='', encoding='utf-8') as f:
-        out = csv.DictWriter(f, rows[0], lineterminator='\n')
-        out.writeheader()
-        out.writerows({k: '' if isinstance(v, float) and math.isnan(v) else round(v, 6)
-                       if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+    text = io.StringIO()
+    out = csv.DictWriter(text, rows[0], lineterminator='\n')
+    out.writeheader()
+    out.writerows({k: '' if isinstance(v, float) and math.isnan(v) else round(v, 6)
+                   if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+    write_atomically(path, text.getvalue())
 
 # %% ../nbs/07a_reproduce.ipynb #1566b26c
 def write(exhibit: Exhibit, setting: Setting, source, folder,
@@ -909,9 +911,9 @@ def write(exhibit: Exhibit, setting: Setting, source, folder,
     rows = cells_of(exhibit, setting, source, folder, failed)
     files = write_figures(exhibit, folder, own_names(specs, folder)) if exhibit.draw else []
     found = judged(exhibit, setting, source, folder)
-    at('md').write_text(page(exhibit, setting, rows, found, files, folder, specs), encoding='utf-8')
+    write_atomically(at('md'), page(exhibit, setting, rows, found, files, folder, specs))
     if rows: as_csv(rows, at('csv'))
-    if not exhibit.draw: at('tex').write_text(latex(exhibit, rows), encoding='utf-8')
+    if not exhibit.draw: write_atomically(at('tex'), latex(exhibit, rows))
     return [p for p in (at('md'), at('csv'), at('tex'), *(folder/f'{f}.svg' for f in files))
             if p.exists()]
 
@@ -931,7 +933,7 @@ def write_figures(exhibit: Exhibit, folder: Path, names: set[str]) -> list[str]:
     for name, plot in exhibit.draw(exhibit, folder, names).items():
         try: text = svg(plot(), f'{name}-')
         except InputError: continue             # its runs are not there
-        (folder/f'{name}.svg').write_text(text, encoding='utf-8')
+        write_atomically(folder/f'{name}.svg', text)
         out.append(name)
     return out
 
@@ -951,13 +953,13 @@ def write_statistics(exhibit: Exhibit, setting: Setting, source, folder: Path) -
              f"Counted in '{data_name(setting)}' at scale {setting.name}"
              + (', the text of seed 0.' if source.name == 'toy' else '.'))
     paths = [folder/f'table1.{end}' for end in ('md', 'csv', 'tex')]
-    paths[0].write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
+    write_atomically(paths[0], '\n\n'.join(parts) + '\n')
     splits = ('train', 'validation', 'test')
     as_csv([{k: v for k, v in r.items() if k not in TASKS} | {
         f'{t} {s}': n or 0 for t in TASKS for s, n in zip(splits, r[t] or (0, 0, 0), strict=True)}
             for r in rows], paths[1])
     header, _, *lines = [[c.strip() for c in l.strip('|').split('|')] for l in text.splitlines()]
-    paths[2].write_text(latex_table(header, lines) + '\n', encoding='utf-8')
+    write_atomically(paths[2], latex_table(header, lines) + '\n')
     return paths
 
 def write_index(setting: Setting, source, folder) -> Path:
@@ -976,8 +978,7 @@ def write_index(setting: Setting, source, folder) -> Path:
              f"Runs that are there, and how many of the paper's statements and our controls show "
              f'in them. {about_setting(setting)}')
     path = Path(folder)/'index.md'
-    path.write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
-    return path
+    return write_atomically(path, '\n\n'.join(parts) + '\n')
 
 # %% ../nbs/07a_reproduce.ipynb #913590c3
 def family(name: str,  # key of `FAMILIES`, or 'all'

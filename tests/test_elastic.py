@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
-from interference_nb import pretrain
+from interference_nb import cli, experiments, files, pretrain
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Stream, dev_batches, prepare_corpus
-from interference_nb.distributed import joined, launch, processes
-from interference_nb.pretrain import (Feed, Record, TrainConfig, load_checkpoint, read_record,
-                                      train)
+from interference_nb.distributed import process_group, launch, rank_and_world_size
+from interference_nb.pretrain import BatchSampler, TrainConfig, train
+from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_jsonl
+from interference_nb.finetune import FinetuneConfig
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 
@@ -31,7 +32,7 @@ def run(home, folder, callback=calm, cfg=CFG):
     dev = {l: dev_batches(corpora[l]['validation'], 32, 16, V) for l in LANGS}
     torch.manual_seed(0)
     model = MultilingualLM(ModelConfig.toy(V, dim=16, n_layers=1, dropout=.1), LANGS, 'adpt')
-    train(model, Feed({l: stream(l) for l in LANGS}, cfg), cfg, dev, callbacks=[callback],
+    train(model, BatchSampler({l: stream(l) for l in LANGS}, cfg), cfg, dev, callbacks=[callback],
           folder=folder, progress=False)
 
 def forked(*args, before=calm) -> int:  # process id
@@ -50,7 +51,7 @@ def left(folder):
     apart = {'wall_s', 'cpu_s', 'tokens_per_s', 'date'}
     clean = lambda row: {k: v for k, v in row.items() if k not in apart}
     tensors, meta = load_checkpoint(folder/'checkpoint.safetensors')
-    rows = [r for r in read_record(folder/'record.jsonl') if r['kind'] != 'resume']
+    rows = [r for r in read_jsonl(folder/'record.jsonl') if r['kind'] != 'resume']
     return tensors, clean(meta), [clean(r) for r in rows]
 
 def assert_same(a, b):
@@ -73,8 +74,9 @@ def home(tmp_path_factory):
 
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 
-def half_a_file(path, data):
-    with open(path, 'wb') as f: f.write(data[:len(data) // 2])
+def half_a_file(path, content):
+    content = content if isinstance(content, bytes) else b''.join(content)
+    with open(f'{path}.01234567.tmp', 'wb') as f: f.write(content[:len(content) // 2])
     die()
 
 def half_a_line(record, kind, **row):
@@ -91,11 +93,11 @@ def moments(rng):
     "Ten moments of a checkpoint: before, while and after each of its files is written and named."
     def renamed(*args): os.rename(*args); die()
     for n in (rng.randrange(4), rng.randrange(4)):
-        yield at_call(Path, 'write_bytes', half_a_file, n)
-        yield at_call(pretrain.os, 'fsync', die, rng.randrange(9))
-        yield at_call(pretrain.os, 'replace', die, 1 + n)       # call 0 is the record's
-        yield at_call(pretrain.os, 'replace', renamed, 1 + n)
-        yield at_call(Record, 'write', half_a_line, 1 + n)
+        yield at_call(files, 'write_atomically', half_a_file, 1 + n)     # call 0 is the log's
+        yield at_call(files.os, 'fsync', die, rng.randrange(9))
+        yield at_call(files.os, 'replace', die, 1 + n)
+        yield at_call(files.os, 'replace', renamed, 1 + n)
+        yield at_call(JsonlLog, 'write', half_a_line, 1 + n)
 
 def test_killed_at_twenty_moments(home):
     "kill -9, ten times at any moment and ten times while something is written; nothing is lost."
@@ -127,7 +129,7 @@ def test_cut_after_the_last_checkpoint(home):
     "With all steps taken, a restart writes what is missing, in each process; so does a new start."
     cfg = replace(CFG, steps=10)
     two = lambda f, name: launch(f, home, home/name, calm, cfg, processes=2)
-    kinds = lambda name: [r['kind'] for r in read_record(home/name/'record.jsonl')]
+    kinds = lambda name: [r['kind'] for r in read_jsonl(home/name/'record.jsonl')]
     two(run, 'ended'), two(killed_at_the_end, 'unended')
     assert_same(home/'unended', home/'ended')
     two(run, 'ended')
@@ -138,7 +140,7 @@ def test_cut_after_the_last_checkpoint(home):
 
 def killed_at_the_end(*args):
     "Kill rank 0 before the record's `end`, in the first life."
-    if processes()[0] == 0 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    if rank_and_world_size()[0] == 0 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
         pretrain.RunLog.end = die
     run(*args)
 
@@ -151,9 +153,26 @@ def test_a_run_begun_anew_says_where_it_ran(tmp_path, monkeypatch):
         if k == 3: raise KeyError
     with pytest.raises(KeyError): on('old', break_off)
     on('new')
-    rows = read_record(tmp_path/'run'/'record.jsonl')
+    rows = read_jsonl(tmp_path/'run'/'record.jsonl')
     assert [r['hardware'] for r in rows if r['kind'] == 'start'] == ['new']
     assert [r['kind'] for r in rows].count('eval') == 2
+
+def test_weights_that_are_gone_do_not_take_results_with_them(tmp_path):
+    "Pretraining anew keeps what was finetuned, or refuses: rows that training did not make stay."
+    cfg = TrainConfig.toy(steps=6, warmup=2, eval_every=3)
+    scale = experiments.Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16), cfg, {
+        'ner': FinetuneConfig.toy(epochs=1, max_train=32, max_dev=16, max_eval=16)})
+    spec, = experiments.plan(['joint'], LANGS, 1, scale, tasks=('ner',))
+    rows, home = experiments.run(spec, tmp_path), tmp_path/spec.name
+    (home/'checkpoint.safetensors').unlink()
+    with pytest.raises(InputError, match='has rows of finetune.* Put checkpoint.safetensors back'):
+        run(tmp_path, home, cfg=cfg)
+    assert read_jsonl(home/'record.jsonl') == rows
+    cli.pretrain(cli.PretrainConfig(scale.model, cfg, langs=LANGS, out=tmp_path))
+    assert (home/'checkpoint.safetensors').exists()
+    kinds = [[r for r in all_rows if r['kind'] == 'finetune']
+             for all_rows in (rows, read_jsonl(home/'record.jsonl'))]
+    assert kinds[0] == kinds[1] and len(kinds[0]) == 2
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGUSR1, 138),
                                           (signal.SIGINT, 77)])
@@ -205,9 +224,9 @@ def test_torchrun_restarts_and_stops(home):
 
 def killed_while_saving(home, folder):
     "Kill rank 0 in the middle of its third checkpoint, in the first life."
-    if processes()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-            at_call(Path, 'write_bytes', half_a_file, 2)()
+            at_call(files, 'write_atomically', half_a_file, 3)()
         else:
             assert step_of(folder) == 2 * EVERY
             (home/'again').touch()
@@ -223,8 +242,8 @@ def disturbed(k, model, feed, out):
     if k >= 40: time.sleep(.3)
 
 if __name__ == '__main__':
-    with joined():
+    with process_group():
         try: run(Path(sys.argv[1]), Path(sys.argv[2]), disturbed, SHORT)
         except SystemExit as e:
-            (Path(sys.argv[2])/f'exit{processes()[0]}').write_text(str(e.code))
+            (Path(sys.argv[2])/f'exit{rank_and_world_size()[0]}').write_text(str(e.code))
             raise

@@ -12,10 +12,12 @@ import huggingface_hub
 
 from interference_nb import export
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import InputError, Tokenizer, WordTokenizer
-from interference_nb.export import (ADAPTERS, OWN, WEIGHTS, export_hf, from_xlm, import_hf,
-                                    one_language, open_masked_lm, push_to_hub, save_hf_tokenizer,
+from interference_nb.data import Tokenizer, WordTokenizer
+from interference_nb.files import InputError
+from interference_nb.export import (ADAPTERS, OWN_TOKENIZER, WEIGHTS, export_hf, from_xlm,
+                                    import_hf, one_language, push_to_hub, save_hf_tokenizer,
                                     to_xlm, with_adapters, xlm_shape)
+from interference_nb.hub_models import open_masked_lm, require_package
 from interference_nb.transformer import ModelConfig
 
 LANGS = ('en', 'to')        # 'to' is also a method of modules
@@ -93,7 +95,8 @@ def test_scores_are_equal_and_bits_come_back(variant, cfg, tmp_path):
     assert (logits - wanted)[~pad].abs().max() <= 1e-5 * scale
 
 
-@pytest.mark.parametrize('name', ['config.json', WEIGHTS, ADAPTERS, 'tokenizer.json', OWN])
+@pytest.mark.parametrize('name', ['config.json', WEIGHTS, ADAPTERS, 'tokenizer.json',
+                                  OWN_TOKENIZER])
 @pytest.mark.parametrize('damage', ['gone', 'empty', 'half'])
 def test_a_folder_cut_short_is_refused(copy, name, damage):
     file = copy / name
@@ -304,7 +307,7 @@ def test_push_refuses(copy, api, monkeypatch):
     with pytest.raises(InputError, match=WEIGHTS): push_to_hub(copy, 'me/x', private=False)
     assert not api.seen
     with pytest.raises(InputError, match=r'interference_nb\[transformers\]'):
-        export._package('no_such_package')
+        require_package('no_such_package')
 
 
 def test_a_hub_that_cannot_be_reached_is_named(adpt, monkeypatch):

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import FolderSource, InputError, load_tokenizer, train_tokenizer
-from interference_nb.finetune import (TASKS, FinetuneConfig, finetune, normalise, predict,
-                                      read_data, score_qa, search, span_f1, tune, word_f1)
-from interference_nb.pretrain import load_checkpoint
+from interference_nb.data import FolderSource, load_tokenizer, train_tokenizer
+from interference_nb.files import InputError, load_checkpoint
+from interference_nb.finetune import FinetuneConfig, finetune, predict, search, tune
+from interference_nb.tasks import (TASKS, normalise_answer, read_data, score_qa, span_f1,
+                                   total_score, word_f1)
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 
@@ -121,8 +122,8 @@ def test_short_pieces_of_two_texts(task):
     model, tok, source = toy_model()
     tuned, *_ = tune(model, tok, task, source, 'en', replace(CFG, max_len=16))
     data = read_data(task, source, 'en', 'test', tok, 16)
-    assert (len(data.pieces) > len(data.rows)) == (task == 'qa')
-    assert max(len(p.ids) for p in data.pieces) == 16
+    assert (len(data.features) > len(data.rows)) == (task == 'qa')
+    assert max(len(p.ids) for p in data.features) == 16
     answers = predict(tuned, data, 'en')
     assert answers == predict(tuned, data, 'en', size=1)
     if task == 'qa':
@@ -164,11 +165,11 @@ def test_squad_metrics_equal_a_reference():
     draw = lambda: ''.join(rng.choice(parts) for _ in range(rng.randint(0, 12)))
     for _ in range(5000):
         said, *gold = draw(), draw(), draw()
-        assert normalise(said) == squad_normalise(said)
-        f1 = word_f1(normalise(said), normalise(gold[0]))
+        assert normalise_answer(said) == squad_normalise(said)
+        f1 = word_f1(normalise_answer(said), normalise_answer(gold[0]))
         assert f1 == pytest.approx(squad_f1(said, gold[0]))
         row = dict(context=said, gold=[(g, 0) for g in gold])
-        assert score_qa([row], [(0, len(said))], TASKS['qa']) == pytest.approx(dict(
+        assert total_score([score_qa(row, (0, len(said)), TASKS['qa'])]) == pytest.approx(dict(
             f1=max(squad_f1(said, g) for g in gold),
             exact=100 * max(squad_normalise(said) == squad_normalise(g) for g in gold)))
 
@@ -183,7 +184,7 @@ def test_long_sentences_are_answered_whole():
     model, tok, source = toy_model()
     tuned, *_ = tune(model, tok, 'ner', source, 'en', replace(CFG, max_len=6))
     data = read_data('ner', source, 'en', 'test', tok, 6)
-    assert len(data.pieces) > len(data.rows)
+    assert len(data.features) > len(data.rows)
     for row, tags in zip(data.rows, predict(tuned, data, 'en'), strict=True):
         assert len(tags) == len(row['tokens'])
 
@@ -296,23 +297,19 @@ def test_import_is_light():
     assert not {'seqeval', 'sklearn', 'safetensors', 'pyarrow', 'sentencepiece'} & set(out.split())
 
 
-DATA = os.environ.get('INTERFERENCE_DATA')
-
-
-@pytest.mark.skipif(not DATA, reason='needs WikiAnn: let INTERFERENCE_DATA name a folder with it')
 @pytest.mark.parametrize('task', ['qa', 'nli'])
-def test_real_pairs(tmp_path, task):
-    "Windows lose no subword and no answer of real questions; then the path, small and untrained."
-    source = FolderSource(DATA)
+def test_pairs_of_text(text_folder, task):
+    "Windows lose no subword and no answer of a question; then the path, small and untrained."
+    source = text_folder
     tok = train_tokenizer(source, ['en', 'sw', 'te'], 3000, sample_sentences=4000)
     if task == 'qa':
         for lang in ('en', 'sw', 'te'):
             data = read_data('qa', source, lang, 'test', tok, 128)
             kept, found, most = Counter(), Counter(), {}
-            for p in data.pieces:
-                row, shift = data.rows[p.row], p.where[0]
-                assert len(p.ids) <= 128 and len(p.where) == len(p.offsets)
-                assert p.ids[shift:shift + len(p.where)] == [p.ids[i] for i in p.where]
+            for p in data.features:
+                row, shift = data.rows[p.row], p.positions[0]
+                assert len(p.ids) <= 128 and len(p.positions) == len(p.offsets)
+                assert p.ids[shift:shift + len(p.positions)] == [p.ids[i] for i in p.positions]
                 kept[p.row] += 1
                 most.setdefault(p.row, set()).update(p.offsets)
                 if p.targets[0]:
@@ -337,12 +334,11 @@ def test_real_pairs(tmp_path, task):
             finetune(model, tok, task, source, 'sw', ['sw'], cfg)
 
 
-@pytest.mark.skipif(not DATA, reason='needs WikiAnn: let INTERFERENCE_DATA name a folder with it')
 @pytest.mark.parametrize('task', ['ner', 'pos'])
-def test_real_data(tmp_path, task):
+def test_tags_of_text(text_folder, tmp_path, task):
     "Small and untrained: the path is tested, not the score."
     from seqeval.metrics import f1_score
-    source = FolderSource(DATA)
+    source = text_folder
     train_tokenizer(source, ['en', 'sw'], 2000, sample_sentences=4000).save(tmp_path/'tok')
     tok = load_tokenizer(tmp_path/'tok')
     torch.manual_seed(0)

@@ -10,10 +10,12 @@ from torch import nn
 
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Corpus, Stream
-from interference_nb.distributed import launch, mean_over_processes, processes
-from interference_nb.meta_adapters import (ESTIMATORS, MetaConfig, MetaStep, exact,
-                                           finite_difference, hypergradient)
-from interference_nb.pretrain import Feed, TrainConfig, seed_step
+from interference_nb.distributed import launch, mean_over_processes, rank_and_world_size
+from interference_nb.files import InputError
+from interference_nb.meta_adapters import (ESTIMATORS, Estimator, MetaConfig, MetaStep, exact,
+                                           finite_difference, hypergradient, mean_gradient,
+                                           one_sided, perturbed)
+from interference_nb.pretrain import BatchSampler, TrainConfig, seed_step
 from interference_nb.transformer import ModelConfig
 
 
@@ -53,6 +55,71 @@ def little():
     return theta, phi, losses
 
 
+def moved_gradients(train_losses, theta, phi, v, steps):
+    "The gradients by phi at theta + step * v: our own, to build estimators from."
+    for step in steps:
+        with perturbed(theta, v, step): yield flat(mean_gradient(train_losses, phi)[1])
+
+
+def like(phi, vector):
+    return [x.view_as(p) for x, p in zip(vector.split([p.numel() for p in phi]), phi, strict=True)]
+
+
+def five_points(train_losses, theta, phi, v, eps):
+    "The central difference whose error falls with the fourth power of its length."
+    h = eps / flat(v).norm().item()
+    a, b, c, d = moved_gradients(train_losses, theta, phi, v, (-2 * h, -h, h, 2 * h))
+    return like(phi, (a - 8 * b + 8 * c - d) / (12 * h))
+
+
+def from_here(train_losses, theta, phi, v, eps, here):
+    h = eps / flat(v).norm().item()
+    there, = moved_gradients(train_losses, theta, phi, v, [h])
+    return like(phi, (there - flat(here)) / h)
+
+
+def test_an_estimator_of_ones_own():
+    theta, phi, (losses, _) = little()
+    eps, received = .1, []
+    def find(estimator):
+        return hypergradient(theta, phi, losses[0], losses[1:], .5, estimator, eps)
+    truth, own = flat(find(exact).second_order), find(Estimator(five_points, passes=4))
+    error = lambda h: (flat(h.second_order) - truth).norm()
+    assert error(own) < error(find(finite_difference)) / 20
+    assert own.passes == 1 + 4 + 2
+    reusing = find(Estimator(from_here, passes=1, reuses_gradient=True))
+    torch.testing.assert_close(flat(reusing.total), flat(find(one_sided).total))
+
+    def told(train_losses, theta, phi, v, eps):
+        received.append(v)
+        return [torch.ones_like(p) for p in phi]
+    blind = find(Estimator(told, passes=0, needs_v=False))
+    assert received == [[]] and blind.passes == 1 + 2
+    assert torch.equal(flat(blind.second_order), torch.full_like(truth, -.5))
+    assert torch.equal(flat(blind.direct), flat(own.direct))
+
+
+def test_an_estimator_of_ones_own_trains(monkeypatch):
+    monkeypatch.setitem(ESTIMATORS, 'own', Estimator(five_points, passes=4))
+    found, passes = steps(CFG, meta := MetaConfig(estimator='own'))
+    assert passes == meta.passes(len(LANGS)) * CFG.accumulate * CFG.steps
+    truth, _ = steps(CFG, MetaConfig(estimator='exact'))
+    blind, _ = steps(CFG, MetaConfig(estimator='first_order'))
+    assert (found - truth).norm() < (blind - truth).norm() / 100
+    monkeypatch.setitem(ESTIMATORS, 'own', replace(ESTIMATORS['own'], differentiates_twice=True))
+    model, *_ = little_run(CFG, MetaConfig())
+    with pytest.raises(InputError, match="no second derivative, which 'own' needs"):
+        MetaStep(model, replace(CFG, compile=True), meta)
+
+
+@pytest.mark.parametrize('off', [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_switched_off(off):
+    "Every term would be zero."
+    theta, phi, (losses, _) = little()
+    with off(), pytest.raises(InputError, match='Gradients are switched off'):
+        hypergradient(theta, phi, losses[0], losses[1:], .5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('autocast', [False, True])
 def test_gpu_replays_its_noise(autocast):
@@ -72,8 +139,10 @@ def test_gpu_replays_its_noise(autocast):
 
 LANGS = 'en', 'x3', 'fr'
 CFG = TrainConfig.toy(steps=4, accumulate=2, seed=3, clip=1e9)
-SETTINGS = {'sample': (CFG, MetaConfig(sample=1)), 'rest': (CFG, MetaConfig(rest=1)),
-            'mixed': (replace(CFG, mixed=True), MetaConfig(sample=2, estimator='one_sided')),
+SETTINGS = {'sampled': (CFG, MetaConfig(sampled_languages=1)),
+            'every other step': (CFG, MetaConfig(meta_every=2)),
+            'mixed': (replace(CFG, mixed=True),
+                      MetaConfig(sampled_languages=2, estimator='one_sided')),
             'mixed, shared first': (replace(CFG, mixed=True),
                                     MetaConfig.released(validation='train'))}
 
@@ -88,7 +157,8 @@ def little_run(cfg, meta, device='cpu'):
     step = MetaStep(model, cfg, meta)
     for name, opt in step.optimizers.items():
         step.optimizers[name] = torch.optim.SGD(opt.param_groups[0]['params'])
-    return model, step, Feed({l: stream(i) for i, l in enumerate(LANGS)}, cfg, device=device)
+    streams = {l: stream(i) for i, l in enumerate(LANGS)}
+    return model, step, BatchSampler(streams, cfg, device=device)
 
 
 def steps(cfg, meta):
@@ -105,7 +175,7 @@ def overflow():
     model, step, feed = little_run(CFG, MetaConfig())
     step.amp.name, step.amp.scaler = 'float16', torch.amp.GradScaler('cpu', init_scale=256.)
     loss, before = model.loss, flat(model.parameters()).detach()
-    rank, world = processes()
+    rank, world = rank_and_world_size()
     if rank == world - 1: model.loss = lambda batch: loss(batch) * 1e38
     step(1, feed, .1)
     return not torch.equal(flat(model.parameters()), before), step.amp.scaler.get_scale()
@@ -113,7 +183,7 @@ def overflow():
 
 def both_terms(estimator):
     "Differentiate the little problem: this process's losses, or alone those of both."
-    rank, world = processes()
+    rank, world = rank_and_world_size()
     theta, phi, losses = little()
     mine = [losses[rank]] if world == 2 else losses
     train, val = [own[0] for own in mine], [f for own in mine for f in own[1:]]
@@ -125,7 +195,7 @@ def everything(home):
     "Take all settings' steps; each process leaves a file."
     out = {name: steps(*of) for name, of in SETTINGS.items()} | {'overflow': overflow()}
     out |= {name: both_terms(f) for name, f in ESTIMATORS.items()}
-    torch.save(out, home / '{}-{}.pt'.format(*processes()))
+    torch.save(out, home / '{}-{}.pt'.format(*rank_and_world_size()))
 
 
 def test_settings_mean_the_same_in_two_processes(tmp_path):
@@ -152,13 +222,14 @@ def test_second_streams_are_made_once():
     assert sum(s.forks for s in feed.streams.values()) == len(set(map(feed.lang, range(CFG.steps))))
 
 
-@pytest.mark.parametrize('choices', [{}, dict(rest=2), dict(sample=2), dict(others_only=True)])
+@pytest.mark.parametrize('choices', [{}, dict(meta_every=3), dict(sampled_languages=2),
+                                     dict(exclude_own_language=True)])
 def test_validation_batches_are_drawn_ahead(choices):
     "As on a GPU: only the first ones while a step waits, and none that no step asks for."
     cfg = replace(CFG, steps=9)
     _, step, feed = little_run(cfg, MetaConfig(**choices))
-    due = [(l, i) for k in range(0, cfg.steps, step.meta.rest + 1)
-           for l in step.val_langs(feed, k) for i in feed.share(k)]
+    due = [(l, i) for k in range(0, cfg.steps, step.meta.meta_every)
+           for l in step.val_langs(feed, k) for i in feed.shard_indices(k)]
     drawn = []
     feed.validation = {l: Watched(s, drawn) for l, s in feed.validation.items()}
     with ThreadPoolExecutor(1) as feed._ahead:
@@ -183,9 +254,9 @@ class Counted:
     def __init__(self, stream): self.stream, self.forks = stream, 0
     def __getattr__(self, name): return getattr(self.stream, name)
 
-    def fork(self, name):
+    def independent_stream(self, name):
         self.forks += 1
-        return self.stream.fork(name)
+        return self.stream.independent_stream(name)
 
 
 @pytest.mark.parametrize('name', ESTIMATORS)

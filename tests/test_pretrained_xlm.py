@@ -10,7 +10,7 @@ pytest.importorskip('sacremoses')
 from interference_nb import experiments
 from interference_nb.experiments import SCALES, RunSpec, System, for_tasks, read_scores, run
 from interference_nb.finetune import FinetuneConfig, finetune, search
-from interference_nb.pretrained_xlm import HubEncoder, HubTokenizer, load_pretrained
+from interference_nb.hub_models import HubEncoder, HubTokenizer, open_encoder
 from interference_nb.toy_languages import ToySource
 
 CFG = FinetuneConfig.toy(epochs=2, max_train=64, max_dev=32, max_eval=32)
@@ -39,7 +39,7 @@ def xlm(tmp_path_factory, source):
 
 def test_search_side_by_side(xlm, source):
     torch.set_num_threads(1)
-    model, tok = load_pretrained(xlm)
+    model, tok = open_encoder(xlm)
     one, two = (search(model, tok, 'ner', source, 'en', LANGS, CFG, dict(lr=(1e-3, 4e-3)),
                        workers=n) for n in (1, 2))
     assert (one['scores'], one['dev'], one['finetune']) == (two['scores'], two['dev'],
@@ -60,10 +60,10 @@ def test_it_is_a_system(xlm, tmp_path, monkeypatch):
 
 
 def test_vocabulary_has_a_fingerprint(xlm, tmp_path):
-    tok, again = (load_pretrained(xlm)[1] for _ in range(2))
+    tok, again = (open_encoder(xlm)[1] for _ in range(2))
     assert tok.fingerprint == again.fingerprint
     (xlm/'merges.txt').write_text('e n</w>\n', encoding='utf-8')
-    assert load_pretrained(xlm)[1].fingerprint != tok.fingerprint
+    assert open_encoder(xlm)[1].fingerprint != tok.fingerprint
     (xlm/'merges.txt').write_text('', encoding='utf-8')
 
 
@@ -90,13 +90,12 @@ def test_kin(kind, source):
     model = HubEncoder(make[kind](), tok)
     assert model.cfg.max_len == 62 and model.langs == ()
     context = next(source.text('en')).split('\n')[0]
-    assert tok.encode(context) == [i + 3 for i in tok.hub.convert_tokens_to_ids(
-        tok.hub.tokenize(context))]
+    assert tok.encode(context) == tok.hub.convert_tokens_to_ids(tok.hub.tokenize(context))
     for task in ('pos', 'qa'):
         assert set(finetune(model, tok, task, source, 'en', LANGS, CFG)['scores']) == set(LANGS)
 
 
 def test_package_does_not_import_transformers():
-    code = ('import sys, interference_nb.pretrained_xlm; '
+    code = ('import sys, interference_nb.hub_models; '
             'assert "transformers" not in sys.modules')
     subprocess.run([sys.executable, '-c', code], check=True)

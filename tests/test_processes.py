@@ -7,13 +7,14 @@ import pytest
 import torch
 from interference_nb import distributed, pretrain
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import InputError, Stream, dev_batches, prepare_corpus
-from interference_nb.distributed import (first_process_first, gathered, joined, launch,
-                                         mean_over_processes, processes, traffic)
+from interference_nb.data import Stream, dev_batches, prepare_corpus
+from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_jsonl, save_checkpoint
+from interference_nb.distributed import (all_gather, first_process_first, in_subprocess, launch,
+                                         mean_over_processes, process_group, rank_and_world_size,
+                                         traffic, worker_pool)
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.meta_adapters import ESTIMATORS, MetaConfig, MetaStep
-from interference_nb.pretrain import (Feed, JointStep, Record, TrainConfig, load_checkpoint,
-                                      read_record, save_checkpoint, seed_step, train)
+from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, seed_step, train
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import MaskedLM, ModelConfig
 
@@ -21,7 +22,7 @@ LANGS, STEPS = ('en', 'x3'), 3
 CFG = TrainConfig.toy(steps=STEPS, accumulate=4, seed=3, eval_every=3, checkpoint_every=2)
 MIXED = replace(CFG, mixed=True)
 META = {name: MetaConfig(estimator=name) for name in ESTIMATORS}
-META |= dict(mixed_meta=MetaConfig(), sampled=MetaConfig(sample=1, rest=1),
+META |= dict(mixed_meta=MetaConfig(), sampled=MetaConfig(sampled_languages=1, meta_every=2),
              released=MetaConfig.released(validation='train'))
 KINDS = dict(joint=JointStep, mixed=JointStep, mixed_vectors=JointStep, pcgrad=CombinedStep,
              gradvac=lambda *a: CombinedStep(*a, 'gradvac'))
@@ -41,7 +42,7 @@ def start(toy, cfg, vectors=False):     # or a model whose languages have a vect
     torch.manual_seed(0)
     size = ModelConfig.toy(V, language_embeddings=vectors)
     model = MaskedLM(size, LANGS) if vectors else MultilingualLM(size, LANGS, 'adpt')
-    return model, Feed({l: stream(l) for l in LANGS}, cfg)
+    return model, BatchSampler({l: stream(l) for l in LANGS}, cfg)
 
 def plain_descent(step):
     "Put SGD in Adam's place: Adam's first steps follow signs, also those of rounding errors."
@@ -61,7 +62,7 @@ def some_steps(toy, kind):
         traffic.reset()
         out = step(k, feed, .1)
         sent.append((traffic.calls, traffic.bytes))
-        losses.append(gathered(torch.stack([torch.as_tensor(x) for x in out.values()])).mean(0))
+        losses.append(all_gather(torch.stack([torch.as_tensor(x) for x in out.values()])).mean(0))
     return weights(model), torch.cat(losses), sent
 
 def probed(toy, folder):
@@ -81,7 +82,7 @@ def trained(toy, folder, **kw):
 
 def everything(toy, home):
     "Run every kind of step; each process leaves what came out in a file of its own."
-    rank, world = processes()
+    rank, world = rank_and_world_size()
     out = {kind: some_steps(toy, kind) for kind in KINDS}
     out['probe'] = probed(toy, home/f'probe{world}')
     if world == 2:
@@ -126,7 +127,7 @@ def test_languages_met_on_some_ranks_only(toy):
 def test_probe_and_loop_agree_too(runs):
     "Cosines, weights and the record's losses, also of a run that went from two processes to four."
     (alone,) = runs.of[1]
-    rows = lambda name: [r for r in read_record(runs.home/name/'record.jsonl') if 'loss' in r]
+    rows = lambda name: [r for r in read_jsonl(runs.home/name/'record.jsonl') if 'loss' in r]
     for world in (2, 4):
         for rank in runs.of[world]:
             torch.testing.assert_close(rank['probe'], alone['probe'], rtol=0, atol=2e-5)
@@ -140,7 +141,7 @@ def test_probe_and_loop_agree_too(runs):
     for a, b in zip(rows('moved'), rows('whole1'), strict=True):
         assert (a['step'], a['passes']) == (b['step'], b['passes'])
     places = [(r['kind'], r['world'], r['precision'])
-              for r in read_record(runs.home/'moved'/'record.jsonl') if 'world' in r]
+              for r in read_jsonl(runs.home/'moved'/'record.jsonl') if 'world' in r]
     assert places == [('start', 2, 'float32'), ('resume', 4, 'float32')]
 
 def test_bytes_reduced(runs, toy):
@@ -167,7 +168,7 @@ def test_bytes_reduced(runs, toy):
 def test_buckets(monkeypatch):
     "Small tensors share messages, in order; a large one goes alone and is not copied."
     sent = []
-    monkeypatch.setattr(distributed, 'processes', lambda: (0, 2))
+    monkeypatch.setattr(distributed, 'rank_and_world_size', lambda: (0, 2))
     monkeypatch.setattr(distributed.dist, 'all_reduce', lambda t: sent.append(t.data_ptr()))
     tensors = [torch.full((n,), float(n)) for n in (3, 4, 20, 2)] + [torch.ones(4, 2).T]
     traffic.reset()
@@ -177,7 +178,7 @@ def test_buckets(monkeypatch):
 
 def test_what_does_not_divide_or_fit(toy, monkeypatch):
     "Batches that do not divide, more processes than GPUs: refused, with numbers that would do."
-    monkeypatch.setattr(pretrain, 'processes', lambda: (0, 3))
+    monkeypatch.setattr(pretrain, 'rank_and_world_size', lambda: (0, 3))
     with pytest.raises(InputError, match='accumulate is 4: .* 3 processes. Start 1, 2, 4 of them'):
         start(toy, CFG)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
@@ -185,7 +186,8 @@ def test_what_does_not_divide_or_fit(toy, monkeypatch):
         launch(print, processes=4)
     monkeypatch.setenv('LOCAL_RANK', '0')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
-    with pytest.raises(InputError, match='3 processes, but this machine has 2 GPUs'), joined(): pass
+    with pytest.raises(InputError, match='3 processes, but .* has 2 GPUs'), process_group():
+        pass
 
 def test_recomputing_needs_a_model_that_can():
     with pytest.raises(InputError, match='cannot recompute its activations'):
@@ -233,7 +235,7 @@ def test_failure_of_a_process_is_told(tmp_path):
     "A process that dies is started again, one that fails is not: its message comes back."
     lives, answers = tmp_path/'lives', signal.getsignal(signal.SIGTERM)
     def fails():
-        if processes()[0] == 0: return
+        if rank_and_world_size()[0] == 0: return
         with open(lives, 'a') as f: f.write('.')
         if lives.stat().st_size == 1: os.kill(os.getpid(), signal.SIGKILL)
         raise OSError('no such file')
@@ -241,7 +243,7 @@ def test_failure_of_a_process_is_told(tmp_path):
         launch(fails, processes=2)
     assert lives.read_text() == '..' and signal.getsignal(signal.SIGTERM) is answers
     def too_large():
-        with open(tmp_path/f'life{processes()[0]}', 'a') as f: f.write('.')
+        with open(tmp_path/f'life{rank_and_world_size()[0]}', 'a') as f: f.write('.')
         raise torch.OutOfMemoryError('out of memory')
     with pytest.raises(InputError, match='failed: OutOfMemoryError: out of memory'):
         launch(too_large, processes=2)
@@ -250,7 +252,7 @@ def test_failure_of_a_process_is_told(tmp_path):
 def test_first_process_first(tmp_path):
     "The others wait for rank 0, and fail with it; ten times leave no more open than once."
     def ordered():
-        rank = processes()[0]
+        rank = rank_and_world_size()[0]
         with first_process_first():
             if rank == 0: time.sleep(.5); (tmp_path/'made').touch()
             assert (tmp_path/'made').exists()
@@ -273,10 +275,10 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(InputError, match='could not write .*checkpoint before it is untouched'):
+        with pytest.raises(InputError, match='could not write .*safetensors .*Make room'):
             save_checkpoint(path, {'w': torch.ones(100_000)}, dict(step=2))
         with pytest.raises(InputError, match='could not write .*record.jsonl .*Make room'):
-            Record(tmp_path/'log'/'record.jsonl').write('step', loss=[0.] * 9999)
+            JsonlLog(tmp_path/'log'/'record.jsonl').write('step', loss=[0.] * 9999)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     tensors, meta = load_checkpoint(path)
     assert meta['step'] == 1 and not tensors['w'].any()
@@ -290,11 +292,25 @@ def test_what_outlives_a_power_cut(tmp_path, monkeypatch):
         if stat.S_ISDIR(os.fstat(handle).st_mode): raise OSError(errno.EINVAL, 'Invalid argument')
         usual(handle)
     def renamed(*names): calls.append('replace'); os.rename(*names)
-    monkeypatch.setattr(pretrain.os, 'fsync', only_files)
-    monkeypatch.setattr(pretrain.os, 'replace', renamed)
-    Record(tmp_path/'record.jsonl')
+    monkeypatch.setattr(os, 'fsync', only_files)
+    monkeypatch.setattr(os, 'replace', renamed)
+    JsonlLog(tmp_path/'record.jsonl')
     save_checkpoint(tmp_path/'checkpoint.safetensors', {'w': torch.zeros(1)}, dict(step=1))
-    assert calls == ['fsync', 'replace', 'fsync', 'replace', 'fsync']
+    assert calls == ['fsync', 'replace', 'fsync'] * 2
+
+def about_me(): return os.getpid(), torch.get_num_threads(), os.environ.get('CUDA_VISIBLE_DEVICES')
+
+def test_what_a_worker_starts_with():
+    "One thread, and an environment of its own."
+    with worker_pool(2, CUDA_VISIBLE_DEVICES='') as pool:
+        pid, threads, seen = pool.submit(about_me).result()
+    assert pid != os.getpid() and threads == 1 and seen == '' != about_me()[2]
+
+def test_a_subprocess_is_used_where_torch_has_cuda(monkeypatch):
+    "By the build, not by the GPUs: autograd's threads make a later fork fail without any."
+    for built in (False, True):
+        monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda built=built: built)
+        assert (in_subprocess(about_me)[0] != os.getpid()) == built
 
 def test_a_full_disk_ends_all_processes(toy, tmp_path):
     "What stops the first process's checkpoint stops the others, with its message, at once."
@@ -303,8 +319,8 @@ def test_a_full_disk_ends_all_processes(toy, tmp_path):
         pretrain.save_checkpoint = full
         start = time.monotonic()
         try: trained(toy, tmp_path)
-        except InputError as e: (tmp_path/f'{processes()[0]}').write_text(str(e))
-        (tmp_path/f'took{processes()[0]}').write_text(str(time.monotonic() - start))
+        except InputError as e: (tmp_path/f'{rank_and_world_size()[0]}').write_text(str(e))
+        (tmp_path/f'took{rank_and_world_size()[0]}').write_text(str(time.monotonic() - start))
         raise OSError('no room')
     with pytest.raises(InputError, match='no room'): launch(two, processes=2)
     for rank, before in enumerate(('', 'the first process failed: ')):

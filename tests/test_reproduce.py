@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from interference_nb import reproduce
 from interference_nb.cli import main
-from interference_nb.data import InputError
+from interference_nb.files import InputError
 from interference_nb.experiments import RunSpec, Scale, parameters, run_all, sized
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.gradient_probes import ProbeConfig

@@ -5,12 +5,14 @@ import torch
 
 transformers = pytest.importorskip('transformers')
 
-from interference_nb.any_model import AnyModel, TextStream, hf_loss, requirements
-from interference_nb.data import BOS, EOS, MASK, PAD, InputError, Stream, prepare_corpus
+from interference_nb.data import BOS, EOS, MASK, PAD, Stream, prepare_corpus
+from interference_nb.distributed import launch, mean_over_processes
+from interference_nb.files import InputError, read_jsonl
+from interference_nb.hub_models import AnyModel, TextStream, hf_loss, requirements
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.l0_pruning import PruneConfig, columns, gated, learn_gates, rows
 from interference_nb.meta_adapters import MetaStep, exact, finite_difference, hypergradient
-from interference_nb.pretrain import Feed, JointStep, TrainConfig, read_record, train
+from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, train
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 
 LANGS = ('en', 'ar')
@@ -60,8 +62,8 @@ def settings(steps=6, **kw):
 
 
 def run(model, streams, cfg, step=None, **kw):
-    return train(model, Feed(streams, cfg), cfg, {}, step=step and step(model, cfg), progress=False,
-                 **kw)
+    return train(model, BatchSampler(streams, cfg), cfg, {}, step=step and step(model, cfg),
+                 progress=False, **kw)
 
 
 @pytest.mark.parametrize('kind', ['bert', 'xmod', 'xlm'])
@@ -100,10 +102,10 @@ def test_gates_leave_no_trace(data, kind):
     trace = lambda: [(n, id(p), p.requires_grad, id(p.grad))
                      for n, p in model.named_parameters(remove_duplicate=False)]
     before, rng = trace(), torch.get_rng_state()
-    sites = [*columns(model, r'attention\.output\.dense\.weight$', 2),
+    groups = [*columns(model, r'attention\.output\.dense\.weight$', 2),
              *columns(model, r'layer\.\d+\.output\.dense\.weight$'), *rows(model, 'embeddings')]
     assert not any('adapter' in s.weight for s in rows(model, ''))      # a language's own
-    gates = learn_gates(model, lambda k: model.loss(streams['en'].batch(k)), sites,
+    gates = learn_gates(model, lambda k: model.loss(streams['en'].batch(k)), groups,
                         PruneConfig(steps=3, warmup=1))
     with pytest.raises(ZeroDivisionError), gated(model, gates.fixed()):
         assert 1 / 0
@@ -133,7 +135,7 @@ def test_idle_adapters_stay_where_they_are(data):
     streams, V = data
     model = build('xmod', V)
     cfg = settings()
-    step, feed = JointStep(model, cfg), Feed(streams, cfg)
+    step, feed = JointStep(model, cfg), BatchSampler(streams, cfg)
     k = next(k for k in range(1, 6) if feed.lang(k) != feed.lang(0))
     idle = feed.lang(0)                     # has momentum from step 0
     step(0, feed, 1e-2)
@@ -153,7 +155,7 @@ def test_killed_and_resumed_is_the_same_run(data, step, tmp_path):
             run(model, streams, cfg, step, folder=folder, stop_at=stop)
         return flat(model.parameters())
     assert torch.equal(end(tmp_path / 'a'), end(tmp_path / 'b', 3))
-    start = read_record(tmp_path / 'a' / 'record.jsonl')[0]
+    start = read_jsonl(tmp_path / 'a' / 'record.jsonl')[0]
     assert start['config']['model']['kind'] == 'XmodForMaskedLM'
 
 
@@ -198,6 +200,34 @@ def test_two_of_three_languages_of_a_model_with_regional_codes():
     assert torch.equal(hf_loss(module, short), hf_loss(module, full))
 
 
+def accumulated_gradient():
+    "Compare a step's gradient over short and long sentences with its definition."
+    sentences = ['a b', 'a c b a d c a b d c', 'b', 'c a d b a c d', 'd c', 'a a b b c c d d a b c']
+    tok = hub_like(dict(en=sentences))
+    cfg = settings(1, batch_size=1, accumulate=4)
+    stream = TextStream(tok, sentences, 'en', 1, T, mask_prob=.5)
+    model = build('bert', len(tok), dropout=0., langs=('en',))
+    step, sampler = JointStep(model, cfg), BatchSampler(dict(en=stream), cfg)
+    step.backward(sampler.train(0))
+    mean_over_processes([p.grad for p in model.parameters() if p.grad is not None])
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    batches, total = [stream.batch(k) for k in range(4)], 0
+    for b in batches:                                       # all of them, whatever this process had
+        logits = model.module(input_ids=b.tokens, attention_mask=(~b.pad).long()).logits
+        total = total - logits.flatten(0, 1).log_softmax(-1)[b.positions, b.targets].sum()
+    assert len({len(b.targets) for b in batches}) > 1
+    (total / sum(len(b.targets) for b in batches)).backward()
+    wanted = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(flat(found), flat(wanted), rtol=1e-4, atol=1e-6)
+
+
+def test_every_hidden_token_counts_the_same():
+    "However many are hidden in its batch, and whichever process has that batch."
+    accumulated_gradient()
+    launch(accumulated_gradient, processes=2)
+
+
 def test_refuses_in_words():
     source = ToySource(n_train=20, n_dev=5)
     text = {l: list(source.text(l)) for l in LANGS}
@@ -235,6 +265,6 @@ def test_tied_weights_are_saved_once_and_come_back():
 
 
 def test_package_does_not_import_transformers():
-    code = ('import sys, interference_nb.any_model, interference_nb.experiments; '
+    code = ('import sys, interference_nb.hub_models, interference_nb.experiments; '
             'assert "transformers" not in sys.modules')
     subprocess.run([sys.executable, '-c', code], check=True)

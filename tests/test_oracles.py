@@ -1,0 +1,375 @@
+"""Oracles: what the definition says must come out, re-enacted beside what the code does.
+
+Each of these holds a fault away that once passed every other test: phi of the wrong language in the
+validation losses, a zero-shot test through the wrong modules, an epoch chosen on the training set,
+a perplexity of training text, a sampling temperature or a gradient clipping left out, a verdict
+that ignores the sign of its statement, a development set read from the test split.
+"""
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from interference_nb.adapters import MultilingualLM, load_model
+from interference_nb.data import BOS, EOS, Corpus, Stream, dev_batches
+from interference_nb.experiments import SCALES, Claim, RunSpec, run, small, verdicts
+from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evaluate,
+                                      evaluate_languages, finetune, predict, tune)
+from interference_nb.meta_adapters import MetaConfig, MetaStep
+from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig
+from interference_nb.tasks import TaskData, read_data, task_spec
+from interference_nb.toy_languages import open_source, toy_tokenizer
+from interference_nb.transformer import ModelConfig
+
+LANGS = 'aa', 'bb', 'cc'
+CFG = TrainConfig.toy(steps=3, seed=3, batch_size=4, seq_len=16, clip=1e9)
+
+
+def apart(model, seed=0):
+    "Give languages modules of their own that differ a lot: adapters start as the identity."
+    rng = torch.Generator().manual_seed(seed)
+    for own in model.phi.values():
+        for p in own.values(): p.data = .4 * torch.randn(p.shape, generator=rng, dtype=p.dtype)
+    return model
+
+
+def text(lang, n_sentences=1, seed=0, n=2000):
+    "Random text: ids that no language shares a distribution of."
+    rng = np.random.default_rng([seed, *lang.encode()])
+    ids = rng.choice(np.arange(5, 60), n, p=rng.dirichlet(np.full(55, .3)))
+    return Corpus(ids.astype(np.uint16), lang, 'train', 1, n_sentences)
+
+
+def stream(lang, cfg=CFG, seed=0, **kw):
+    "A stream over random text."
+    return Stream(text(lang, seed=seed, **kw), cfg.batch_size, cfg.seq_len, seed, 60, cfg.mask_prob)
+
+
+class Watched:
+    "A stream that keeps the batches it has given."
+    def __init__(self, stream): self.stream, self.given = stream, []
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def batch(self, i):
+        self.given.append(self.stream.batch(i))
+        return self.given[-1]
+
+
+def descent(step, lr=1.):
+    "Let a step go down its gradient: Adam's first step hides how long a gradient is."
+    for name, opt in step.optimizers.items():
+        step.optimizers[name] = torch.optim.SGD(opt.param_groups[0]['params'], lr)
+
+
+class Alone:
+    "The model of one language: shared parameters and phi of one, no routing at all."
+    def __init__(self, cfg): self.model = MultilingualLM(cfg, ('one',), 'adpt').double()
+
+    def loss(self, theta, phi, batch):
+        "loss(theta, phi_j) of a batch of language j, a function of these two only."
+        own = {n.replace(f'.{batch.lang}.', '.one.'): p for n, p in phi.items()}
+        for name, p in (theta | own).items():
+            module, _, leaf = name.rpartition('.')
+            self.model.get_submodule(module)._parameters[leaf] = p     # also what is no leaf
+        with sdpa_kernel(SDPBackend.MATH):      # the others have no second derivative
+            return self.model.loss(replace(batch, lang='one'))
+
+
+# ---- the meta step [paper Eq. 3-5, Algorithm 1] ----
+
+@pytest.mark.parametrize('choices', [{}, dict(exclude_own_language=True)])
+def test_meta_step_is_algorithm_1(choices):
+    "Line 6: phi_i down the mean of L_val,j(theta', phi_j), each j with its own phi. Then line 7."
+    torch.manual_seed(0)
+    cfg = ModelConfig.toy(60, dropout=0.)
+    model, alone = apart(MultilingualLM(cfg, LANGS, 'adpt').double()), Alone(cfg)
+    beta, lr = .3, .5
+    step = MetaStep(model, CFG, MetaConfig(beta=beta, estimator='exact', **choices))
+    descent(step)
+    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
+    val = feed.validation = {l: Watched(s) for l, s in feed.validation.items()}
+    i, (train,) = feed.lang(0), feed.train(0)
+    leaf = lambda params: {n: p.detach().clone().requires_grad_() for n, p in params.items()}
+    theta, phi = leaf(model.theta), {l: leaf(own) for l, own in model.phi.items()}
+    out = step(0, feed, lr)
+
+    # theta' = theta - beta dL_train(theta, phi_i) / dtheta, a function of phi_i too (Eq. 4)
+    g = torch.autograd.grad(alone.loss(theta, phi[i], train), theta.values(), create_graph=True)
+    moved = {n: p - beta * d for (n, p), d in zip(theta.items(), g, strict=True)}
+    asked = [l for l in LANGS if l != i] if choices else LANGS
+    assert {l: len(s.given) for l, s in val.items()} == {l: int(l in asked) for l in LANGS}
+    L_val = sum(alone.loss(moved, phi[j], val[j].given[0]) for j in asked) / len(asked)
+    g = torch.autograd.grad(L_val, phi[i].values())
+    new = {n: (p - lr * d).detach() for (n, p), d in zip(phi[i].items(), g, strict=True)}
+    # line 7: theta down its training gradient at the new phi_i
+    L_train = alone.loss(theta, new, train)
+    g = torch.autograd.grad(L_train, theta.values())
+    now = {n: (p - lr * d).detach() for (n, p), d in zip(theta.items(), g, strict=True)}
+
+    assert float(out['val_loss']) == pytest.approx(L_val.item(), rel=1e-6)
+    assert float(out['loss']) == pytest.approx(L_train.item(), rel=1e-6)
+    for n, p in model.named_parameters():
+        lang = next((l for l in LANGS if f'.{l}.' in n), None)
+        expected = now[n] if lang is None else new[n] if lang == i else phi[lang][n].detach()
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-8, atol=1e-10, msg=n)
+
+
+def test_validation_batches_are_not_the_training_batches():
+    "Both come from the training text, but no row of one meets the same hidden tokens in the other."
+    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
+    for l in LANGS:
+        a, b = feed.streams[l].batch(0), feed.validation[l].batch(0)
+        assert a.lang == b.lang == l and not torch.equal(restored(a), restored(b))
+
+
+# ---- gradients are clipped: the test that is meant for it ----
+
+def gradients(loss, params):
+    found = torch.autograd.grad(loss, params, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
+
+
+def clipped(grads, most):
+    "Shorten gradients, all together, to a norm of at most `most`."
+    norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
+    assert norm > 3 * most                      # else there is nothing to see
+    return [g * (most / norm) for g in grads]
+
+
+@pytest.mark.parametrize('meta', [None, MetaConfig(estimator='first_order', beta=1e-9)])
+def test_pretraining_steps_clip(meta):
+    "Under huge gradients a step moves all its parameters together by lr * clip, and no further."
+    cfg, lr = replace(CFG, clip=.02), .5
+    torch.manual_seed(0)
+    model = apart(MultilingualLM(ModelConfig.toy(60, dropout=0.), LANGS, 'adpt').double())
+    step = MetaStep(model, cfg, meta) if meta else JointStep(model, cfg)
+    descent(step)
+    feed = BatchSampler({l: stream(l) for l in LANGS}, cfg)
+    val = feed.validation = {l: Watched(s) for l, s in feed.validation.items()}
+    own, (batch,), named = feed.lang(0), feed.train(0), dict(model.named_parameters())
+    phi = [n for n in model.phi[own]] if meta else []
+    before = {n: p.detach().clone() for n, p in named.items()}
+    expected = dict(before)
+    def move(names, loss):
+        g = clipped(gradients(loss, [copied[n] for n in names]), cfg.clip)
+        expected.update({n: expected[n] - lr * d for n, d in zip(names, g, strict=True)})
+    copied = dict((twin := copy.deepcopy(model)).named_parameters())
+    step(0, feed, lr)
+    if meta:                        # phi first, by the validation losses; beta leaves theta alone
+        move(phi, sum(twin.loss(val[l].given[0]) for l in LANGS) / len(LANGS))
+        twin.load_state_dict(expected)
+    shared = [n for n in named if n in model.theta] if meta else list(named)
+    move(shared, twin.loss(batch))
+    for n, p in named.items():
+        torch.testing.assert_close(p.detach(), expected[n], rtol=1e-5, atol=1e-7, msg=n)
+
+
+# ---- languages are drawn with P_i ~ L_i^(1/T) [paper sec. 3.2] ----
+
+@pytest.mark.parametrize('T', [1., 5.])
+@pytest.mark.parametrize('mixed', [False, True])
+def test_languages_are_drawn_with_the_temperature(T, mixed):
+    sizes, n = dict(aa=1000, bb=100, cc=10), 6000
+    cfg = replace(CFG, steps=n // 3 if mixed else n, accumulate=3, temperature=T, mixed=mixed)
+    feed = BatchSampler({l: Stream(text(l, s), 4, 16, 0, 60) for l, s in sizes.items()}, cfg)
+    if mixed:                       # what a batch holds, not what a table says
+        few = range(60)
+        drawn = [b.lang for k in few for b in feed.train(k)]
+        assert drawn == [feed.langs[i] for i in feed.order[few].flat]
+    drawn = np.array(feed.langs)[feed.order].ravel()
+    assert len(drawn) == n
+    powers = {l: s ** (1 / T) for l, s in sizes.items()}
+    for l in sizes:
+        P = powers[l] / sum(powers.values())
+        assert abs((drawn == l).mean() - P) < 4 * math.sqrt(P * (1 - P) / n), (T, l)
+
+
+# ---- perplexity is of the test text ----
+
+def restored(batch):
+    "Put the hidden tokens of a batch back."
+    tokens = batch.tokens.clone()
+    tokens.view(-1)[batch.positions] = batch.targets
+    return tokens
+
+
+@pytest.mark.parametrize('validation', ['train', 'held-out'])
+def test_reported_perplexity_is_of_the_test_text(tmp_path, validation):
+    "Tokenise the test text by hand, mask it with the fixed masks, average over masked tokens."
+    spec = small(RunSpec('meta_adpt', ('en', 'x3'), ('en', 'x3'), 0, SCALES['toy'], tasks=(),
+                         meta=MetaConfig(estimator='first_order', validation=validation)),
+                 steps=2, data='toy')
+    rows = run(spec, tmp_path)
+    source = open_source('toy', seed=0)
+    tokenizer = toy_tokenizer(source, spec.langs)
+    model = load_model(tmp_path/spec.name/'checkpoint.safetensors', tokenizer)
+    cfg, found = spec.train, {}
+    for split in ('test', 'validation', 'train'):
+        for lang in spec.langs:
+            ids = [i for d in source.text(lang, split) for i in (BOS, *tokenizer.encode(d), EOS)]
+            corpus = Corpus(np.array(ids, np.uint16), lang, split, 1, 1)
+            total = count = 0
+            for batch in dev_batches(corpus, 64, cfg.seq_len, tokenizer.vocab_size, cfg.mask_prob,
+                                     n_batches=8):
+                scores = model.scores(model(batch.tokens, lang))
+                scores = scores.flatten(0, 1)[batch.positions]
+                total += F.cross_entropy(scores, batch.targets, reduction='sum').item()
+                count += len(batch.targets)
+            found[split, lang] = math.exp(total / count)
+    end = next(row for row in rows if row['kind'] == 'end')
+    for lang in spec.langs:
+        assert end['ppl'][lang] == pytest.approx(found['test', lang], rel=1e-5)
+        for other in ('validation', 'train'):       # else the test could not tell
+            assert abs(found[other, lang] / found['test', lang] - 1) > 1e-4
+
+
+# ---- finetuning: which rows, which epoch, whose modules [paper sec. 3.1, App. A] ----
+
+WORDS = [w + s for w in 'ba da ga ka la ma na pa ra sa'.split() for s in ('', 'i', 'o')]
+
+
+class Splits:
+    "Sentences of random words, labelled by a rule of their language; each split is another draw."
+    name, languages = 'made up', LANGS
+    n = dict(train=96, validation=40, test=40)
+
+    def __init__(self, **rows): self.rows = rows        # in place of a split's own
+
+    def revision(self): return {}
+    def count(self, task, lang, split): return self.n[split]
+
+    def examples(self, task, lang, split):
+        if split in self.rows: return self.rows[split]
+        rng = np.random.default_rng([*lang.encode()])
+        rule = dict(zip(WORDS, rng.integers(0, 4, len(WORDS)).tolist()))
+        rng = np.random.default_rng([*lang.encode(), *split.encode()])
+        rows = rng.choice(WORDS, (self.n[split], 6)).tolist()
+        return [dict(tokens=row, upos=[rule[w] for w in row]) for row in rows]
+
+
+class Words:
+    "An id for each word."
+    vocab_size, fingerprint, bos, eos, pad = 60, 'words', 0, 1, 2
+    def encode_words(self, words): return [5 + WORDS.index(w) for w in words], [*range(len(words))]
+
+
+def untrained(langs=LANGS, seed=0):
+    torch.manual_seed(seed)
+    return apart(MultilingualLM(ModelConfig.toy(60, dropout=0.), langs, 'adpt'))
+
+
+def rows_of(lang, split):
+    spec = task_spec('pos')
+    return TaskData(spec, Splits().examples('pos', lang, split), Words(), 16)
+
+
+TUNE = FinetuneConfig(epochs=7, batch_size=16, lr=2e-3, max_len=16)
+
+
+def test_best_epoch_is_the_development_sets():
+    "Label the development set as the third epoch does: its best, while training goes on rising."
+    def epochs(dev):                    # one training run, whatever its development set
+        model = untrained()
+        torch.manual_seed(TUNE.seed)
+        run = Trainer(TaskModel(model, task_spec('pos')), rows_of('aa', 'train'), dev, 'aa', TUNE)
+        for _ in range(TUNE.epochs):
+            run.epoch()
+            yield run.model
+    dev, train, best = rows_of('aa', 'validation'), rows_of('aa', 'train'), 3
+    models = [copy.deepcopy(m) for m in epochs(dev)]
+    labels = [[m.spec.labels.index(t) for t in tags]
+              for m in models[best - 1:best] for tags in predict(m, dev, 'aa')]
+    rows = [dict(tokens=r['tokens'], upos=l) for r, l in zip(dev.rows, labels, strict=True)]
+    dev = TaskData(dev.spec, rows, Words(), 16)
+    scores = [evaluate(m, dev, 'aa')['f1'] for m in models]
+    on_train = [evaluate(m, train, 'aa')['f1'] for m in models]
+    assert scores[best - 1] == 100 > sorted(scores)[-2] and np.argmax(on_train) > best
+
+    tuned, history, epoch = tune(untrained(), Words(), 'pos', Splits(validation=rows), 'aa', TUNE)
+    assert [row['f1'] for row in history] == scores
+    assert epoch == best
+    kept = models[best - 1].state_dict()
+    for n, t in tuned.state_dict().items(): assert torch.equal(t, kept[n]), n
+
+
+def test_each_split_is_its_own():
+    "The rows read for a split are the source's rows of that split, for each of the three."
+    for split in ('train', 'validation', 'test'):
+        data = read_data('pos', Splits(), 'bb', split, Words(), 16)
+        rows = Splits().examples('pos', 'bb', split)
+        assert [(r['tokens'], r['labels']) for r in data.rows] == [(r['tokens'], r['upos'])
+                                                                   for r in rows]
+
+
+def test_zero_shot_goes_through_the_languages_own_modules():
+    "What is said of several languages is what is said of each, and what a model of only it says."
+    model, *_ = tune(untrained(), Words(), 'pos', Splits(), 'aa', TUNE)
+    tests = {l: rows_of(l, 'test') for l in LANGS}
+    found = evaluate_languages(model, tests)
+    for lang, data in tests.items():
+        alone = TaskModel(untrained(('one',)), task_spec('pos'))
+        own = {n.replace(f'.{lang}.', '.one.'): p for n, p in model.named_parameters()
+               if not any(f'.{l}.' in n for l in LANGS if l != lang)}
+        alone.load_state_dict({n: p.detach() for n, p in own.items()})
+        scores = {l: evaluate(model, data, l) for l in LANGS}
+        assert found['scores'][lang] == scores[lang] == evaluate(alone, data, 'one')
+        assert len({s['accuracy'] for s in scores.values()}) == len(LANGS)  # routes differ
+        assert predict(model, data, lang) == predict(alone, data, 'one')
+        hits, total = found['counts'][lang].sum(0)
+        assert 100 * hits / total == pytest.approx(scores[lang]['f1'])
+
+
+def test_finetuning_reports_the_test_split_language_by_language():
+    tuned, _, best = tune(untrained(), Words(), 'pos', Splits(), 'aa', TUNE)
+    said = finetune(untrained(), Words(), 'pos', Splits(), 'aa', list(LANGS), TUNE)
+    assert said['best_epoch'] == best
+    for l in LANGS: assert said['scores'][l] == evaluate(tuned, rows_of(l, 'test'), l)
+
+
+def test_finetuning_clips():
+    "With huge gradients every parameter moves by lr * clip together."
+    cfg = replace(TUNE, clip=.01, lr=.5)
+    run = Trainer(TaskModel(untrained(), task_spec('pos')), rows_of('aa', 'train'),
+                 rows_of('aa', 'validation'), 'aa', cfg)
+    groups = run.optimizers['all'].param_groups
+    tuned = [p for g in groups for p in g['params']]
+    run.optimizers['all'] = torch.optim.SGD([dict(params=g['params'], peak=.5) for g in groups])
+    before, index = [p.detach().clone() for p in tuned], np.arange(16)
+    batch = run.data.batch(index)
+    grads = clipped(gradients(F.cross_entropy(run.model(batch, 'aa').flatten(0, 1),
+                                              batch.targets.flatten()), tuned), cfg.clip)
+    run.step(index, 1.)
+    for p, old, g in zip(tuned, before, grads, strict=True):
+        torch.testing.assert_close(p.detach(), old - .5 * g, rtol=1e-3, atol=1e-6)
+
+
+# ---- verdicts ----
+
+def made_up(differences):
+    "Results of two systems over seeds, whose paired differences are given."
+    return dict(other={s: dict(m=10. + s + d) for s, d in enumerate(differences)},
+                joint={s: dict(m=10. + s) for s in range(len(differences))})
+
+
+TRUTH = [((1., 1.1, .9), +1, 'shows'), ((1., 1.1, .9), -1, 'the opposite shows'),
+         ((-1., -1.1, -.9), +1, 'the opposite shows'), ((-1., -1.1, -.9), -1, 'shows'),
+         ((1., -1.1, .1), +1, 'undecided'), ((1., -1.1, .1), -1, 'undecided'),
+         ((1.,), +1, 'undecided')]
+
+
+@pytest.mark.parametrize('differences, sign, verdict', TRUTH)
+def test_verdicts_respect_the_sign(differences, sign, verdict):
+    "More than zero speaks for 'more' and against 'less'; all signs turned, all verdicts turn."
+    claim = Claim('', 'm', 'other', 'joint', sign)
+    found, = verdicts(made_up(differences), (claim,))
+    assert found['verdict'] == verdict
+    opposite = {'shows': 'the opposite shows', 'the opposite shows': 'shows'}
+    turned, = verdicts(made_up(differences), (replace(claim, sign=-sign),))
+    assert turned['verdict'] == opposite.get(verdict, verdict)
+    mirrored, = verdicts(made_up([-d for d in differences]), (claim,))
+    assert mirrored['verdict'] == opposite.get(verdict, verdict)
