@@ -659,6 +659,7 @@ class Batch:
     targets: torch.Tensor    # [M] int64, the ids that stood there
     lang: str                # the language of all rows
     pad: torch.Tensor | None = None  # [B, T] bool, True = padding; None: nothing is padded
+    weight: float = 1.       # its loss counts as that of so many batches of a step
 
     def to(self, device: str | torch.device) -> 'Batch':
         "Give the batch on a device."
