@@ -169,7 +169,17 @@ class BatchSampler:
         batches = future.result() if indices == now else self._draw(streams, now)
         if self._ahead and ahead:
             self._drawn[purpose] = ahead, self._ahead.submit(self._draw, streams, ahead)
-        return [b.to(self.device) for b in batches]
+        return self._weighed([b.to(self.device) for b in batches], now)
+
+    def _weighed(self, batches, indices):
+        "Let each token hidden in a language count the same, however many are in its batch."
+        if not batches or batches[0].pad is None: return batches    # about as many in each
+        n = torch.zeros(2, len(self.langs))         # batches and tokens
+        places = [self.langs.index(l) for l, _ in indices]
+        for i, b in zip(places, batches): n[:, i] += torch.tensor([1, len(b.targets)])
+        count, tokens = all_gather(n).sum(0).tolist()
+        return [replace(b, weight=len(b.targets) * count[i] / tokens[i])
+                for i, b in zip(places, batches)]
 
     def _draw(self, streams, indices):
         batches = [streams[l].batch(i) for l, i in indices]
