@@ -34,6 +34,7 @@ from .transformer import ModelConfig, upgrade_model
 from .distributed import first_process_first, launch, processes
 from .pretrain import (Feed, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
+from .baselines import held_out_report
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
@@ -41,6 +42,7 @@ from .meta_adapters import MetaConfig, MetaStep
 from .finetune import GRIDS, FinetuneConfig, be_worker, no_main, search
 from .hub_models import XLM_100, open_encoder
 from .tasks import TASKS, task_rows, task_spec
+
 
 # %% ../nbs/07_experiments.ipynb #3e93fba4
 @dataclass(frozen=True)
@@ -291,7 +293,8 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
                  source=source.name, revision=revision,
                  sentences={l: corpora[l]['train'].n_sentences for l in spec.langs})
     probe = [GradientProbe(spec.probe, home)] if spec.probe else []
-    train(model, feed, cfg, dev, step, probe, home, about, progress)
+    train(model, feed, cfg, dev, step, probe, home, about, progress,
+          at_end=lambda model: dict(held_out=held_out_report(model, corpora, dev, tokenizer)))
     before = home/'record-before.jsonl'
     if before.exists() and not processes()[0]: keep_lessons(before, home/'record.jsonl')
     return model
@@ -476,6 +479,7 @@ def aside(f, *args, **environment: str):
     with (patch.dict(os.environ, environment),
           ProcessPoolExecutor(1, fork, torch.set_num_threads, (1,)) as pool):
         return pool.submit(f, *args).result()
+
 
 # %% ../nbs/07_experiments.ipynb #16ca872c
 def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):

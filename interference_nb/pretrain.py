@@ -326,6 +326,7 @@ def train(model, feed: Feed, cfg: TrainConfig,
           about: dict | None = None,  # what else identifies the run: tokenizer, data, variant
           progress: bool = True,  # a text bar with the time left
           stop_at: int | None = None,  # leave after so many steps, with a checkpoint
+          at_end: Callable | None = None,  # model -> more fields of the record's last row
           ) -> list[dict]:  # rows of the record
     "Train to `cfg.steps`, resuming exactly where a killed run left its checkpoint. [paper 3.2]"
     step = step or JointStep(model, cfg)
@@ -350,7 +351,9 @@ def train(model, feed: Feed, cfg: TrainConfig,
             if done % cfg.checkpoint_every == 0 or done == last or stop: log.save(done)
             bar.update(1)
             if stop and done < last: end_by(stop)
-        return log.end() if last == cfg.steps else log.rows
+        return log.end(at_end) if last == cfg.steps else log.rows
+
+
 
 # %% ../nbs/01a_pretrain.ipynb #c3e21f11
 def clocks() -> np.ndarray:  # wall and processor seconds since some time in the past
@@ -548,11 +551,14 @@ class RunLog:
         self.record.write('eval', ppl=ppl, **means)
         return ' '.join(f'{l} ppl {p:.1f}' for l, p in ppl.items())
 
-    def end(self) -> list[dict]:
+    def end(self, at_end=None) -> list[dict]:
         work = self.so_far(self.cfg.steps)
         tokens_per_s = round(self.cfg.steps * self.tokens_a_step / max(work['wall_s'], 1e-9))
         ppl = next(r['ppl'] for r in reversed(self.rows) if r['kind'] == 'eval')
-        self.record.write('end', ppl=ppl, tokens_per_s=tokens_per_s, **work)
+        more = at_end(self.model) if at_end and self.main else {}
+        self.record.write('end', ppl=ppl, tokens_per_s=tokens_per_s, **work, **more)
         return self.rows
+
+
 
 
