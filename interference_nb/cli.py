@@ -35,7 +35,7 @@ from .toy_languages import open_source
 from .transformer import ModelConfig
 
 # %% ../nbs/09_cli.ipynb #e8e6d26e
-DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt'
+DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt', 'scratch'
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -51,6 +51,7 @@ class DemoConfig:
     scale: str | None = None  # 'toy' for toy data and 'pocket' for text, if not given
     out: Path | None = None  # folder of the records; runs/demo-<data> if not given
     workers: int | None = None  # runs side by side; one a GPU, or a core, if not given
+
 
 # %% ../nbs/09_cli.ipynb #3c285600
 def split_commas(words: tuple[str, ...]) -> tuple[str, ...]:

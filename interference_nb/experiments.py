@@ -51,12 +51,12 @@ class System:
     variant: str = 'joint'  # which sub-layers are language-specific; one of `VARIANTS`
     mono: bool = False  # a model for each language in place of one for all
     meta: MetaConfig | None = None  # train the specific parts by Algorithm 1
-    steps: int = 1  # multiple of the scale's steps
+    steps: int = 1  # multiple of the scale's steps; 0: random weights
     combine: str | None = None  # a step takes all languages' gradients: 'mean', 'pcgrad', 'gradvac'
     hub: dict[str, str] | None = None  # a finished model of the hub, only finetuned
 
 SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps=2),
-           'joint6x': System(steps=6),
+           'joint6x': System(steps=6), 'scratch': System(steps=0),
            'ffn': System('ffn'), 'attn': System('attn'), 'adpt': System('adpt'),
            'share_adpt': System('share_adpt'), 'meta_adpt': System('adpt', meta=MetaConfig()),
            **{f'meta_{name}': System('adpt', meta=MetaConfig(**kw)) for name, kw in dict(
@@ -65,6 +65,8 @@ SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps
                first_order=dict(estimator='first_order'), exact=dict(estimator='exact')).items()},
            'joint_all': System(combine='mean'), 'pcgrad': System(combine='pcgrad'),
            'gradvac': System(combine='gradvac'), 'xlm': System(mono=True, hub=XLM_100)}
+
+
 
 # %% ../nbs/07_experiments.ipynb #09e445a8
 @dataclass(frozen=True)
@@ -621,7 +623,8 @@ def metrics(records: list[list[dict]],  # of one system and seed: one record, or
         for end in (r for r in rows if r['kind'] == 'end'):     # none where nothing was trained
             out |= {f'ppl {l}': p for l, p in end['ppl'].items()}
             seconds = end['cpu_s' if rows[0]['hardware'].startswith('CPU') else 'wall_s']
-            out['s/step'], out['passes/step'] = seconds / end['step'], end['passes'] / end['step']
+            steps = max(end['step'], 1)         # random weights took none
+            out['s/step'], out['passes/step'] = seconds / steps, end['passes'] / steps
             out['work'] = out.get('work', 0) + end['passes']
         for r in (r for r in rows if r['kind'] == 'finetune'):
             main = task_spec(r['task']).metric
@@ -690,6 +693,7 @@ def load_results(folder,
         raise InputError(f'no complete record under {folder}. Make some with `interference demo`.')
     return {s: {seed: metrics(r) for (t, seed), r in sorted(found.items()) if t == s}
             for s in SYSTEMS if any(t == s for t, _ in found)}
+
 
 # %% ../nbs/07_experiments.ipynb #731d0fdc
 @dataclass(frozen=True)

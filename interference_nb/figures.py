@@ -28,7 +28,7 @@ COLOURS = {'mono': '#0072B2', 'joint': '#D55E00', 'joint2x': '#E69F00', 'joint6x
            'ffn': '#009E73', 'attn': '#999999', 'adpt': '#56B4E9', 'share_adpt': '#B8A900',
            'meta_adpt': '#CC79A7', 'meta_one_sided': '#661100', 'meta_rest3': '#44AA99',
            'meta_sample1': '#AA4499', 'meta_first_order': '#88CCEE', 'meta_exact': '#6699CC',
-           'joint_all': '#AA4466', 'pcgrad': '#332288',
+           'joint_all': '#AA4466', 'pcgrad': '#332288', 'scratch': '#BBBBBB',
            'gradvac': '#117733', 'xlm': '#555555'}         # the last one: a model from the hub
 
 def new_axes(*shape, width: float = 5., height: float = 3.) -> tuple[Figure, np.ndarray]:
@@ -39,6 +39,9 @@ def new_axes(*shape, width: float = 5., height: float = 3.) -> tuple[Figure, np.
         ax.tick_params(labelsize=8)
         ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
     return fig, axes
+
+
+
 
 # %% ../nbs/08_figures.ipynb #ffec5170
 class Curve(NamedTuple):

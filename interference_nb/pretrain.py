@@ -27,7 +27,7 @@ from .distributed import (StopSignals, fail_together, gathered, mean_over_proces
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that a pretraining run depends on besides its model and its data. [paper 3.2]"
-    steps: int = 500_000  # optimiser steps; 50 epochs of 10k
+    steps: int = 500_000  # optimiser steps; 50 epochs of 10k; 0: random weights
     batch_size: int = 128  # rows in a batch
     seq_len: int = 256  # tokens in a row
     accumulate: int = 1  # batches averaged into one step, over all processes
@@ -50,9 +50,9 @@ class TrainConfig:
 
     def __post_init__(self):
         whole = ('steps', 'batch_size', 'seq_len', 'accumulate', 'eval_every', 'checkpoint_every')
-        for name in whole:
-            if getattr(self, name) < 1:
-                raise InputError(f'{name} is {getattr(self, name)}. It must be 1 or more.')
+        for name, least in zip(whole, (0, 1, 1, 1, 1, 1), strict=True):
+            if getattr(self, name) < least:
+                raise InputError(f'{name} is {getattr(self, name)}. It must be {least} or more.')
         if not 0 < self.mask_prob <= 1:
             raise InputError(f'mask_prob is {self.mask_prob}. It must lie between 0 and 1.')
         if min(self.lr, self.clip) <= 0 or min(self.seed, self.warmup) < 0:
@@ -79,6 +79,8 @@ class TrainConfig:
     def paper(cls, **kw):
         "The paper's run on 4 GPUs: 4 x 128 rows of 256 tokens a step, 500k steps."
         return cls(**{**dict(accumulate=4), **kw})
+
+
 
 
 
@@ -351,7 +353,9 @@ def train(model, feed: Feed, cfg: TrainConfig,
             if done % cfg.checkpoint_every == 0 or done == last or stop: log.save(done)
             bar.update(1)
             if stop and done < last: end_by(stop)
+        if not cfg.steps: log.save(0)                       # random weights are a model, too
         return log.end(at_end) if last == cfg.steps else log.rows
+
 
 
 
