@@ -4,4 +4,4 @@ import os
 # before torch, and for every process that a test starts: other threads, other last bits
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-pytest_plugins = ['notebook_cells', 'pytester', 'browsers']
+pytest_plugins = ['notebook_cells', 'pytester', 'browsers', 'real_shaped']

@@ -5,7 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
 import numpy as np
 from tokenizers import Tokenizer as Theirs, models, pre_tokenizers, trainers
-from interference_nb.data import (Corpus, FolderSource, Stream, Tokenizer, prepare_corpus,
+from interference_nb.data import (Corpus, FolderSource, Source, Stream, Tokenizer, prepare_corpus,
                                   split_sentences)
 
 SCRIPTS = 'aeioukmnptswlr', 'аеиоукмнптсвлр', 'अआइउएकमनपतसवलर'
@@ -38,7 +38,7 @@ def documents(megabytes: float) -> Iterator[str]:
         size += len(document.encode())
         if size >= megabytes * 1e6: return
 
-class Text:
+class Text(Source):
     "So much text as a source."
     name, languages = 'benchmark', ('en',)
     def __init__(self, megabytes): self.megabytes = megabytes

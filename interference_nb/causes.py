@@ -359,13 +359,13 @@ def probe_rows(folder, names=None) -> dict[str, list[list[dict]]]:  # {'en-fr': 
 def plot_conflict(probes: dict,  # of `probe_rows`
                   group: str = 'encoder',  # of `parameter_groups`: a kind, 'layer 0', 'all', ...
                   window: int = 9,  # probes in the running mean
-                  upto: float = math.inf,  # leave out what comes from this step on
+                  max_step: float = math.inf,  # leave out what comes from this step on
                   ax=None) -> Figure:
     "Draw cosines within and across languages over training: mean ± se over seeds. [paper Fig. 3]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=6.)
     for (pair, seeds), colour in zip(probes.items(), PAIR_COLOURS, strict=False):
         a, b = pair.split('-')
-        seeds = [[r for r in rows if r['step'] < upto] for rows in seeds]
+        seeds = [[r for r in rows if r['step'] < max_step] for rows in seeds]
         steps = running(np.array([r['step'] for r in seeds[0]]), window)
         for name, style, which in (('within', '--', (f'{a}-{a}', f'{b}-{b}')), ('', '-', (pair,))):
             runs = [running(np.array([np.mean([r['cos'][w].get(group, np.nan) for w in which])

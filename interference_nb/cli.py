@@ -25,7 +25,7 @@ from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cos
                                          table_cells, table_page, text_of, text_table)
 from .reproduce import (check_records, choose, make_setting, plan_cells,
                                        specs_of, write, write_index)
-from .distributed import joined, processes
+from .distributed import process_group, rank_and_world_size
 from .finetune import FinetuneConfig, search
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
@@ -71,7 +71,7 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
           f'records in {out}/', flush=True)
     t0 = time.time()
     names = run_with_bar(specs, out, cfg.workers)   # the folder may hold others
-    if processes()[0]: return out                   # the first process has the results
+    if rank_and_world_size()[0]: return out                   # the first process has the results
     results = load_results(out, names)
     print(f'\n{text_table(*table_cells(results))}\n\n{LEGEND}\n\n{findings(results)}\n')
     write_atomically(out/'table.md', table_page(out, names))
@@ -305,7 +305,7 @@ def pretrain(cfg: PretrainConfig):
     if cfg.probe_every:
         spec = replace(spec, probe=ProbeConfig(cfg.probe_every, cfg.probe_batches))
     home = cfg.out/spec.name
-    if not processes()[0] and complete(spec, home):     # then the checkpoint must be whole, too,
+    if not rank_and_world_size()[0] and complete(spec, home):   # the checkpoint must be whole, too,
         if (home/'checkpoint.safetensors').exists(): load_checkpoint(home/'checkpoint.safetensors')
         else: (home/'record.jsonl').unlink()            # or the run starts again
     print(f'{spec.name}: record and checkpoint in {cfg.out/spec.name}/', flush=True)
@@ -424,7 +424,7 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
     print(f'{len(specs)} runs of {cfg.seeds} seeds on {" and ".join(pairs)} ({cfg.data}); '
           f'records in {out}/', flush=True)
     names = run_with_bar(specs, out, cfg.workers)
-    if processes()[0]: return out
+    if rank_and_world_size()[0]: return out
     page = causes.causes_page(out, names)
     write_atomically(out/'table.md', page)
     results = causes.load_causes(out, names)
@@ -481,7 +481,7 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
         for error in failed.values(): raise error
     elif todo := [s for s in specs if s.name not in failed]:
         failed |= run_missing(todo, out, workers, executor_of(cfg, out))
-    if processes()[0]: return out
+    if rank_and_world_size()[0]: return out
     setting = replace(setting, family='all')            # pages show what else is there, too
     for e in exhibits: print(*write(e, setting, source, out, failed))
     print(f'{(time.time() - t0) / 60:.1f} minutes. All exhibits: '
@@ -508,7 +508,7 @@ def make_app():
     flat, bare = tyro.conf.arg(name=''), tyro.conf.PositionalRequiredArgs
     def command(app, name, function, config, default=None, note=''):
         def call(cfg):
-            if config not in SHARED and processes()[1] > 1:
+            if config not in SHARED and rank_and_world_size()[1] > 1:
                 raise InputError('this is the work of one process. Start it without torchrun.')
             return function(cfg)
         call.__annotations__['cfg'] = Annotated[config, flat, bare]
@@ -561,7 +561,7 @@ def main(args: list[str] | None = None):
     import tyro
     stopped = 'stopped. The same command goes on from the last checkpoint.'
     try:
-        with joined(), first_speaks():
+        with process_group(), first_speaks():
             make_app().cli(prog='interference', args=args,
                            config=(tyro.conf.ConsolidateSubcommandArgs,),
                            description='Negative interference in multilingual models, '
@@ -581,7 +581,7 @@ def main(args: list[str] | None = None):
 @contextmanager
 def first_speaks():
     "Keep all processes but the first from printing; what went wrong is said by each, as it may."
-    if not processes()[0]: yield
+    if not rank_and_world_size()[0]: yield
     else:
         with open(os.devnull, 'w') as f, redirect_stdout(f): yield
 

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['SPECIALS', 'BOS', 'EOS', 'PAD', 'UNK', 'MASK', 'SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS',
            'TASKS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'ROWS',
-           'IDS_PER_BYTE', 'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'cpu_count',
-           'parallel_map', 'train_bpe', 'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages',
-           'train_tokenizer', 'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size',
-           'hub_cache', 'HubSource', 'Corpus', 'check_rows', 'disk_needed', 'check_room', 'prepare_corpus',
-           'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'task_sizes', 'corpus_statistics', 'statistics_table']
+           'IDS_PER_BYTE', 'Source', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'train_bpe',
+           'Tokenizer', 'WordTokenizer', 'load_tokenizer', 'check_languages', 'train_tokenizer', 'FolderSource',
+           'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource', 'Corpus',
+           'check_rows', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch', 'Stream', 'dev_batches',
+           'corpus_statistics', 'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
-import functools, hashlib, heapq, io, json, multiprocessing, os, re, signal, zlib
-from collections.abc import Callable, Iterable, Iterator
+import functools, hashlib, heapq, io, json, re, zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 import numpy as np
 import torch
+from .distributed import cpu_count, parallel_map
 from .files import InputError, free_space, run_lock, write_atomically
 
 # %% ../nbs/00_data.ipynb #64ba85b6
@@ -39,18 +39,35 @@ TASKS = dict(ner=('tokens', 'ner_tags'), pos=('tokens', 'upos'),  # task: the co
              nli=('premise', 'hypothesis', 'label'))
 
 # %% ../nbs/00_data.ipynb #4c3026bd
-class Source(Protocol):
-    "Give text and labelled rows by language: toy languages, a folder, or the hub."
+class Source:
+    "Text and labelled rows by language: toy languages, a folder, the hub, or a class of your own."
     name: str                   # 'toy', 'folder' or 'hub'
     languages: tuple[str, ...]  # codes of the languages it has text of
+    pairs: bool = False         # documents are two lines, each with an `</s>`
 
     def text(self, lang: str, split: str = 'train') -> Iterator[str]:
-        "Give documents one by one; a line end separates paragraphs or sentences."
+        "Yield documents; a line end separates sentences. Raises `InputError` if there are none."
+        raise NotImplementedError
+
     def examples(self, task: str, lang: str, split: str) -> list[dict]:
-        "Give the rows of a labelled task in the hub's schema (see TASKS)."
-    # and, where it can be told without reading the text: size(lang, split) -> bytes
+        "Return the rows of a labelled task, in the columns of TASKS. Raises `InputError` if none."
+        raise InputError(f'the {self.name} source has no {task} rows. Use another source.')
+
+    def count(self, task: str, lang: str, split: str) -> int:  # 0: there are none
+        "Count the rows of a labelled task; a source that can count without reading does."
+        try: return len(self.examples(task, lang, split))
+        except InputError: return 0
+
     def revision(self) -> dict[str, str]:
-        "Name the version of the data: keys are kinds ('text', 'ner') or 'kind/language'."
+        "Return the version of the data: keys are kinds ('text', 'ner') or 'kind/language'."
+        raise NotImplementedError
+
+    def size(self, lang: str, split: str = 'train') -> int | None:  # bytes; None: unknown
+        "Return the size of a language's text, as far as it is known without reading it."
+
+    def copy_size(self, lang: str) -> int:  # bytes
+        "Return what a local copy of the text would add to the disk."
+        return 0
 
 # %% ../nbs/00_data.ipynb #dcbd3aaf
 _SENTENCE_END = re.compile(r'(?<=[.!?…।॥؟])\s+|\s*\n\s*')
@@ -95,10 +112,6 @@ def cap_sentences(documents: Iterable[str],   # a language's documents
     return (document for *_, document in sorted(heap, key=lambda row: -row[1]))
 
 # %% ../nbs/00_data.ipynb #0d4133f0
-def cpu_count() -> int:
-    "Count the processor cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
 def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
     "Group documents into chunks of about `size` characters."
     chunk, n = [], 0
@@ -108,52 +121,6 @@ def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
             yield chunk
             chunk, n = [], 0
     if chunk: yield chunk
-
-def _serve(function: Callable, pipe, others: list) -> None:
-    "Answer items from a pipe until None comes, or the other end is gone."
-    for other in others: other.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # a launcher's handler would complain
-    try:
-        while (item := pipe.recv()) is not None:
-            try: answer = True, function(item)
-            except Exception as e: answer = False, e
-            pipe.send(answer)
-    except (EOFError, OSError, KeyboardInterrupt): pass
-
-# %% ../nbs/00_data.ipynb #4e29a3e7
-def parallel_map(function: Callable,  # what to do with an item
-                 items: Iterable,     # read as it goes, at most workers + 1 of them ahead
-                 workers: int,        # processes; 1: none but this one
-                 ) -> Iterator:       # results, in the order of the items
-    "Apply a function to a stream in several processes, in order and in bounded memory."
-    items = iter(items)
-    head = [item for _, item in zip(range(2), items)]
-    if workers < 2 or len(head) < 2:
-        yield from map(function, head)
-        yield from map(function, items); return
-    queue, pipes, processes = (item for part in (head, items) for item in part), [], []
-    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
-    try:
-        for _, item in zip(range(workers), queue):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, daemon=True,
-                                      args=(function, theirs, [*pipes, ours]))
-            process.start(); theirs.close(); ours.send(item)
-            pipes.append(ours); processes.append(process)
-        while pipes:
-            item = next(queue, None)                     # read on while they work
-            pipe = pipes.pop(0)
-            good, answer = pipe.recv()
-            pipe.send(item)                              # None sends it home
-            if item is not None: pipes.append(pipe)
-            if not good: raise answer
-            yield answer
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise RuntimeError("a worker process died. Use fewer if memory is short.") from None
-    finally:
-        for process in processes: process.terminate()
-        for process in processes: process.join()
 
 # %% ../nbs/00_data.ipynb #91204f2a
 def _explain_bpe(reason: str, vocab_size: int) -> str:
@@ -386,7 +353,7 @@ def _open_parquet(folder: Path, kind: str, lang: str, split: str, columns: tuple
     return file
 
 # %% ../nbs/00_data.ipynb #f5366a34
-class FolderSource:
+class FolderSource(Source):
     "Read a folder of parquet files in the hub's schemas."
     name = 'folder'
     def __init__(self,
@@ -409,8 +376,9 @@ class FolderSource:
         return _open_parquet(self.path, task, lang, split, columns).read(list(columns)).to_pylist()
 
     def count(self, task: str, lang: str, split: str) -> int:
-        "Count the rows of a labelled task without reading them."
+        "Count the rows of a labelled task without reading them; 0 where there is no file."
         columns = TASKS[_check_task(task)]
+        if not (self.path/task/lang/f'{split}.parquet').exists(): return 0
         return _open_parquet(self.path, task, lang, split, columns).metadata.num_rows
 
     def size(self, lang: str, split: str = 'train') -> int:
@@ -508,17 +476,13 @@ def hub_cache() -> Path:
     return Path(constants.HF_HOME)
 
 # %% ../nbs/00_data.ipynb #16c707c2
-class HubSource:
+class HubSource(Source):
     "Read the paper's data sets from the Hugging Face hub [paper Section 3.2]."
     name, languages = 'hub', tuple(LANGUAGES)
     def __init__(self,
                  streaming: bool = False,   # True: read over the network anew, keep no local copy
-                 held_out: float = .01,     # share of Wikipedia for validation, and for test
-                 opener: Callable = open_hub,  # opens a data set; another one in tests
-                 resolver: Callable = resolve_revision,  # finds its commit
-                 sizer: Callable = hub_size):  # tells its bytes
-        self.streaming, self.held_out, self._online = streaming, held_out, True
-        self._opener, self._resolver, self._sizer, self._commits = opener, resolver, sizer, {}
+                 held_out: float = .01):    # share of Wikipedia for validation, and for test
+        self.streaming, self.held_out, self._online, self._commits = streaming, held_out, True, {}
         self._sizes = functools.cache(self._look_up)
         self._open = functools.cache(self._load)            # each data set is opened once
 
@@ -559,20 +523,20 @@ class HubSource:
 
     def _commit(self, kind):
         if kind not in self._commits:
-            self._commits[kind], self._online = self._resolver(
+            self._commits[kind], self._online = resolve_revision(
                 HUB[kind], HUB_REVISIONS.get(kind), self._online)
         return self._commits[kind]
 
     def _look_up(self, lang):
         commit = self._commit('text')
-        return self._sizer(HUB['text'], f'{WIKIPEDIA_DUMP}.{lang}',
-                           None if commit == 'unknown' else commit, self._online)
+        return hub_size(HUB['text'], f'{WIKIPEDIA_DUMP}.{lang}',
+                        None if commit == 'unknown' else commit, self._online)
 
     def _load(self, kind, config, data_dir=None):
         repo, commit = HUB[kind], self._commit(kind)
         if commit == 'unknown': commit = HUB_REVISIONS.get(kind)
         what = f"{repo} ({config or data_dir})"
-        try: return self._opener(repo, config, data_dir, commit, self.streaming, self._online)
+        try: return open_hub(repo, config, data_dir, commit, self.streaming, self._online)
         except Exception as e:
             if not self._online:
                 raise InputError(f"no network and no local copy of {what}. Go online once, or use "
@@ -654,7 +618,7 @@ def _key(source: Source, lang: str, split: str, tokenizer, max_sentences, seed: 
     cap = _cap(max_sentences, lang) if split == 'train' else None
     key = dict(lang=lang, split=split, source=source.name, tokenizer=tokenizer.fingerprint,
                revision=_text_revision(source, lang), max_sentences=cap, seed=cap and seed)
-    if getattr(source, 'pairs', False): return key | {'pairs': True}    # one segment each
+    if source.pairs: return key | {'pairs': True}    # one segment each
     return key | {'rows': rows} if rows != 'documents' else key
 
 def _form(key: dict) -> str:
@@ -685,9 +649,9 @@ def disk_needed(source: Source,        # where the text comes from
     "Tell what preparing takes on the disk before it starts; toy text counts as nothing."
     found = []
     for lang in check_languages(source, langs):
-        copy = source.copy_size(lang) if hasattr(source, 'copy_size') else 0
+        copy = source.copy_size(lang)
         found.append(row := dict(lang=lang, text=0, ids=0, copy=copy))
-        for split in splits if hasattr(source, 'size') else ():
+        for split in splits:
             text = source.size(lang, split) or 0
             row['text'] += text
             key = tokenizer and _key(source, lang, split, tokenizer, max_sentences, seed, rows)
@@ -890,17 +854,6 @@ def dev_batches(corpus: Corpus,          # held-out text
     return [_batch(rows[i:i + batch_size], np.random.default_rng([3, seed, i]), vocab_size,
                    mask_prob, corpus.lang) for i in range(0, n, batch_size)]
 
-# %% ../nbs/00_data.ipynb #2e3709dc
-def task_sizes(source: Source,  # where the rows come from
-               lang: str,       # language code
-               ) -> dict[str, tuple]:  # {task: (train, validation, test)}; None: no such rows
-    "Count the labelled rows of each task and split [paper Table 1]."
-    count = getattr(source, 'count', None) or (lambda *args: len(source.examples(*args)))
-    def size(*args):
-        try: return count(*args)
-        except InputError: return None
-    return {task: tuple(size(task, lang, split) for split in SPLITS) for task in TASKS}
-
 # %% ../nbs/00_data.ipynb #242310e0
 def _count(tokenizer: Tokenizer | WordTokenizer | None, documents: list[str]) -> tuple[int, ...]:
     "Count documents, sentences, words and bytes, and tokens if there is a tokenizer."
@@ -925,7 +878,8 @@ def corpus_statistics(source: Source,        # where the text comes from
         total = {what: sum(n) for what, *n in zip(names, *counts)}
         rows.append(dict(lang=lang, language=LANGUAGES.get(lang, lang), **total))
     P = sampling_probabilities({row['lang']: row['sentences'] for row in rows}, temperature)
-    return [row | {'P': P[row['lang']]} | task_sizes(source, row['lang']) for row in rows]
+    sizes = lambda lang: {t: tuple(source.count(t, lang, s) for s in SPLITS) for t in TASKS}
+    return [row | {'P': P[row['lang']]} | sizes(row['lang']) for row in rows]
 
 # %% ../nbs/00_data.ipynb #d99b6511
 def statistics_table(rows: list[dict],  # from corpus_statistics

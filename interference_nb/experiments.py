@@ -25,13 +25,13 @@ from typing import NamedTuple
 from unittest.mock import patch
 import numpy as np
 import torch
-from .data import (Stream, check_languages, check_room, cpu_count, dev_batches,
-                                  disk_needed, load_tokenizer, prepare_corpus, train_tokenizer)
+from .data import (Stream, check_languages, check_room, dev_batches, disk_needed,
+                                  load_tokenizer, prepare_corpus, train_tokenizer)
 from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_jsonl,
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
-from .distributed import first_process_first, launch, processes
+from .distributed import cpu_count, first_process_first, launch, rank_and_world_size
 from .pretrain import (Feed, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
 from .baselines import held_out_report
@@ -208,8 +208,8 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, p
 def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
         progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
-    home, first = Path(folder)/spec.name, processes()[0] == 0
-    hub, workers = SYSTEMS[spec.system].hub, None if processes()[1] > 1 else 1
+    home, first = Path(folder)/spec.name, rank_and_world_size()[0] == 0
+    hub, workers = SYSTEMS[spec.system].hub, None if rank_and_world_size()[1] > 1 else 1
     with ExitStack() as locked:
         with first_process_first():         # the others find its decisions and its files
             if (rows := complete(spec, home)): return rows if first else None
@@ -252,7 +252,7 @@ def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict
     meta = SYSTEMS[spec.system].meta and (spec.meta or SYSTEMS[spec.system].meta)
     feed, dev = text_of(spec, tokenizer, corpora, meta)
     model = pretrained(spec, home, source, tokenizer, corpora, feed, dev, meta, progress)
-    if processes()[0]: return None
+    if rank_and_world_size()[0]: return None
     record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     for prune in spec.prune:
         if not any(held_gates(prune, r) for r in record.rows):
@@ -298,7 +298,7 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
     train(model, feed, cfg, dev, step, probe, home, about, progress,
           at_end=lambda model: dict(held_out=held_out_report(model, corpora, dev, tokenizer)))
     before = home/'record-before.jsonl'
-    if before.exists() and not processes()[0]: keep_lessons(before, home/'record.jsonl')
+    if before.exists() and not rank_and_world_size()[0]: keep_lessons(before, home/'record.jsonl')
     return model
 
 def make_step(model, cfg: TrainConfig, system: str, meta: MetaConfig | None = None):
@@ -488,7 +488,7 @@ def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
     "Pretrain runs one after another, all processes together; nothing is finetuned or pruned."
     specs = [s for s in specs if not SYSTEMS[s.system].hub]
     for i, spec in enumerate(specs, 1):
-        if progress and not processes()[0]:
+        if progress and not rank_and_world_size()[0]:
             path = Path(folder)/spec.name/'record.jsonl'
             there = path.exists() and any(r['kind'] == 'end' for r in read_jsonl(path))
             print(f'{i} of {len(specs)}: {spec.name}' + ', pretrained already' * there, flush=True)
@@ -546,9 +546,9 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
             executor: Executor | None = None,  # what runs them, if not processes of this machine
             ) -> Iterator[tuple[RunSpec, list[dict] | Exception]]:
     "Run side by side what is not complete; give each run's record, or what stopped it, as it ends."
-    if processes()[1] > 1:                      # pretrained by all of them, the rest as usual
+    if rank_and_world_size()[1] > 1:            # pretrained by all of them, the rest as usual
         pretrain_all(specs, folder)
-        if processes()[0]: return
+        if rank_and_world_size()[0]: return
     todo, names = [], [s.name for s in specs]
     if twice := [n for n in names if names.count(n) > 1]:
         raise InputError(f'{twice[0]} is asked for twice. Name each pair and each system once.')

@@ -20,8 +20,8 @@ import torch
 from .data import Batch, Stream, check_rows, sampling_probabilities
 from .files import InputError, JsonlLog, load_checkpoint, save_checkpoint
 from .transformer import upgrade_model
-from .distributed import (StopSignals, fail_together, gathered, mean_over_processes,
-                                         processes, traffic)
+from .distributed import (StopSignals, all_gather, fail_together,
+                                         mean_over_processes, rank_and_world_size, traffic)
 
 # %% ../nbs/01a_pretrain.ipynb #891f82a8
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Feed:
         for i in range(len(self.langs)):
             own = self.order == i
             self.turn[own] = np.arange(own.sum())
-        self.rank, self.world = processes()
+        self.rank, self.world = rank_and_world_size()
         check_shares(cfg.accumulate, self.world)
         self._ahead = ThreadPoolExecutor(1) if str(device).startswith('cuda') else None
         self._next = {}
@@ -244,7 +244,7 @@ class JointStep:
     def fill(self):
         "Give zeros to what other processes have a gradient of, that all average the same list."
         params = list(self.model.parameters())
-        anywhere = gathered(torch.tensor([p.grad is not None for p in params])).any(0).tolist()
+        anywhere = all_gather(torch.tensor([p.grad is not None for p in params])).any(0).tolist()
         for p, needed in zip(params, anywhere):
             if needed and p.grad is None: p.grad = torch.zeros_like(p)
 
@@ -366,7 +366,7 @@ def clocks() -> np.ndarray:  # wall and processor seconds since some time in the
 
 def seed_step(seed: int, k: int):
     "Make the dropout of step `k` a function of the run's seed, the process and `k` alone."
-    state = np.random.SeedSequence([seed, processes()[0], k]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence([seed, rank_and_world_size()[0], k]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))
 
 def prepare_model(model, cfg):
@@ -482,10 +482,10 @@ class RunLog:
 
     def check_start(self):
         "Refuse processes that do not belong together."
-        if processes() != (self.feed.rank, self.feed.world):
+        if rank_and_world_size() != (self.feed.rank, self.feed.world):
             raise InputError('the feed was made outside of this group of processes. '
                              'Make it inside the function that they run.')
-        starts = gathered(torch.tensor(self.first)).tolist()
+        starts = all_gather(torch.tensor(self.first)).tolist()
         if len(set(starts)) > 1:
             raise InputError(f'the processes would go on at different steps: {starts}. '
                              f'{self.checkpoint} must lie in a folder that all of them share.')
@@ -525,7 +525,7 @@ class RunLog:
         "Fetch what the steps returned, averaged over processes; stop at a loss that is no number."
         if not self.pending: return
         values = [torch.as_tensor(x).detach().float() for out in self.pending for x in out.values()]
-        values = iter(gathered(torch.stack([x.cpu() for x in values])).mean(0).tolist())
+        values = iter(all_gather(torch.stack([x.cpu() for x in values])).mean(0).tolist())
         self.settled += [{n: next(values) for n in out} for out in self.pending]
         self.pending.clear()
         self.finite('the loss', all(math.isfinite(p.get('loss', 0)) for p in self.settled), done)

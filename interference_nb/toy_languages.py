@@ -6,8 +6,8 @@
 __all__ = ['TOPICS', 'WORDS', 'SUFFIXES', 'SIZES', 'TOY_LANGUAGES', 'LITTLE', 'zipf_table', 'World', 'NounPhrase', 'Clause',
            'Meaning', 'uniforms', 'draw_noun_phrase', 'draw_place', 'draw_clause', 'draw_meaning', 'Language',
            'lexicons', 'Speaker', 'say_word', 'say_noun_phrase', 'say_name', 'say_place', 'say_clause', 'say_verb',
-           'order_agreement', 'shared_words', 'plot_distance', 'home_split', 'shorten', 'negate', 'alter', 'draw_pair',
-           'Question', 'draw_question', 'say_question', 'ToySource', 'toy_tokenizer', 'open_source']
+           'order_agreement', 'shared_words', 'home_split', 'shorten', 'negate', 'alter', 'draw_pair', 'Question',
+           'draw_question', 'say_question', 'ToySource', 'toy_tokenizer', 'open_source']
 
 # %% ../nbs/00a_toy_languages.ipynb #82997d0d
 import hashlib
@@ -21,7 +21,7 @@ from zlib import crc32
 
 import numpy as np
 
-from .data import (SPLITS, TASKS, UPOS_LABELS, FolderSource, HubSource,
+from .data import (SPLITS, TASKS, UPOS_LABELS, FolderSource, HubSource, Source,
                                   WordTokenizer, check_languages)
 from .files import InputError
 
@@ -468,23 +468,6 @@ def shared_words(a: Speaker, # one language
     x, y = set(a.pieces()), set(b.pieces())
     return len(x & y) / len(y)
 
-# %% ../nbs/00a_toy_languages.ipynb #5025b9df
-def plot_distance(distance: dict[str, tuple[float, float]], # {language: (order, vocabulary)}
-                  ax=None, # matplotlib axes; made when not given
-                 ):        # the axes
-    "Draw languages by their distance to English."
-    import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(5.5, 3.5))
-    for lang, (order, shared) in distance.items():
-        fake, kin = lang.startswith('x'), TOY_LANGUAGES[lang].kin[0]
-        ax.scatter(order, shared, color='#D55E00' if fake else '#0072B2')
-        ax.annotate(f'{lang}  {TOY_LANGUAGES[lang].name}', (order, shared), fontsize=8,
-                    xytext=(4, 10) if fake else (-7 if kin else 7, 0), va='center',
-                    textcoords='offset points', ha='right' if fake or kin else 'left')
-    ax.set(xlabel='neighbours in the order of English (share)',
-           ylabel='vocabulary shared with English (share)')
-    return ax
-
 # %% ../nbs/00a_toy_languages.ipynb #42e89556
 def home_split(world: World, # holds the code of each concept
                meaning: Meaning, # a sentence in any language
@@ -645,7 +628,7 @@ def _qa(s, meaning, v):
                     answers=dict(text=[_line(context[i:j])], answer_start=[start]))
 
 # %% ../nbs/00a_toy_languages.ipynb #92b7075e
-class ToySource:
+class ToySource(Source):
     "Give text and labelled examples of the toy languages."
     name, languages = 'toy', tuple(TOY_LANGUAGES)
     def __init__(self,

@@ -113,7 +113,7 @@ def attend(
     d = qkv.shape[-1]
     if d % multiple: qkv = F.pad(qkv, (0, -d % multiple))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)          # each [B,H,T,D/H]
-    if p and q.device.type == 'cpu':
+    if p and not q.is_cuda:
         scores = q / math.sqrt(d) @ k.transpose(-1, -2)     # [B,H,T,T]
         if mask is not None: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         x = dropout(scores.softmax(-1), p, True) @ v

@@ -1,5 +1,4 @@
 "The study of causes where a notebook does not go: other groups, one layer, three languages, text."
-import os
 from dataclasses import replace
 import pytest
 import torch
@@ -11,15 +10,17 @@ from interference_nb.l0_pruning import Gates, PruneConfig
 from interference_nb.pretrain import TrainConfig
 from interference_nb.transformer import ModelConfig
 
-DATA = os.environ.get('INTERFERENCE_DATA')
-TEXT = pytest.mark.skipif(not DATA, reason='needs text: INTERFERENCE_DATA names no folder')
 SHORT = PruneConfig(groups=('heads', 'rows'), steps=6, warmup=2, batch_size=4)
 
 def small(**size):
     return Scale(ModelConfig.toy(600, **size), TrainConfig.toy(steps=30, warmup=10, eval_every=30))
 
-@pytest.mark.parametrize('data', ['toy', pytest.param(DATA, marks=TEXT, id='text')])
-def test_study_of_heads_and_rows(tmp_path, data):
+def test_study_of_heads_and_rows(tmp_path): study_of_heads_and_rows(tmp_path, 'toy')
+
+def test_study_of_text(tmp_path, text_folder):
+    study_of_heads_and_rows(tmp_path, str(text_folder.path))
+
+def study_of_heads_and_rows(tmp_path, data):
     "From text to a page: one layer, gates on heads and rows; what cannot be measured is left out."
     study = Study(small(n_layers=1), ProbeConfig(n_batches=1), (SHORT,), ())
     spec, = plan_causes([('en', 'sw')], 1, study, data)

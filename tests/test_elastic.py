@@ -7,7 +7,7 @@ import torch
 from interference_nb import files, pretrain
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Stream, dev_batches, prepare_corpus
-from interference_nb.distributed import joined, launch, processes
+from interference_nb.distributed import process_group, launch, rank_and_world_size
 from interference_nb.pretrain import Feed, TrainConfig, train
 from interference_nb.files import JsonlLog, load_checkpoint, read_jsonl
 from interference_nb.toy_languages import ToySource, toy_tokenizer
@@ -139,7 +139,7 @@ def test_cut_after_the_last_checkpoint(home):
 
 def killed_at_the_end(*args):
     "Kill rank 0 before the record's `end`, in the first life."
-    if processes()[0] == 0 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    if rank_and_world_size()[0] == 0 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
         pretrain.RunLog.end = die
     run(*args)
 
@@ -206,7 +206,7 @@ def test_torchrun_restarts_and_stops(home):
 
 def killed_while_saving(home, folder):
     "Kill rank 0 in the middle of its third checkpoint, in the first life."
-    if processes()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
             at_call(files, 'write_atomically', half_a_file, 3)()
         else:
@@ -224,8 +224,8 @@ def disturbed(k, model, feed, out):
     if k >= 40: time.sleep(.3)
 
 if __name__ == '__main__':
-    with joined():
+    with process_group():
         try: run(Path(sys.argv[1]), Path(sys.argv[2]), disturbed, SHORT)
         except SystemExit as e:
-            (Path(sys.argv[2])/f'exit{processes()[0]}').write_text(str(e.code))
+            (Path(sys.argv[2])/f'exit{rank_and_world_size()[0]}').write_text(str(e.code))
             raise

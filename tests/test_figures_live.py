@@ -43,7 +43,7 @@ def test_live_cells_follow_their_controls(path, monkeypatch):
     for plot, controls in found:
         start = {name: settings(control)[0] for name, control in controls.items()}
         for name, control in controls.items():
-            pictures = [figures.drawn(plot(**start | {name: v})) for v in settings(control)[1]]
+            pictures = [figures.shapes(plot(**start | {name: v})) for v in settings(control)[1]]
             assert all(a != b for a, b in zip(pictures, pictures[1:])), f'{name} changes nothing'
 
 @pytest.fixture

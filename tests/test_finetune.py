@@ -297,14 +297,10 @@ def test_import_is_light():
     assert not {'seqeval', 'sklearn', 'safetensors', 'pyarrow', 'sentencepiece'} & set(out.split())
 
 
-DATA = os.environ.get('INTERFERENCE_DATA')
-
-
-@pytest.mark.skipif(not DATA, reason='needs WikiAnn: let INTERFERENCE_DATA name a folder with it')
 @pytest.mark.parametrize('task', ['qa', 'nli'])
-def test_real_pairs(tmp_path, task):
-    "Windows lose no subword and no answer of real questions; then the path, small and untrained."
-    source = FolderSource(DATA)
+def test_pairs_of_text(text_folder, task):
+    "Windows lose no subword and no answer of a question; then the path, small and untrained."
+    source = text_folder
     tok = train_tokenizer(source, ['en', 'sw', 'te'], 3000, sample_sentences=4000)
     if task == 'qa':
         for lang in ('en', 'sw', 'te'):
@@ -338,12 +334,11 @@ def test_real_pairs(tmp_path, task):
             finetune(model, tok, task, source, 'sw', ['sw'], cfg)
 
 
-@pytest.mark.skipif(not DATA, reason='needs WikiAnn: let INTERFERENCE_DATA name a folder with it')
 @pytest.mark.parametrize('task', ['ner', 'pos'])
-def test_real_data(tmp_path, task):
+def test_tags_of_text(text_folder, tmp_path, task):
     "Small and untrained: the path is tested, not the score."
     from seqeval.metrics import f1_score
-    source = FolderSource(DATA)
+    source = text_folder
     train_tokenizer(source, ['en', 'sw'], 2000, sample_sentences=4000).save(tmp_path/'tok')
     tok = load_tokenizer(tmp_path/'tok')
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch import nn
 
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Corpus, Stream
-from interference_nb.distributed import launch, mean_over_processes, processes
+from interference_nb.distributed import launch, mean_over_processes, rank_and_world_size
 from interference_nb.meta_adapters import (ESTIMATORS, MetaConfig, MetaStep, exact,
                                            finite_difference, hypergradient)
 from interference_nb.pretrain import Feed, TrainConfig, seed_step
@@ -107,7 +107,7 @@ def overflow():
     model, step, feed = little_run(CFG, MetaConfig())
     step.amp.name, step.amp.scaler = 'float16', torch.amp.GradScaler('cpu', init_scale=256.)
     loss, before = model.loss, flat(model.parameters()).detach()
-    rank, world = processes()
+    rank, world = rank_and_world_size()
     if rank == world - 1: model.loss = lambda batch: loss(batch) * 1e38
     step(1, feed, .1)
     return not torch.equal(flat(model.parameters()), before), step.amp.scaler.get_scale()
@@ -115,7 +115,7 @@ def overflow():
 
 def both_terms(estimator):
     "Differentiate the little problem: this process's losses, or alone those of both."
-    rank, world = processes()
+    rank, world = rank_and_world_size()
     theta, phi, losses = little()
     mine = [losses[rank]] if world == 2 else losses
     train, val = [own[0] for own in mine], [f for own in mine for f in own[1:]]
@@ -127,7 +127,7 @@ def everything(home):
     "Take all settings' steps; each process leaves a file."
     out = {name: steps(*of) for name, of in SETTINGS.items()} | {'overflow': overflow()}
     out |= {name: both_terms(f) for name, f in ESTIMATORS.items()}
-    torch.save(out, home / '{}-{}.pt'.format(*processes()))
+    torch.save(out, home / '{}-{}.pt'.format(*rank_and_world_size()))
 
 
 def test_settings_mean_the_same_in_two_processes(tmp_path):

@@ -9,8 +9,9 @@ from interference_nb import distributed, pretrain
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Stream, dev_batches, prepare_corpus
 from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_jsonl, save_checkpoint
-from interference_nb.distributed import (first_process_first, gathered, joined, launch,
-                                         mean_over_processes, processes, traffic)
+from interference_nb.distributed import (all_gather, first_process_first, in_subprocess, launch,
+                                         mean_over_processes, process_group, rank_and_world_size,
+                                         traffic, worker_pool)
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.meta_adapters import ESTIMATORS, MetaConfig, MetaStep
 from interference_nb.pretrain import Feed, JointStep, TrainConfig, seed_step, train
@@ -61,7 +62,7 @@ def some_steps(toy, kind):
         traffic.reset()
         out = step(k, feed, .1)
         sent.append((traffic.calls, traffic.bytes))
-        losses.append(gathered(torch.stack([torch.as_tensor(x) for x in out.values()])).mean(0))
+        losses.append(all_gather(torch.stack([torch.as_tensor(x) for x in out.values()])).mean(0))
     return weights(model), torch.cat(losses), sent
 
 def probed(toy, folder):
@@ -81,7 +82,7 @@ def trained(toy, folder, **kw):
 
 def everything(toy, home):
     "Run every kind of step; each process leaves what came out in a file of its own."
-    rank, world = processes()
+    rank, world = rank_and_world_size()
     out = {kind: some_steps(toy, kind) for kind in KINDS}
     out['probe'] = probed(toy, home/f'probe{world}')
     if world == 2:
@@ -167,7 +168,7 @@ def test_bytes_reduced(runs, toy):
 def test_buckets(monkeypatch):
     "Small tensors share messages, in order; a large one goes alone and is not copied."
     sent = []
-    monkeypatch.setattr(distributed, 'processes', lambda: (0, 2))
+    monkeypatch.setattr(distributed, 'rank_and_world_size', lambda: (0, 2))
     monkeypatch.setattr(distributed.dist, 'all_reduce', lambda t: sent.append(t.data_ptr()))
     tensors = [torch.full((n,), float(n)) for n in (3, 4, 20, 2)] + [torch.ones(4, 2).T]
     traffic.reset()
@@ -177,7 +178,7 @@ def test_buckets(monkeypatch):
 
 def test_what_does_not_divide_or_fit(toy, monkeypatch):
     "Batches that do not divide, more processes than GPUs: refused, with numbers that would do."
-    monkeypatch.setattr(pretrain, 'processes', lambda: (0, 3))
+    monkeypatch.setattr(pretrain, 'rank_and_world_size', lambda: (0, 3))
     with pytest.raises(InputError, match='accumulate is 4: .* 3 processes. Start 1, 2, 4 of them'):
         start(toy, CFG)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
@@ -185,7 +186,8 @@ def test_what_does_not_divide_or_fit(toy, monkeypatch):
         launch(print, processes=4)
     monkeypatch.setenv('LOCAL_RANK', '0')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
-    with pytest.raises(InputError, match='3 processes, but this machine has 2 GPUs'), joined(): pass
+    with pytest.raises(InputError, match='3 processes, but .* has 2 GPUs'), process_group():
+        pass
 
 def test_recomputing_needs_a_model_that_can():
     with pytest.raises(InputError, match='cannot recompute its activations'):
@@ -233,7 +235,7 @@ def test_failure_of_a_process_is_told(tmp_path):
     "A process that dies is started again, one that fails is not: its message comes back."
     lives, answers = tmp_path/'lives', signal.getsignal(signal.SIGTERM)
     def fails():
-        if processes()[0] == 0: return
+        if rank_and_world_size()[0] == 0: return
         with open(lives, 'a') as f: f.write('.')
         if lives.stat().st_size == 1: os.kill(os.getpid(), signal.SIGKILL)
         raise OSError('no such file')
@@ -241,7 +243,7 @@ def test_failure_of_a_process_is_told(tmp_path):
         launch(fails, processes=2)
     assert lives.read_text() == '..' and signal.getsignal(signal.SIGTERM) is answers
     def too_large():
-        with open(tmp_path/f'life{processes()[0]}', 'a') as f: f.write('.')
+        with open(tmp_path/f'life{rank_and_world_size()[0]}', 'a') as f: f.write('.')
         raise torch.OutOfMemoryError('out of memory')
     with pytest.raises(InputError, match='failed: OutOfMemoryError: out of memory'):
         launch(too_large, processes=2)
@@ -250,7 +252,7 @@ def test_failure_of_a_process_is_told(tmp_path):
 def test_first_process_first(tmp_path):
     "The others wait for rank 0, and fail with it; ten times leave no more open than once."
     def ordered():
-        rank = processes()[0]
+        rank = rank_and_world_size()[0]
         with first_process_first():
             if rank == 0: time.sleep(.5); (tmp_path/'made').touch()
             assert (tmp_path/'made').exists()
@@ -296,6 +298,20 @@ def test_what_outlives_a_power_cut(tmp_path, monkeypatch):
     save_checkpoint(tmp_path/'checkpoint.safetensors', {'w': torch.zeros(1)}, dict(step=1))
     assert calls == ['fsync', 'replace', 'fsync'] * 2
 
+def about_me(): return os.getpid(), torch.get_num_threads(), os.environ.get('CUDA_VISIBLE_DEVICES')
+
+def test_what_a_worker_starts_with():
+    "One thread, and an environment of its own."
+    with worker_pool(2, CUDA_VISIBLE_DEVICES='') as pool:
+        pid, threads, seen = pool.submit(about_me).result()
+    assert pid != os.getpid() and threads == 1 and seen == '' != about_me()[2]
+
+def test_a_subprocess_is_used_where_torch_has_cuda(monkeypatch):
+    "By the build, not by the GPUs: autograd's threads make a later fork fail without any."
+    for built in (False, True):
+        monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda built=built: built)
+        assert (in_subprocess(about_me)[0] != os.getpid()) == built
+
 def test_a_full_disk_ends_all_processes(toy, tmp_path):
     "What stops the first process's checkpoint stops the others, with its message, at once."
     def full(*_): raise InputError('could not write: make room on the disk')
@@ -303,8 +319,8 @@ def test_a_full_disk_ends_all_processes(toy, tmp_path):
         pretrain.save_checkpoint = full
         start = time.monotonic()
         try: trained(toy, tmp_path)
-        except InputError as e: (tmp_path/f'{processes()[0]}').write_text(str(e))
-        (tmp_path/f'took{processes()[0]}').write_text(str(time.monotonic() - start))
+        except InputError as e: (tmp_path/f'{rank_and_world_size()[0]}').write_text(str(e))
+        (tmp_path/f'took{rank_and_world_size()[0]}').write_text(str(time.monotonic() - start))
         raise OSError('no room')
     with pytest.raises(InputError, match='no room'): launch(two, processes=2)
     for rank, before in enumerate(('', 'the first process failed: ')):

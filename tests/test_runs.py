@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interference_nb import cli
+from interference_nb import cli, data
 from interference_nb.data import (FolderSource, HubSource, WordTokenizer, check_room, disk_needed,
                                   prepare_corpus, train_tokenizer)
 from interference_nb.files import InputError, load_checkpoint, read_jsonl, run_lock
-from interference_nb.distributed import launch, processes
+from interference_nb.distributed import launch, rank_and_world_size
 from interference_nb.experiments import (SCALES, Scale, materials, plan, pretrain_all, ready, run,
                                          run_all, small)
 from interference_nb.finetune import FinetuneConfig
@@ -40,7 +40,7 @@ def told(rows):
 def own_rows(spec, folder):
     "Run, and note what each process got back."
     rows = run(spec, folder)
-    (folder/f'rank{processes()[0]}').write_text(json.dumps(rows))
+    (folder/f'rank{rank_and_world_size()[0]}').write_text(json.dumps(rows))
 
 def test_two_processes_make_the_run_of_one(tmp_path):
     "The same record, the same weights to rounding; what is added later leaves them alone."
@@ -172,17 +172,17 @@ def test_a_disk_too_small_is_told_before_it_starts(tmp_path, monkeypatch):
     with pytest.raises(InputError, match='the checkpoint of joint-en.* GB free'):
         run(spec, tmp_path/'runs')
 
-def test_the_hub_counts_its_copy_and_streaming_has_none(tmp_path):
-    fake = dict(resolver=lambda *a: ('c0ffee', True), sizer=lambda *a: (10**9, 3 * 10**9))
-    row, = disk_needed(HubSource(**fake), ['sw'], tmp_path)
+def test_the_hub_counts_its_copy_and_streaming_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'resolve_revision', lambda *a: ('c0ffee', True))
+    monkeypatch.setattr(data, 'hub_size', lambda *a: (10**9, 3 * 10**9))
+    row, = disk_needed(HubSource(), ['sw'], tmp_path)
     assert row['copy'] == 3 * 10**9 and 0 < row['ids'] < row['text'] == 10**9
     check_room([row], tmp_path)
-    assert disk_needed(HubSource(**fake), ['sw'], tmp_path)[0]['text'] == 10**9
-    far = dict(fake, sizer=lambda *a: (10**15, 10**15))
-    twice = disk_needed(HubSource(**far), ['sw'], tmp_path) * 2
+    monkeypatch.setattr(data, 'hub_size', lambda *a: (10**15, 10**15))
+    twice = disk_needed(HubSource(), ['sw'], tmp_path) * 2
     with pytest.raises(InputError, match='the text of sw takes'): check_room(twice, tmp_path)
     with pytest.raises(InputError, match='streaming=True'):
-        prepare_corpus(HubSource(**far), ['sw'], toy_tokenizer(ToySource(0), ('en',)), tmp_path)
+        prepare_corpus(HubSource(), ['sw'], toy_tokenizer(ToySource(0), ('en',)), tmp_path)
 
 # the notebooks
 
@@ -258,7 +258,7 @@ def test_full_scale_notebooks_hold_what_they_promise():
         has = lambda what, own=own: any(re.search(what, c) for c in own)
         assert sum(c.startswith('#| gpu') for c in code) == 1, path.name
         assert has(r'pprint\(') and has(r'small\(|map\(small'), path.name
-        assert has(r'plan_family\(specs|plan_lessons\(specs|disk_needed\('), path.name
+        assert has(r'plan_family\(specs|plan_finetuning\(specs|disk_needed\('), path.name
         assert has(r'family_page\(') or '../07b_results.ipynb' in ''.join(code), path.name
         assert '```sh' in text or 'interference data prepare' in text, path.name
         shared += has('processes=2')
