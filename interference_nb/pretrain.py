@@ -407,7 +407,7 @@ def progress_bar(total: int, initial: int, shown: bool):
                            '{remaining} left, {rate_fmt} {postfix}')
 
 # settings younger than some checkpoints, and what those were trained with
-BEFORE = dict(rows='documents', language_order='sampled')
+BEFORE = dict(rows='documents', language_order='sampled', positions='learned')
 # change no weight, or by rounding only
 FREE = 'eval_every', 'checkpoint_every', 'activation_checkpointing', 'compile'
 
@@ -562,6 +562,7 @@ class RunLog:
         more = at_end(self.model) if at_end and self.main else {}
         self.record.write('end', ppl=ppl, tokens_per_s=tokens_per_s, **work, **more)
         return self.rows
+
 
 
 

@@ -47,7 +47,8 @@ def test_settings_of_the_meta_step(meta):
 
 @pytest.mark.parametrize('change', [
     dict(isolate_documents=True), dict(dropout=0., attention_dropout=0.),
-    dict(language_embeddings=True)], ids=lambda c: next(iter(c)))
+    dict(language_embeddings=True),
+    dict(positions='relative', isolate_documents=True)], ids=lambda c: next(iter(c)))
 def test_other_models(change):
     "Masks, the CPU's fused attention (which drops nothing), a vector for each language."
     model = replace(MODEL, **change)
