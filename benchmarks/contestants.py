@@ -16,8 +16,8 @@ from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Batch, Corpus, Stream, mask_tokens
 from interference_nb.meta_adapters import MetaConfig, MetaStep
 from interference_nb.planner import account
-from interference_nb.pretrain import (Feed, JointStep, TrainConfig, keep_memory, prepare_model,
-                                      run_info)
+from interference_nb.pretrain import (BatchSampler, JointStep, TrainConfig, keep_memory,
+                                      prepare_model, run_info)
 from interference_nb.transformer import MaskedLM, ModelConfig
 from job import Job
 
@@ -126,7 +126,7 @@ def library(job):
         ids = np.random.default_rng(i).integers(5, job.vocab_size, 2**21)
         corpus = Corpus(ids.astype(np.uint16), lang, 'train', 1, 1)
         return Stream(corpus, job.batch_size, job.seq_len, 0, job.vocab_size)
-    feed = Feed({l: stream(i, l) for i, l in enumerate(job.langs)}, cfg, device=job.device)
+    feed = BatchSampler({l: stream(i, l) for i, l in enumerate(job.langs)}, cfg, device=job.device)
     model = MultilingualLM(config(job), job.langs, job.variant).to(job.device).train()
     prepare_model(model, cfg)
     take = MetaStep(model, cfg, meta) if meta else JointStep(model, cfg)

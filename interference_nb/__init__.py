@@ -4,7 +4,7 @@ from .data import Batch
 from .files import InputError
 from .toy_languages import ToySource, open_source, toy_tokenizer
 from .transformer import MaskedLM, ModelConfig
-from .pretrain import Feed, JointStep, TrainConfig, perplexity, train
+from .pretrain import BatchSampler, JointStep, TrainConfig, perplexity, train
 from .adapters import Adapter, MultilingualLM, load_model, save_model
 from .l0_pruning import Gates, PruneConfig, gated, learn_gates, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig, cosines
@@ -15,7 +15,7 @@ from .experiments import SCALES, SYSTEMS, RunSpec, load_results, plan, run, run_
 
 __all__ = [
     'Batch', 'InputError', 'ToySource', 'open_source', 'toy_tokenizer', 'MaskedLM', 'ModelConfig',
-    'Feed', 'JointStep', 'TrainConfig', 'perplexity', 'train', 'Adapter', 'MultilingualLM', 'load_model',
+    'BatchSampler', 'JointStep', 'TrainConfig', 'perplexity', 'train', 'Adapter', 'MultilingualLM', 'load_model',
     'save_model', 'MetaConfig', 'MetaStep', 'exact', 'finite_difference', 'first_order', 'hypergradient',
     'Gates', 'PruneConfig', 'gated', 'learn_gates', 'prune_study', 'CombinedStep', 'GradientProbe',
     'ProbeConfig', 'cosines', 'AnyModel', 'hf_loss', 'FinetuneConfig', 'finetune', 'SCALES', 'SYSTEMS', 'RunSpec', 'load_results', 'plan', 'run', 'run_all',

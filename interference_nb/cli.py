@@ -20,8 +20,8 @@ from .data import corpus_statistics, statistics_table
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
                                    write_atomically)
 from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cost,
-                                         findings, load_results, materials, metrics, open_run,
-                                         plan, prune_model, run, run_all, side_by_side,
+                                         findings, is_pretrained, load_results, materials, metrics,
+                                         open_run, plan, prune_model, run, run_all, side_by_side,
                                          table_cells, table_page, text_of, text_table)
 from .reproduce import (check_records, choose, make_setting, plan_cells,
                                        specs_of, write, write_index)
@@ -307,7 +307,7 @@ def pretrain(cfg: PretrainConfig):
     home = cfg.out/spec.name
     if not rank_and_world_size()[0] and complete(spec, home):   # the checkpoint must be whole, too,
         if (home/'checkpoint.safetensors').exists(): load_checkpoint(home/'checkpoint.safetensors')
-        else: (home/'record.jsonl').unlink()            # or the run starts again
+        else: is_pretrained(spec, home)                 # or it trains again, and keeps the rest
     print(f'{spec.name}: record and checkpoint in {cfg.out/spec.name}/', flush=True)
     if (rows := run(spec, cfg.out, progress=True)) is None: return      # another process has them
     end = next(r for r in rows if r['kind'] == 'end')

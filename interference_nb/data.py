@@ -12,7 +12,7 @@ __all__ = ['SPECIALS', 'BOS', 'EOS', 'PAD', 'UNK', 'MASK', 'SPLITS', 'LANGUAGES'
            'corpus_statistics', 'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
-import functools, hashlib, heapq, io, json, re, zlib
+import copy, functools, hashlib, heapq, io, json, re, zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +172,8 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
 # %% ../nbs/00_data.ipynb #4c87ca49
 class Tokenizer:
     "Turn text into subword ids and back, in all languages of a model [paper Section 3.2]."
+    bos, eos, pad, mask = BOS, EOS, PAD, MASK
+
     def __init__(self,
                  model: bytes):  # a SentencePiece model whose first ids are SPECIALS
         import sentencepiece
@@ -219,6 +221,8 @@ class Tokenizer:
 # %% ../nbs/00_data.ipynb #2f957126
 class WordTokenizer:
     "Turn words of a closed vocabulary into ids, split at '·' into a stem and its suffixes."
+    bos, eos, pad, mask = BOS, EOS, PAD, MASK
+
     def __init__(self,
                  pieces: Iterable[str]):  # stems 'kato' and suffixes '·ni', in the order of ids
         self.pieces = tuple(pieces)
@@ -755,18 +759,22 @@ def mask_tokens(ids: np.ndarray,           # [B, T] ids of text
                 rng: np.random.Generator,  # draws positions and replacements
                 vocab_size: int,           # V
                 p: float = .15,            # share of the real tokens to predict
+                mask: int = MASK,          # id of <mask>
+                special: Iterable[int] = range(len(SPECIALS)),  # ids never hidden and never drawn
                 ) -> tuple[np.ndarray, ...]:  # tokens [B, T], positions [M], targets [M], all int64
     "Hide tokens: 80% become <mask>, 10% a random token, 10% stay [Devlin et al. 2018]."
     tokens = np.array(ids, dtype=np.int64)
     flat = tokens.reshape(-1)
-    real = np.flatnonzero(flat > MASK)
+    word = np.ones(vocab_size, dtype=bool)
+    word[list(special)] = False
+    words, real = np.flatnonzero(word), np.flatnonzero(word[flat])
     if not len(real):
         raise InputError("no real token to hide. Check that the tokenizer knows the script.")
     M = max(1, round(p * len(real)))
     positions = np.sort(real[rng.choice(len(real), M, replace=False, shuffle=False)])
     targets, u = flat[positions], rng.random(M)
-    chance = rng.integers(len(SPECIALS), vocab_size, M)
-    flat[positions] = np.where(u < .8, MASK, np.where(u < .9, chance, targets))
+    chance = words[rng.integers(0, len(words), M)]
+    flat[positions] = np.where(u < .8, mask, np.where(u < .9, chance, targets))
     return tokens, positions, targets
 
 # %% ../nbs/00_data.ipynb #5d2cebba
@@ -810,9 +818,14 @@ class Stream:
                  mask_prob: float = .15,  # share of the real tokens to predict
                  name: str = 'train'):    # streams with other names draw independently
         self.corpus, self.batch_size, self.seq_len, self.seed = corpus, batch_size, seq_len, seed
-        self.vocab_size, self.mask_prob, self.name = vocab_size, mask_prob, name
+        self.vocab_size, self.mask_prob = vocab_size, mask_prob
         self.rows = _rows(corpus, seq_len)                  # [n_rows, T], a view of the mapped file
-        self._key = [seed, zlib.crc32(corpus.lang.encode()), zlib.crc32(name.encode())]
+        self._draw_as(name)
+
+    def _draw_as(self, name):
+        "Take the random numbers that belong to a name."
+        lang, self.name = self.corpus.lang, name
+        self._key = [self.seed, zlib.crc32(lang.encode()), zlib.crc32(name.encode())]
         self._order = functools.lru_cache(2)(self._permute)
 
     @property
@@ -830,13 +843,16 @@ class Stream:
         epoch, place = place // self.n_rows, place % self.n_rows
         epochs = np.unique(epoch).tolist()                   # nearly always one
         index = np.concatenate([self._order(e)[place[epoch == e]] for e in epochs])
-        rng = np.random.default_rng([2, *self._key, k])
-        return _batch(self.rows[index], rng, self.vocab_size, self.mask_prob, self.corpus.lang)
+        return self._hide(self.rows[index], np.random.default_rng([2, *self._key, k]))
 
-    def fork(self, name: str) -> 'Stream':
-        "Give a stream over the same text that draws independently."
-        return Stream(self.corpus, self.batch_size, self.seq_len, self.seed, self.vocab_size,
-                      self.mask_prob, name)
+    def _hide(self, rows, rng):
+        return _batch(rows, rng, self.vocab_size, self.mask_prob, self.corpus.lang)
+
+    def independent_stream(self, name: str) -> 'Stream':
+        "Return a stream over the same text that draws independently."
+        other = copy.copy(self)
+        other._draw_as(name)
+        return other
 
 # %% ../nbs/00_data.ipynb #f87e4199
 def dev_batches(corpus: Corpus,          # held-out text

@@ -13,11 +13,11 @@ __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale',
            'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
-import itertools, json, math, multiprocessing, os, shutil, tempfile, time
+import itertools, json, math, multiprocessing, os, shutil, sys, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -31,15 +31,16 @@ from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_json
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
-from .distributed import cpu_count, first_process_first, launch, rank_and_world_size
-from .pretrain import (Feed, JointStep, TrainConfig, config_hash, perplexity,
+from .distributed import (cpu_count, first_process_first, launch,
+                                         rank_and_world_size, worker_pool)
+from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
 from .baselines import held_out_report
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep
-from .finetune import GRIDS, FinetuneConfig, be_worker, no_main, search
+from .finetune import GRIDS, FinetuneConfig, search
 from .hub_models import XLM_100, open_encoder
 from .tasks import TASKS, task_rows, task_spec
 
@@ -280,7 +281,7 @@ def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: JsonlLog,
     record.write('done', name=spec.name)
     return record.rows
 
-def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed: Feed,
+def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed: BatchSampler,
                dev: dict[str, list], meta: MetaConfig | None, progress: bool):  # -> model
     "Give the run's pretrained model: from its checkpoint, else trained, from where it was cut."
     at, system, cfg = home/'checkpoint.safetensors', SYSTEMS[spec.system], spec.train
@@ -323,9 +324,12 @@ def keep_lessons(before: Path, path: Path):
     "Take over what an older record of the same weights holds: they have the same perplexities."
     end = lambda rows: next(r['ppl'] for r in rows if r['kind'] == 'end')
     old, record = read_jsonl(before), JsonlLog(path)
-    if end(old) == end(record.rows):
-        for row in old:
-            if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
+    if end(old) != end(record.rows):
+        print(f'{path.parent} now has other weights; what was done with the old ones is kept in '
+              f'{before}', file=sys.stderr)
+        return
+    for row in old:
+        if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
     before.unlink()
 
 def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, lang: str,
@@ -365,14 +369,14 @@ def usable(task: str, source, lang: str, split: str) -> bool:
     except InputError: return False
 
 def text_of(spec: RunSpec, tokenizer, corpora: dict,
-            meta: MetaConfig | None = None):  # -> Feed, {language: held-out batches}
+            meta: MetaConfig | None = None):  # -> BatchSampler, {language: held-out batches}
     "Deal a run's text: batches to train on, and others to measure perplexity on."
     cfg = spec.train
     stream = lambda text: Stream(text, cfg.batch_size, cfg.seq_len, cfg.seed,
                                  tokenizer.vocab_size, cfg.mask_prob)
     streams = lambda split: {l: stream(corpora[l][split]) for l in spec.langs}
     apart = meta and meta.validation == 'held-out'
-    feed = Feed(streams('train'), cfg, streams('validation') if apart else None, device())
+    feed = BatchSampler(streams('train'), cfg, streams('validation') if apart else None, device())
     # the test split: a meta step may be validated on the other one
     return feed, {l: dev_batches(corpora[l]['test'], 64, cfg.seq_len, tokenizer.vocab_size,
                                  cfg.mask_prob, n_batches=8) for l in spec.langs}
@@ -402,7 +406,7 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
     model = load_model(home/'checkpoint.safetensors', tokenizer, device=device())
     return spec, source, tokenizer, corpora, model
 
-def prune_model(model, feed: Feed,
+def prune_model(model, feed: BatchSampler,
                 dev: dict[str, list],  # {language: held-out batches}
                 cfg: PruneConfig,
                 folder,  # for the gates; those that it holds are not learned again
@@ -569,7 +573,7 @@ def run_all(specs: list[RunSpec], folder, workers: int | None = None,
     if executor: return (yield from as_they_end(executor, todo, folder, []))
     while todo:                             # once, unless a worker is killed
         waiting = []
-        with local_workers(min(workers or side_by_side(), len(todo))) as pool:
+        with worker_pool(min(workers or side_by_side(), len(todo))) as pool:
             yield from as_they_end(pool, todo, folder, waiting)
         todo = waiting
 
@@ -596,23 +600,6 @@ def as_they_end(executor, specs: list[RunSpec], folder, waiting: list[RunSpec]) 
             else: yield spec, failed or job.result()
         if isinstance(executor, ProcessPoolExecutor): started |= {j for j in jobs if j.running()}
         time.sleep(.2)
-
-@contextmanager
-def local_workers(n: int):
-    "Start processes, each with one thread and, where there are GPUs, one of them."
-    spawn = multiprocessing.get_context('spawn')
-    numbers = spawn.Queue()
-    for i in range(n): numbers.put(i)
-    with no_main():
-        pool = ProcessPoolExecutor(n, spawn, take_turn, (numbers,))
-        try: yield pool
-        finally: pool.shutdown(cancel_futures=True)
-
-def take_turn(numbers):
-    "Keep a worker to its core and, where there are GPUs, to one of them."
-    be_worker()
-    if n := torch.cuda.device_count(): torch.cuda.set_device(numbers.get() % n)
-
 
 # %% ../nbs/07_experiments.ipynb #c309612c
 def metrics(records: list[list[dict]],  # of one system and seed: one record, or mono's several

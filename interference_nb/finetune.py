@@ -5,20 +5,17 @@
 # %% auto #0
 __all__ = ['GRIDS', 'FinetuneConfig', 'TaskModel', 'predict', 'evaluate', 'evaluate_languages', 'make_optimizer', 'Trainer',
            'tune', 'finetune', 'read_tests', 'check_model', 'describe_inputs', 'run_config', 'grid_points', 'search',
-           'trial', 'read_trial', 'side_by_side', 'take_trials', 'trial_there', 'be_worker', 'end_with_parent',
-           'no_main']
+           'trial', 'read_trial', 'run_trials']
 
 # %% ../nbs/06_finetune.ipynb #db95f6a8
-import copy, itertools, math, multiprocessing, os, pickle, sys
-import tempfile, threading, time
+import copy, itertools, math, pickle, tempfile, time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from .distributed import worker_pool
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
                                    save_checkpoint, weights_hash)
 from .pretrain import restore_training_state, run_info, same_config, training_state
@@ -363,7 +360,7 @@ def search(
     jobs = [(replace(cfg, **c), Path(folder)/n if folder else None)
             for c, n in zip(changes, names, strict=True)]
     shared = model, tokenizer, task, source, train_lang, progress
-    done = side_by_side(jobs, shared, workers) if workers > 1 else (trial(j, *shared) for j in jobs)
+    done = run_trials(jobs, shared, workers)
     trials, best, top = [], None, -math.inf
     for change, name, job, (row, weights) in zip(changes, names, jobs, done, strict=True):
         trials.append(change | row)
@@ -404,45 +401,27 @@ def read_trial(
     return dict(best_epoch=rows[-1]['best_epoch'], dev=dev, wall_s=rows[-1]['wall_s'])
 
 # %% ../nbs/06_finetune.ipynb #cf6063e3
-_given = []         # in a process for trials: what they share
-
-def side_by_side(jobs: list, given: tuple, workers: int) -> Iterator:   # results in the jobs' order
-    "Run trials in processes, each on one device: the GPUs in turn, else a core."
-    model, tokenizer, task, *rest = given
+def run_trials(
+    jobs: list,         # (settings, folder or None) of each trial
+    shared: tuple,      # the other arguments of `trial`
+    workers: int,       # processes, each with one GPU, in turn, or one core
+) -> Iterator[tuple]:   # what `trial` returns, in the jobs' order
+    "Run trials; raises `InputError` for a model or task that other processes cannot be sent."
+    if workers == 1:
+        yield from (trial(job, *shared) for job in jobs)
+        return
+    model, tokenizer, task, *rest = shared
     if isinstance(task, TaskSpec) and TASKS.get(task.name) is task: task = task.name
     try: data = pickle.dumps((copy.deepcopy(model).cpu(), tokenizer, task, *rest))
     except (pickle.PicklingError, AttributeError, TypeError) as e:
         raise InputError(f'cannot send this search to other processes ({e}). Use workers=1, or '
                          'functions and classes that a module defines.') from None
-    spawn = multiprocessing.get_context('spawn')
-    turns = spawn.SimpleQueue()
-    for i in range(workers): turns.put(i)
-    with no_main(), ProcessPoolExecutor(workers, spawn, take_trials, (data, turns)) as pool:
-        yield from pool.map(trial_there, jobs)
+    with worker_pool(workers, _share, (data,)) as pool: yield from pool.map(_shared_trial, jobs)
 
-def take_trials(data: bytes, turns):
-    "Prepare a process for trials: what they share, on its own device."
-    be_worker()
+_shared = []            # in a worker of `run_trials`: what all trials have in common
+
+def _share(data: bytes):
     model, *rest = pickle.loads(data)       # from the parent's memory, never from a file
-    i, n = turns.get(), torch.cuda.device_count()
-    _given[:] = model.to(f'cuda:{i % n}' if n else 'cpu'), *rest
+    _shared[:] = model.to('cuda' if torch.cuda.is_available() else 'cpu'), *rest
 
-def trial_there(job): return trial(job, *_given)
-
-def be_worker():
-    "Keep a worker to its core, and end it with its parent: a killed command writes no more."
-    torch.set_num_threads(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-@contextmanager
-def no_main():
-    "Keep workers from running the caller's script or notebook again: they need this package only."
-    main = sys.modules['__main__']
-    kept = {k: main.__dict__.pop(k) for k in ('__file__', '__spec__') if k in main.__dict__}
-    main.__spec__ = None
-    try: yield
-    finally: main.__dict__.update(kept)
+def _shared_trial(job): return trial(job, *_shared)

@@ -29,7 +29,8 @@ from .data import SPLITS, Batch, _find, _key, disk_needed
 from .files import InputError, free_space
 from .transformer import ModelConfig
 from .distributed import traffic
-from .pretrain import Feed, TrainConfig, check_shares, prepare_model, run_info
+from .pretrain import (BatchSampler, TrainConfig, check_shares, prepare_model,
+                                      run_info)
 from .adapters import MultilingualLM
 from .meta_adapters import MetaConfig
 from .experiments import (SYSTEMS, RunSpec, aside, checkpoint_size, complete, cost,
@@ -162,7 +163,8 @@ class StepSpec:
             opt.zero_grad()
         streams = lambda: {l: SameBatch(self.random_batch(l)) for l in self.langs}
         apart = getattr(step, 'meta', None) and step.meta.validation == 'held-out'
-        feed = Feed(streams(), replace(self.train, steps=1000), streams() if apart else None)
+        feed = BatchSampler(streams(), replace(self.train, steps=1000),
+                            streams() if apart else None)
         feed.device = self.device           # and no thread that draws ahead: it would not count
         return step, feed
 
@@ -182,7 +184,7 @@ class SameBatch:
     corpus: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(n_sentences=1))
 
     def batch(self, i: int) -> Batch: return self.one
-    def fork(self, name: str) -> 'SameBatch': return self
+    def independent_stream(self, name: str) -> 'SameBatch': return self
 
 def cycle(
     step,  # that `StepSpec.build` made

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['tagging', 'TASKS', 'classifying', 'MAX_ANSWER', 'Feature', 'cut_between_words', 'encode_tags', 'spans', 'count_spans',
            'span_f1', 'TaskSpec', 'total_score', 'check_label', 'clean_tags', 'linear_head', 'tagging_loss',
-           'decode_tags', 'score_tags', 'task_spec', 'TaskBatch', 'TaskData', 'task_rows', 'has_rows', 'read_data',
-           'FirstPosition', 'encode_pairs', 'clean_label', 'score_label', 'windows', 'encode_qa', 'span_loss',
-           'decode_span', 'normalise_answer', 'word_f1', 'score_qa', 'clean_qa']
+           'decode_tags', 'score_tags', 'task_spec', 'TaskBatch', 'TaskData', 'task_rows', 'read_data', 'FirstPosition',
+           'encode_pairs', 'clean_label', 'score_label', 'windows', 'encode_qa', 'span_loss', 'decode_span',
+           'normalise_answer', 'word_f1', 'score_qa', 'clean_qa']
 
 # %% ../nbs/06b_tasks.ipynb #6db49d4e
 import math, re, string, unicodedata, zlib
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .data import BOS, EOS, NER_LABELS, NLI_LABELS, PAD, UPOS_LABELS
+from .data import NER_LABELS, NLI_LABELS, UPOS_LABELS
 from .data import TASKS as COLUMNS
 from .files import InputError
 
@@ -49,17 +49,17 @@ def cut_between_words(
 def encode_tags(
     rows: list[dict],       # examples with 'tokens' and 'labels' (ids)
     spec: 'TaskSpec',       # the task
-    tokenizer,              # anything with encode_words
+    tokenizer,              # anything with encode_words, bos and eos
     max_len: int,           # longest input in tokens, with <s> and </s>
 ) -> list[Feature]:         # in the order of the rows; long rows give several
     "Put each word's label on its first subword [paper sec. 3.2]."
-    features = []
+    features, bos, eos = [], tokenizer.bos, tokenizer.eos
     for r, row in enumerate(rows):
         ids, first = tokenizer.encode_words(row['tokens'])
         for a, b, start, end in cut_between_words(first, len(ids), max_len - 2):
             positions, targets = [1 + f - start for f in first[a:b]], [-100] * (end - start + 2)
             for i, label in zip(positions, row['labels'][a:b], strict=True): targets[i] = label
-            features.append(Feature([BOS, *ids[start:end], EOS], targets, r, positions))
+            features.append(Feature([bos, *ids[start:end], eos], targets, r, positions))
     return features
 
 # %% ../nbs/06b_tasks.ipynb #6dd86c64
@@ -207,7 +207,7 @@ class TaskData:
         self.spec, self.rows = spec, [spec.clean(r, spec) for r in rows]
         self.features = spec.encode(self.rows, spec, tokenizer, max_len)
         self.lengths = np.array([len(f.ids) for f in self.features])
-        self.ids = _pad([f.ids for f in self.features], PAD)
+        self.ids = _pad([f.ids for f in self.features], tokenizer.pad)
         self.targets = _pad([f.targets for f in self.features], -100)
 
     def batch(
@@ -256,15 +256,10 @@ def task_rows(
 ) -> list[dict]:            # in the hub's schema
     "Return a split's rows; without a test set, validation takes its place and training gives some."
     rows = lambda split: source.examples(spec.data, lang, split)
-    if not spec.no_test or has_rows(spec, source, lang, 'test'): return rows(split)
+    if not spec.no_test or source.count(spec.data, lang, 'test'): return rows(split)
     if split == 'test': return rows('validation')
     return [row for row in rows('train')
             if (zlib.crc32(row['context'].encode()) % 10 == 0) == (split == 'validation')]
-
-def has_rows(spec: TaskSpec, source, lang: str, split: str) -> bool:
-    "Say whether a source has rows of a task."
-    try: return len(source.examples(spec.data, lang, split)) > 0
-    except InputError: return False
 
 # %% ../nbs/06b_tasks.ipynb #19500249
 def read_data(
@@ -301,15 +296,15 @@ class FirstPosition(nn.Linear):
 def encode_pairs(
     rows: list[dict],       # examples with 'premise', 'hypothesis' and 'label'
     spec: TaskSpec,
-    tokenizer,              # anything with encode
+    tokenizer,              # anything with encode, bos and eos
     max_len: int,           # longest input, in tokens
 ) -> list[Feature]:         # one for each row
     "Put premise and hypothesis in one feature; if they do not fit, the longer loses its tail."
-    features = []
+    features, bos, eos = [], tokenizer.bos, tokenizer.eos
     for r, row in enumerate(rows):
         a, b = (tokenizer.encode(row[part]) for part in ('premise', 'hypothesis'))
         while len(a) + len(b) > max_len - 3: (a if len(a) > len(b) else b).pop()
-        features.append(Feature([BOS, *a, EOS, *b, EOS], [row['label']], r, [0]))
+        features.append(Feature([bos, *a, eos, *b, eos], [row['label']], r, [0]))
     return features
 
 def clean_label(row: dict, spec: TaskSpec) -> dict:
@@ -340,11 +335,11 @@ def windows(
 def encode_qa(
     rows: list[dict],       # examples as `clean_qa` returns them
     spec: TaskSpec,
-    tokenizer,              # anything with encode and encode_offsets
+    tokenizer,              # anything with encode, encode_offsets, bos and eos
     max_len: int,           # longest input, in tokens
 ) -> list[Feature]:         # one for each window, in the order of the rows
     "Put a question before each window of its context; raises `InputError` if no context fits."
-    features = []
+    features, bos, eos = [], tokenizer.bos, tokenizer.eos
     for r, row in enumerate(rows):
         question, (text, start) = tokenizer.encode(row['question']), row['gold'][0]
         ids, offsets = tokenizer.encode_offsets(row['context'])
@@ -357,7 +352,7 @@ def encode_qa(
         for a, b in windows(len(ids), room):
             whole = hit and a <= hit[0] and hit[-1] < b
             targets = [shift + hit[0] - a, shift + hit[-1] - a] if whole else [0, 0]
-            features.append(Feature([BOS, *question, EOS, *ids[a:b], EOS], targets, r,
+            features.append(Feature([bos, *question, eos, *ids[a:b], eos], targets, r,
                                     [*range(shift, shift + b - a)], offsets[a:b]))
     return features
 

@@ -79,7 +79,7 @@ def zipf_table(items: list, # from frequent to rare
 
 # %% ../nbs/00a_toy_languages.ipynb #2f7809bb
 class World:
-    "Hold the concepts that all languages share, and facts about them."
+    "Concepts that all languages share, and facts about them."
     def __init__(self,
                  size: str = 'small', # 'small' (4 topics) or 'big' (6 topics, twice the words)
                  seed: int = 0,       # of the object topics and of the split
@@ -115,7 +115,7 @@ class World:
 
 # %% ../nbs/00a_toy_languages.ipynb #c57252d8
 class NounPhrase(NamedTuple):
-    "Hold the meaning of a noun phrase; -1 stands for none."
+    "Meaning of a noun phrase; -1 stands for none."
     kind: str                # 'NOUN', 'PER', 'ORG', 'LOC' or 'PRON'
     head: int                # noun, name or pronoun
     plural: bool = False     # more than one
@@ -127,7 +127,7 @@ class NounPhrase(NamedTuple):
 
 # %% ../nbs/00a_toy_languages.ipynb #f30356ed
 class Clause(NamedTuple):
-    "Hold the meaning of a clause."
+    "Meaning of a clause."
     verb: int                # decides what else there is
     subject: NounPhrase
     object: NounPhrase | None = None
@@ -138,7 +138,7 @@ class Clause(NamedTuple):
     order: float = 0.        # in [0, 1): chooses where a language has several word orders
 
 class Meaning(NamedTuple):
-    "Hold the meaning of a sentence."
+    "Meaning of a sentence."
     topic: int
     clauses: tuple[Clause, ...]  # one or two
     conjunction: int = -1    # joins the two
@@ -221,7 +221,7 @@ def draw_meaning(world: World, # the concepts
 # %% ../nbs/00a_toy_languages.ipynb #4e41829c
 @dataclass(frozen=True)
 class Language:
-    "Say how one language realises the common grammar; the defaults are English."
+    "How one language realises the common grammar; the defaults are English."
     name: str = 'English'         # for people
     order: tuple = (('SVO', 1.),) # word orders, and how often each
     adjective_after: bool = False # after its noun
@@ -535,7 +535,7 @@ def draw_pair(world: World, # the concepts
 
 # %% ../nbs/00a_toy_languages.ipynb #575497c8
 class Question(NamedTuple):
-    "Hold the meaning of a question and of the two clauses to find the answer in."
+    "Meaning of a question and of the two clauses to find the answer in."
     topic: int        # of both clauses
     part: str         # asked for: 'S', 'O' or 'P'
     wh: int           # the word that asks
@@ -650,7 +650,7 @@ class ToySource(Source):
         self.speakers = {x: Speaker(self.world, x, words[x]) for x in self.languages}
 
     def text(self, lang: str, split: str = 'train') -> Iterator[str]:
-        "Give documents: a sentence each or, with `pairs`, two lines."
+        "Yield documents: a sentence each or, with `pairs`, two lines."
         u, v = self._uniforms('text', lang, split), self._uniforms('pairs', lang, split)
         n, s = self.sizes[lang] if split == 'train' else self.n_dev, self.speakers[lang]
         if self.pairs: return islice(_pairs(self.world, s, split, u, v, self.max_pieces), n)
@@ -658,7 +658,7 @@ class ToySource(Source):
         return (line for _, (line,) in islice(sentences, n))
 
     def examples(self, task: str, lang: str, split: str) -> list[dict]:
-        "Give labelled rows in the hub's schema; those of validation and test are translations."
+        "Return labelled rows in the hub's schema; those of validation and test are translations."
         if task not in TASKS:
             raise InputError(f"unknown task {task!r}. Choose from: {', '.join(TASKS)}.")
         label, s = dict(ner=_ner, pos=_pos, nli=_nli, qa=_qa)[task], self.speakers.get(lang)

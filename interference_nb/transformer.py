@@ -21,7 +21,7 @@ from .files import InputError
 # %% ../nbs/01_transformer.ipynb #7b00f673
 @dataclass(frozen=True)
 class ModelConfig:
-    "Say how large the encoder is [paper sec. 3.2]."
+    "Encoder configuration [paper sec. 3.2]; raises `InputError` for sizes that do not fit."
     vocab_size: int                 # V, number of subwords
     dim: int = 512                  # D, width of every hidden vector
     n_layers: int = 8               # N
@@ -47,25 +47,25 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:    # tokens of one head
-        "Give the width of one head."
+        "Return the width of one head."
         return self.head_dim or self.dim // self.n_heads
 
     @classmethod
     def toy(cls, vocab_size: int, **kw):
-        "Make the size used for the toy languages."
+        "Return the size used for the toy languages."
         return cls(vocab_size, **{**dict(dim=32, n_layers=2, n_heads=2, ffn_dim=128, max_len=64,
                                          dropout=0., attention_dropout=0., isolate_documents=True),
                                   **kw})
 
     @classmethod
     def mini(cls, vocab_size: int, **kw):
-        "Make a size that two CPU cores train on real text in minutes."
+        "Return a size that two CPU cores train on real text in minutes."
         return cls(vocab_size, **{**dict(dim=128, n_layers=4, n_heads=4, ffn_dim=512,
                                          max_len=128), **kw})
 
     @classmethod
     def paper(cls, vocab_size: int = 32000, **kw):
-        "Make the paper's size: 8 layers, 12 heads, 512 wide, 2048 inner [paper sec. 3.2]."
+        "Return the paper's size: 8 layers, 12 heads, 512 wide, 2048 inner [paper sec. 3.2]."
         return cls(vocab_size, **kw)
 
 
@@ -79,10 +79,10 @@ def upgrade_model(
 
 # %% ../nbs/01_transformer.ipynb #ecda8c38
 class ByLanguage(nn.ModuleDict):
-    "Hold one module per language and route each call to the one that `lang` names [paper App. B]."
+    "One module per language; a call goes to the one that `lang` names [paper App. B]."
     def add_module(self, name, module):
         if '.' in name: raise InputError(f'language code {name!r} has a dot. Use another code.')
-        self._modules[name] = module    # unchecked: `to` is a method of modules, and Tongan
+        self._modules[name] = module    # nn.Module refuses the names of its methods: `to`, Tongan
 
     def pick(self, lang: str | None) -> nn.Module:  # lang: language code
         "Return the module of `lang`; raises `InputError` for a language without one."
@@ -200,7 +200,7 @@ class Block(nn.Module):
 
 # %% ../nbs/01_transformer.ipynb #1497cb1f
 class Vector(nn.Module):
-    "Hold one learned vector: the embedding of one language."
+    "One learned vector: the embedding of one language."
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(dim) * dim ** -.5)
@@ -260,7 +260,7 @@ class MaskedLM(nn.Module):
         return same if mask is None else same & mask, t - start
 
     def check(self, tokens, lang):
-        "Refuse what the model was not built for, naming it."
+        "Raise `InputError` for what the model was not built for, naming it."
         c = self.cfg
         if tokens.shape[1] > c.max_len:
             raise InputError(f'sequence of {tokens.shape[1]} tokens, but the model reads at most '

@@ -10,6 +10,7 @@ file: it is no part of `make test` and runs on demand.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -23,8 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import hypothesis  # noqa: F401  (here and below: imported once, before processes are forked)
+import pytest
+import scipy.stats  # noqa: F401
+import torch._dynamo  # noqa: F401
+
 ROOT = Path(__file__).resolve().parent.parent
 ORACLES, PROPERTIES = 'tests/test_oracles.py', 'tests/test_properties.py'
+FORMULAS = 'tests/test_formulas.py'
 
 
 @dataclass(frozen=True)
@@ -43,16 +50,190 @@ class Edit:
 
 def oracle(*names): return tuple(f'{ORACLES}::{n}' for n in names)
 
+DATA = (PROPERTIES, FORMULAS, 'nbs/00_data.ipynb')
+PRETRAIN = (PROPERTIES, FORMULAS, 'nbs/01a_pretrain.ipynb')
+ADAPTERS = (FORMULAS, 'nbs/02_adapters.ipynb')
+GATES = (f'{PROPERTIES}::test_gates_lie_between_closed_and_open', FORMULAS,
+         'nbs/03_l0_pruning.ipynb')
+PROBES = (FORMULAS, 'nbs/04_gradient_probes.ipynb')
+META = oracle('test_meta_step_is_algorithm_1') + (FORMULAS, 'nbs/05_meta_adapters.ipynb')
+FINETUNE = (FORMULAS, ORACLES, 'nbs/06_finetune.ipynb')
+TASKS = (PROPERTIES, FORMULAS, 'nbs/06b_tasks.ipynb')
+
+
+def prop(*names): return tuple(f'{PROPERTIES}::{n}' for n in names)
+
 
 EDITS = (
-    # the faults that once passed every test
+    # ---- data ----
+    Edit('00_data', 'p = (L / L.sum()) ** (1 / T)', 'p = (L / L.sum()) ** T',
+         'the temperature the wrong way round', prop('test_temperature_flattens_the_sizes')),
+    Edit('00_data', 'np.flatnonzero(word[flat])', 'np.arange(len(flat))',
+         'borders and padding are hidden, too', prop('test_hiding_and_restoring_are_inverse')),
+    Edit('00_data', 'np.where(u < .8, mask', 'np.where(u < .9, mask',
+         '90 percent masks, no random tokens', DATA),
+    Edit('00_data', 'M, replace=False', 'M, replace=True',
+         'a token may be hidden twice', prop('test_hiding_and_restoring_are_inverse')),
+    Edit('00_data', 'chance = words[rng.integers(0, len(words), M)]',
+         'chance = rng.integers(0, vocab_size, M)', 'special tokens among the random ones',
+         prop('test_hiding_and_restoring_are_inverse')),
+    Edit('00_data', 'np.random.default_rng([1, *self._key, epoch])',
+         'np.random.default_rng([1, *self._key])', 'every epoch in the same order', DATA),
+    Edit('00_data', 'np.random.default_rng([2, *self._key, k])',
+         'np.random.default_rng([2, *self._key])', 'every batch hides the same places', DATA),
+    Edit('00_data', 'zlib.crc32(lang.encode()), zlib.crc32(name.encode())]',
+         'zlib.crc32(lang.encode())]', 'streams of other names draw the same batches',
+         oracle('test_validation_batches_are_not_the_training_batches')),
+    Edit('00_data', 'np.asarray(corpus.ids)[:n * seq_len]',
+         'np.asarray(corpus.ids)[-n * seq_len:]', 'windows leave the beginning of the text off',
+         prop('test_an_epoch_meets_every_window_once')),
+    Edit('00_data', "'test' if u < 2 * held_out", "'test' if u < held_out",
+         'no document is kept for testing', DATA),
+    Edit('00_data', "key = zlib.crc32(f'{seed}:{i}'.encode())", 'key = i',
+         'a capped corpus is its first documents, not a sample', DATA),
+    Edit('00_data', 'for k in range(round(P[lang] * n))', 'for k in range(round(n / len(langs)))',
+         'the vocabulary is learned without the language distribution', DATA),
+    Edit('00_data', 'out.extend(tokenizer.encode(part)); out.append(EOS)',
+         'out.extend(tokenizer.encode(part))', 'documents do not end',
+         oracle('test_reported_perplexity_is_of_the_test_text')),
+    Edit('00_data', 'np.random.default_rng([3, seed, i])', 'np.random.default_rng()',
+         'held-out masks differ from one evaluation to the next',
+         prop('test_held_out_batches_cover_the_text')),
+    Edit('00_data', 'rows[np.linspace(0, len(rows) - 1, n).round().astype(int)]', 'rows[:n]',
+         'perplexity of the beginning of the held-out text only', DATA),
+    # ---- pretrain ----
+    Edit('01a_pretrain', 'sampling_probabilities(sizes, cfg.temperature)',
+         'sampling_probabilities(sizes)', 'batches that ignore the temperature',
+         oracle('test_languages_are_drawn_with_the_temperature')),
+    Edit('01a_pretrain', 'torch.nn.utils.clip_grad_norm_(params, self.cfg.clip)', 'pass',
+         'no gradient clipping in pretraining', oracle('test_pretraining_steps_clip')),
+    Edit('01a_pretrain', 'up = min((k + 1) / max(cfg.warmup, 1), 1.)', 'up = 1.', 'no warm-up',
+         PRETRAIN),
+    Edit('01a_pretrain', '(cfg.steps - k) / max(cfg.steps - cfg.warmup, 1)',
+         '(cfg.steps - k) / cfg.steps', 'the linear schedule falls during the warm-up',
+         prop('test_the_rate_peaks_once')),
+    Edit('01a_pretrain', 'self.turn[own] = np.arange(own.sum())', 'self.turn[own] = 0',
+         'a language sees its first batch again and again',
+         prop('test_processes_share_a_step_and_languages_run_on')),
+    Edit('01a_pretrain', 'range(turn * n + self.rank, turn * n + n, self.world)',
+         'range(turn * n, turn * n + n, self.world)', 'all processes take the same batches',
+         prop('test_shards_are_a_partition_for_any_number_of_processes')),
+    Edit('01a_pretrain', "{l: s.independent_stream('fresh') for l, s in streams.items()}",
+         'dict(streams)', 'validation batches are the training batches',
+         oracle('test_validation_batches_are_not_the_training_batches')),
+    Edit('01a_pretrain', '    model.eval()\n    device = next', '    device = next',
+         'perplexity under dropout', PRETRAIN),
+    Edit('01a_pretrain', 'self.model.loss(b) / len(batches)', 'self.model.loss(b)',
+         'gradients of accumulated batches are added, not averaged', PRETRAIN),
+    Edit('01a_pretrain', 'np.random.default_rng([cfg.seed, 7919])',
+         'np.random.default_rng([7919])', 'languages come in the same order with every seed',
+         PRETRAIN),
+    Edit('01a_pretrain', 'dict(state=moments,', 'dict(state={},',
+         "a resumed run forgets Adam's moments", PRETRAIN),
+    Edit('01a_pretrain', 'lr=cfg.lr, betas=cfg.betas, fused=True', 'lr=cfg.lr, fused=True',
+         "Adam's averaging rates are not the config's", PRETRAIN),
+    Edit('01a_pretrain', 'float(total) / sum(len(b.targets) for b in batches)',
+         'float(total) / sum(b.tokens.numel() for b in batches)',
+         'perplexity per token, not per masked token',
+         oracle('test_reported_perplexity_is_of_the_test_text')),
+    # ---- adapters ----
+    Edit('02_adapters', 'return self.up(h) + z', 'return self.up(h)', 'no residual', ADAPTERS),
+    Edit('02_adapters', 'h = F.gelu(self.down(z))', 'h = self.down(z)', 'a linear adapter',
+         ADAPTERS),
+    Edit('02_adapters', 'nn.init.zeros_(self.up.weight)', 'pass',
+         'an untrained adapter is not the identity', ADAPTERS),
+    Edit('02_adapters', '{l: copy.deepcopy(new) for l in self.langs}',
+         '{l: new for l in self.langs}', 'languages share their "own" modules', ADAPTERS),
+    Edit('02_adapters', "if variant != 'share_adpt':", 'if True:',
+         'shared adapters are not shared', ADAPTERS),
+    Edit('02_adapters', 'self.named_parameters() if n not in specific}',
+         'self.named_parameters()}', 'theta holds phi, too', ADAPTERS),
+    Edit('02_adapters', "'attn': ('attention',)", "'attn': ('ffn',)",
+         'attn gives feed-forward layers to the languages', ADAPTERS),
+    Edit('02_adapters', 'new = copy.deepcopy(routes.pick(like))', 'new = routes.pick(like)',
+         "a new language trains the other one's modules", ADAPTERS),
+    # ---- l0_pruning ----
+    Edit('03_l0_pruning', 'log_alpha - self.temperature * math.log(-self.low / self.high)',
+         'log_alpha + self.temperature * math.log(-self.low / self.high)',
+         'the expected L0 with the wrong sign', GATES[:1]),
+    Edit('03_l0_pruning', '(torch.logit(u) + log_alpha) / self.temperature',
+         'torch.logit(u) + log_alpha', 'a gate at temperature 1', GATES),
+    Edit('03_l0_pruning', 'z.repeat_interleave(self.shape[self.dim] // self.n)',
+         'z.repeat(self.shape[self.dim] // self.n)', "a head's gate on columns of other heads",
+         GATES),
+    Edit('03_l0_pruning', 'min(1., (k + 1) / max(cfg.warmup, 1)) * share', 'share',
+         'the penalty does not rise slowly', GATES),
+    Edit('03_l0_pruning', 'x.double() - x.double().mean() for x in pair',
+         'x.double() for x in pair', 'centred cosines are not centred', GATES),
+    Edit('03_l0_pruning', 'k[i] & (k.sum(0) == 1)', 'k[i]',
+         "gates of one language only are all of that language's", GATES),
+    Edit('03_l0_pruning', 'p.ndim == 2 and m not in own', 'p.ndim == 2',
+         "gates on a language's own weights", GATES),
+    Edit('03_l0_pruning', 'torch.full((s.n,), float(s.size))', 'torch.ones(s.n)',
+         'a gate over many weights counts as one over few', GATES),
+    Edit('03_l0_pruning', 'for m, gs in gates.items() if m != l for g in gs',
+         'for m, gs in gates.items() for g in gs', "a language's own gates among the others'",
+         GATES),
+    Edit('03_l0_pruning', 'losses[l](s * cfg.steps + k)', 'losses[l](k)',
+         'two prunings of a language see the same batches', GATES),
+    Edit('03_l0_pruning', 's * len(langs) + i, progress', 's, progress',
+         "two languages' prunings share their noise", GATES),
+    # ---- gradient_probes ----
+    Edit('04_gradient_probes', 'cross / math.sqrt(within_a * within_b)',
+         'cross / (within_a * within_b)', 'a cosine corrected twice', PROBES),
+    Edit('04_gradient_probes', 'np.sqrt(sums[0, 0] * sums[1, 1])', 'sums[0, 0]',
+         'a cosine divided by one norm', PROBES),
+    Edit('04_gradient_probes', 'if j != i and dot < 0 and', 'if j != i and',
+         'PCGrad projects gradients that agree',
+         prop('test_projected_gradients_oppose_nobody_they_were_projected_from')),
+    Edit('04_gradient_probes', 'dot = C[i] @ M[:, j]', 'dot = M[i, j]',
+         'PCGrad projects the first gradient each time', PROBES),
+    Edit('04_gradient_probes', '(1 - beta) * hat + beta * phi', 'beta * hat + (1 - beta) * phi',
+         'the vaccine forgets what is usual',
+         prop('test_a_vaccinated_gradient_has_the_expected_cosine')),
+    Edit('04_gradient_probes', 'if phi < hat:', 'if phi < 0:',
+         'the vaccine acts only on opposed gradients',
+         prop('test_a_vaccinated_gradient_has_the_expected_cosine')),
+    Edit('04_gradient_probes', '(k // self.cfg.every * self.turns + turn) * n', 'turn * n',
+         'every probe looks at the same batches', PROBES),
+    Edit('04_gradient_probes', 'new = two[turn % 2].zero_()', 'new = two[turn % 2]',
+         "a gradient on top of the one before the last", PROBES),
+    Edit('04_gradient_probes', "s.independent_stream('probe')", 's',
+         'a probe of the training batches', PROBES),
+    Edit('04_gradient_probes', '            g *= feed.p[lang]\n', '',
+         'combined gradients do not weigh languages as sampling does', PROBES),
+    # ---- meta_adapters ----
     Edit('05_meta_adapters', 'self.losses(batches), self.losses(val), beta,',
          'self.losses(batches), self.losses(\n'
          '                [type(b)(**vars(b) | dict(lang=own[0])) for b in val]), beta,',
-         "validation losses of all languages with the training language's phi",
-         oracle('test_meta_step_is_algorithm_1')),
-    Edit('06_finetune', 'answers = predict(model, data, lang)\n        scores[lang]',
-         'answers = predict(model, data, next(iter(tests)))\n        scores[lang]',
+         "validation losses of all languages with the training language's phi", META[:1]),
+    Edit('05_meta_adapters', 'with perturbed(theta, g, -beta):', 'with perturbed(theta, g, beta):',
+         'the inner step goes uphill', META[:1]),
+    Edit('05_meta_adapters', 'torch._foreach_mul(product, -beta)',
+         'torch._foreach_mul(product, beta)', 'the second-order term with the wrong sign',
+         META[:1]),
+    Edit('05_meta_adapters', '(0.5 / h)', '(1 / h)', 'a finite difference twice as large', META),
+    Edit('05_meta_adapters', 'eps / norm.clamp_min(torch.finfo(torch.float32).tiny)',
+         'eps + 0 * norm', 'the length of the finite difference depends on the gradient', META),
+    Edit('05_meta_adapters', 'with with_rng_state(noise):', 'with nullcontext():',
+         'the finite difference has another dropout than the inner step', META),
+    Edit('05_meta_adapters', "if self.meta.order == 'meta first':",
+         "if self.meta.order != 'meta first':", 'lines 6 and 7 of Algorithm 1 swapped', META[:1]),
+    Edit('05_meta_adapters', 'if l not in own]', 'if l in feed.langs]',
+         "the language's own validation loss is not left out", META[:1]),
+    Edit('05_meta_adapters', 'torch._foreach_add(self.direct, self.second_order)',
+         'self.direct', 'the second-order term is left out', META[:1]),
+    Edit('05_meta_adapters', "return stream.independent_stream('second')", 'return stream',
+         'shared first: the meta step sees the batch that theta has just followed', META),
+    Edit('05_meta_adapters', 'torch._foreach_mul(grads, 1 / len(losses))', 'grads',
+         'gradients of several losses are added, not averaged',
+         prop('test_a_mean_of_losses_has_the_mean_gradient')),
+    Edit('05_meta_adapters', '[p for l in own for p in self.phi[l]], self.scale()',
+         '[p for l in self.phi for p in self.phi[l]], self.scale()',
+         "the meta step moves every language's phi", META[:1]),
+    # ---- finetune and tasks ----
+    Edit('06_finetune', 'scored = _scored(model, data, lang)',
+         'scored = _scored(model, data, next(iter(tests)))',
          "a zero-shot test through another language's modules",
          oracle('test_zero_shot_goes_through_the_languages_own_modules')),
     Edit('06_finetune', 'scores = evaluate(self.model, self.dev, self.lang)',
@@ -60,38 +241,62 @@ EDITS = (
          oracle('test_best_epoch_is_the_development_sets')),
     Edit('06_finetune', "read('validation', cfg.max_dev)", "read('test', cfg.max_dev)",
          'a development set of test rows', oracle('test_best_epoch_is_the_development_sets')),
-    Edit('07_experiments', "dev_batches(corpora[l]['test'],", "dev_batches(corpora[l]['train'],",
-         'perplexity of training text', oracle('test_reported_perplexity_is_of_the_test_text')),
-    Edit('01a_pretrain', 'sampling_probabilities(sizes, cfg.temperature)',
-         'sampling_probabilities(sizes)', 'batches that ignore the temperature',
-         oracle('test_languages_are_drawn_with_the_temperature')),
-    Edit('01a_pretrain', 'torch.nn.utils.clip_grad_norm_(params, self.cfg.clip)', 'pass',
-         'no gradient clipping in pretraining', oracle('test_pretraining_steps_clip')),
     Edit('06_finetune', "for p in g['params']], self.cfg.clip)", "for p in g['params']], 1e9)",
          'no gradient clipping in finetuning', oracle('test_finetuning_clips')),
+    Edit('06_finetune', 'max(self.history, key=', 'min(self.history, key=',
+         'the worst epoch is kept', oracle('test_best_epoch_is_the_development_sets')),
+    Edit('06_finetune', 'if own != lang or cfg.freeze_specific',
+         'if own == lang or cfg.freeze_specific',
+         "the training language's own modules are not tuned", FINETUNE),
+    Edit('06_finetune', '1 - (k + i / n) / cfg.epochs', '1', 'the rate does not fall', FINETUNE),
+    Edit('06_finetune', 'if score > top:', 'if score < top or best is None:',
+         'a search takes the worst trial', FINETUNE),
+    Edit('06_finetune', "row['dev'][row['best_epoch'] - 1]", "row['dev'][-1]",
+         "a search compares last epochs, not best ones", FINETUNE),
+    Edit('06b_tasks', '[1 + f - start for f in first[a:b]]', '[f - start for f in first[a:b]]',
+         "labels on the subword before a word's first", TASKS),
+    Edit('06b_tasks', 'step = (room + 1) // 2', 'step = room', 'windows that do not overlap',
+         prop('test_windows_cover_their_context')),
+    Edit('06b_tasks', '.triu().tril(MAX_ANSWER - 1)', '.tril(MAX_ANSWER - 1)',
+         'answers that end before they start', TASKS),
+    Edit('06b_tasks', 'hidden[:, 0]', 'hidden[:, -1]', 'a pair judged by its last position', TASKS),
+    Edit('06b_tasks', '2 * len(set(g) & set(p))', 'len(set(g) & set(p))', 'half the F1',
+         prop('test_span_f1_is_seqevals')),
+    Edit('06b_tasks', 'return 200 * same / (len(a) + len(b))', 'return 100 * same / len(a)',
+         'precision in place of F1', prop('test_word_f1_is_a_symmetric_share')),
+    # ---- experiments ----
+    Edit('07_experiments', "dev_batches(corpora[l]['test'],", "dev_batches(corpora[l]['train'],",
+         'perplexity of training text', oracle('test_reported_perplexity_is_of_the_test_text')),
     Edit('07_experiments', 'sorted(c.sign * x for x in p.interval)', 'p.interval',
          'verdicts that ignore the sign', oracle('test_verdicts_respect_the_sign')),
+    Edit('07_experiments', 'd.std(ddof=1)', 'd.std()', 'a standard error that is too small',
+         prop('test_paired_is_scipys')),
+    Edit('07_experiments', 't.ppf(.975,', 't.ppf(.95,', 'a 90 percent interval',
+         prop('test_paired_is_scipys')),
 )
 
 
 def apply(edit, folder):
-    "Make an edit in a copy; raises `ValueError` where its text does not stand exactly once."
-    path = folder/'nbs'/f'{edit.notebook}.ipynb'
-    notebook = json.loads(path.read_text(encoding='utf-8'))
+    """Make an edit in a copy; return what takes it out again.
+
+    Raises `ValueError` where its text does not stand exactly once."""
+    path, module = folder/'nbs'/f'{edit.notebook}.ipynb', folder/edit.module
+    kept = {p: p.read_text(encoding='utf-8') for p in (path, module)}
+    notebook, code = json.loads(kept[path]), kept[module]
     cells = [c for c in notebook['cells'] if c['cell_type'] == 'code'
              and ''.join(c['source']).startswith('#| export')]
     sources = [''.join(c['source']) for c in cells]
-    module = folder/edit.module
-    code = module.read_text(encoding='utf-8')
     for where, n in ((path.name, sum(s.count(edit.old) for s in sources)),
                      (module.name, code.count(edit.old))):
         if n != 1: raise ValueError(f'{n} times in {where}: {edit.old!r} ({edit.breaks})')
     for cell, source in zip(cells, sources, strict=True):
         cell['source'] = source.replace(edit.old, edit.new).splitlines(keepends=True)
+    code = code.replace(edit.old, edit.new)
+    compile(code, edit.module, 'exec')
     path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + '\n',
                     encoding='utf-8')
-    module.write_text(code.replace(edit.old, edit.new), encoding='utf-8')
-    compile(module.read_text(encoding='utf-8'), edit.module, 'exec')
+    module.write_text(code, encoding='utf-8')
+    return lambda: [p.write_text(text, encoding='utf-8') for p, text in kept.items()]
 
 
 def copy_project(folder):
@@ -105,27 +310,36 @@ def copy_project(folder):
     return folder
 
 
-def restore(edit, folder):
-    "Take an edit out of a copy."
-    for name in (f'nbs/{edit.notebook}.ipynb', edit.module): shutil.copy2(ROOT/name, folder/name)
+def pytest_there(folder, tests, log):
+    "Run pytest in a copy, in a process that has torch and the rest imported, but none of ours."
+    os.setsid()
+    for fd in (1, 2): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    os.environ |= dict(PYTHONPATH=str(folder), PYTHONDONTWRITEBYTECODE='1', OMP_NUM_THREADS='1')
+    code = pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '--tb=line', *tests])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def run_tests(folder, tests, timeout):
     "Run tests in a copy; return whether they passed, and the first that failed or why none did."
-    environment = os.environ | dict(PYTHONPATH=str(folder), OMP_NUM_THREADS='1')
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '--tb=line',
-               *tests]
-    with subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, start_new_session=True) as process:
-        try: out, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return False, f'no end after {timeout} s'
-    if process.returncode == 0: return True, ''
+    log = folder.parent/'log'
+    process = multiprocessing.get_context('fork').Process(
+        target=pytest_there, args=(folder, tests, log))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return False, f'no end after {timeout} s'
+    out = log.read_text(errors='replace')
+    if process.exitcode == 0: return True, ''
     failed = [line.split()[1] for line in out.splitlines() if line.startswith(('FAILED', 'ERROR'))]
     line = re.search(r'/tests/test_\w+\.py:(\d+): ', out)
     if failed: return False, failed[0] + (f', line {line[1]}' if line else '')
-    raise RuntimeError(f'pytest ended with {process.returncode} on {" ".join(tests)}:\n{out}')
+    raise RuntimeError(f'pytest ended with {process.exitcode} on {" ".join(tests)}:\n{out}')
 
 
 def parse_arguments():
@@ -143,9 +357,8 @@ def check(edits, folder):
     "Make every edit once; end with a list of those that cannot be made."
     wrong = []
     for edit in edits:
-        try: apply(edit, folder)
+        try: apply(edit, folder)()
         except (ValueError, SyntaxError, OSError) as e: wrong.append(str(e))
-        else: restore(edit, folder)
     if wrong: sys.exit('\n'.join(['These edits do not fit the project any more:', *wrong]))
 
 
@@ -193,9 +406,9 @@ def main():
         def trial(edit):
             folder = free.get()
             try:
-                apply(edit, folder)
+                take_out = apply(edit, folder)
                 passed, by = run_tests(folder, edit.tests, args.timeout)
-                restore(edit, folder)
+                take_out()
             finally: free.put(folder)
             return edit, not passed, by
         with ThreadPoolExecutor(args.workers) as pool:

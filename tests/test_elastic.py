@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
-from interference_nb import files, pretrain
+from interference_nb import cli, experiments, files, pretrain
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Stream, dev_batches, prepare_corpus
 from interference_nb.distributed import process_group, launch, rank_and_world_size
-from interference_nb.pretrain import Feed, TrainConfig, train
-from interference_nb.files import JsonlLog, load_checkpoint, read_jsonl
+from interference_nb.pretrain import BatchSampler, TrainConfig, train
+from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_jsonl
+from interference_nb.finetune import FinetuneConfig
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 
@@ -31,7 +32,7 @@ def run(home, folder, callback=calm, cfg=CFG):
     dev = {l: dev_batches(corpora[l]['validation'], 32, 16, V) for l in LANGS}
     torch.manual_seed(0)
     model = MultilingualLM(ModelConfig.toy(V, dim=16, n_layers=1, dropout=.1), LANGS, 'adpt')
-    train(model, Feed({l: stream(l) for l in LANGS}, cfg), cfg, dev, callbacks=[callback],
+    train(model, BatchSampler({l: stream(l) for l in LANGS}, cfg), cfg, dev, callbacks=[callback],
           folder=folder, progress=False)
 
 def forked(*args, before=calm) -> int:  # process id
@@ -155,6 +156,23 @@ def test_a_run_begun_anew_says_where_it_ran(tmp_path, monkeypatch):
     rows = read_jsonl(tmp_path/'run'/'record.jsonl')
     assert [r['hardware'] for r in rows if r['kind'] == 'start'] == ['new']
     assert [r['kind'] for r in rows].count('eval') == 2
+
+def test_weights_that_are_gone_do_not_take_results_with_them(tmp_path):
+    "Pretraining anew keeps what was finetuned, or refuses: rows that training did not make stay."
+    cfg = TrainConfig.toy(steps=6, warmup=2, eval_every=3)
+    scale = experiments.Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16), cfg, {
+        'ner': FinetuneConfig.toy(epochs=1, max_train=32, max_dev=16, max_eval=16)})
+    spec, = experiments.plan(['joint'], LANGS, 1, scale, tasks=('ner',))
+    rows, home = experiments.run(spec, tmp_path), tmp_path/spec.name
+    (home/'checkpoint.safetensors').unlink()
+    with pytest.raises(InputError, match='has rows of finetune.* Put checkpoint.safetensors back'):
+        run(tmp_path, home, cfg=cfg)
+    assert read_jsonl(home/'record.jsonl') == rows
+    cli.pretrain(cli.PretrainConfig(scale.model, cfg, langs=LANGS, out=tmp_path))
+    assert (home/'checkpoint.safetensors').exists()
+    kinds = [[r for r in all_rows if r['kind'] == 'finetune']
+             for all_rows in (rows, read_jsonl(home/'record.jsonl'))]
+    assert kinds[0] == kinds[1] and len(kinds[0]) == 2
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGUSR1, 138),
                                           (signal.SIGINT, 77)])

@@ -31,11 +31,11 @@ def test_live_cells_follow_their_controls(path, monkeypatch):
     monkeypatch.chdir(path.parent)
     monkeypatch.setattr(figures, 'live', lambda plot, **controls: found.append((plot, controls)))
     monkeypatch.setattr(figures, 'slider', lambda *args, **kw: None)
-    monkeypatch.setattr(figures, 'drawn', lambda fig: [object()])         # tested in the notebook
+    monkeypatch.setattr(figures, 'shapes', lambda fig: [object()])         # tested in the notebook
     names = {'__name__': 'notebook'}
     for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source'])
-        if cell['cell_type'] != 'code' or 'drawn(' in source: continue
+        if cell['cell_type'] != 'code' or 'shapes(' in source: continue
         exec(compile(source, path.name, 'exec'), names)
     monkeypatch.undo()
     assert found, 'no live cell'
@@ -52,7 +52,7 @@ def lab(tmp_path):
     pytest.importorskip('jupyterlab')
     (tmp_path / 'nbs' / 'figs').mkdir(parents=True)
     nb = json.loads((FIGS[0].parent / NAME).read_text(encoding='utf-8'))
-    slow = lambda cell: any(f in ''.join(cell['source']) for f in ('slider(', 'drawn('))
+    slow = lambda cell: any(f in ''.join(cell['source']) for f in ('slider(', 'shapes('))
     nb['cells'] = [c | dict(outputs=[]) if c['cell_type'] == 'code' else c
                    for c in nb['cells'] if not slow(c)]
     (tmp_path / 'nbs' / 'figs' / NAME).write_text(json.dumps(nb))

@@ -11,7 +11,7 @@ from interference_nb.hub_models import AnyModel, TextStream, hf_loss, requiremen
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.l0_pruning import PruneConfig, columns, gated, learn_gates, rows
 from interference_nb.meta_adapters import MetaStep, exact, finite_difference, hypergradient
-from interference_nb.pretrain import Feed, JointStep, TrainConfig, train
+from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, train
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 
 LANGS = ('en', 'ar')
@@ -61,8 +61,8 @@ def settings(steps=6, **kw):
 
 
 def run(model, streams, cfg, step=None, **kw):
-    return train(model, Feed(streams, cfg), cfg, {}, step=step and step(model, cfg), progress=False,
-                 **kw)
+    return train(model, BatchSampler(streams, cfg), cfg, {}, step=step and step(model, cfg),
+                 progress=False, **kw)
 
 
 @pytest.mark.parametrize('kind', ['bert', 'xmod', 'xlm'])
@@ -101,10 +101,10 @@ def test_gates_leave_no_trace(data, kind):
     trace = lambda: [(n, id(p), p.requires_grad, id(p.grad))
                      for n, p in model.named_parameters(remove_duplicate=False)]
     before, rng = trace(), torch.get_rng_state()
-    sites = [*columns(model, r'attention\.output\.dense\.weight$', 2),
+    groups = [*columns(model, r'attention\.output\.dense\.weight$', 2),
              *columns(model, r'layer\.\d+\.output\.dense\.weight$'), *rows(model, 'embeddings')]
     assert not any('adapter' in s.weight for s in rows(model, ''))      # a language's own
-    gates = learn_gates(model, lambda k: model.loss(streams['en'].batch(k)), sites,
+    gates = learn_gates(model, lambda k: model.loss(streams['en'].batch(k)), groups,
                         PruneConfig(steps=3, warmup=1))
     with pytest.raises(ZeroDivisionError), gated(model, gates.fixed()):
         assert 1 / 0
@@ -134,7 +134,7 @@ def test_idle_adapters_stay_where_they_are(data):
     streams, V = data
     model = build('xmod', V)
     cfg = settings()
-    step, feed = JointStep(model, cfg), Feed(streams, cfg)
+    step, feed = JointStep(model, cfg), BatchSampler(streams, cfg)
     k = next(k for k in range(1, 6) if feed.lang(k) != feed.lang(0))
     idle = feed.lang(0)                     # has momentum from step 0
     step(0, feed, 1e-2)

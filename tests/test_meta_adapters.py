@@ -11,9 +11,11 @@ from torch import nn
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Corpus, Stream
 from interference_nb.distributed import launch, mean_over_processes, rank_and_world_size
-from interference_nb.meta_adapters import (ESTIMATORS, MetaConfig, MetaStep, exact,
-                                           finite_difference, hypergradient)
-from interference_nb.pretrain import Feed, TrainConfig, seed_step
+from interference_nb.files import InputError
+from interference_nb.meta_adapters import (ESTIMATORS, Estimator, MetaConfig, MetaStep, exact,
+                                           finite_difference, hypergradient, mean_gradient,
+                                           one_sided, perturbed)
+from interference_nb.pretrain import BatchSampler, TrainConfig, seed_step
 from interference_nb.transformer import ModelConfig
 
 
@@ -53,6 +55,71 @@ def little():
     return theta, phi, losses
 
 
+def moved_gradients(train_losses, theta, phi, v, steps):
+    "The gradients by phi at theta + step * v: our own, to build estimators from."
+    for step in steps:
+        with perturbed(theta, v, step): yield flat(mean_gradient(train_losses, phi)[1])
+
+
+def like(phi, vector):
+    return [x.view_as(p) for x, p in zip(vector.split([p.numel() for p in phi]), phi, strict=True)]
+
+
+def five_points(train_losses, theta, phi, v, eps):
+    "The central difference whose error falls with the fourth power of its length."
+    h = eps / flat(v).norm().item()
+    a, b, c, d = moved_gradients(train_losses, theta, phi, v, (-2 * h, -h, h, 2 * h))
+    return like(phi, (a - 8 * b + 8 * c - d) / (12 * h))
+
+
+def from_here(train_losses, theta, phi, v, eps, here):
+    h = eps / flat(v).norm().item()
+    there, = moved_gradients(train_losses, theta, phi, v, [h])
+    return like(phi, (there - flat(here)) / h)
+
+
+def test_an_estimator_of_ones_own():
+    theta, phi, (losses, _) = little()
+    eps, received = .1, []
+    def find(estimator):
+        return hypergradient(theta, phi, losses[0], losses[1:], .5, estimator, eps)
+    truth, own = flat(find(exact).second_order), find(Estimator(five_points, passes=4))
+    error = lambda h: (flat(h.second_order) - truth).norm()
+    assert error(own) < error(find(finite_difference)) / 20
+    assert own.passes == 1 + 4 + 2
+    reusing = find(Estimator(from_here, passes=1, reuses_gradient=True))
+    torch.testing.assert_close(flat(reusing.total), flat(find(one_sided).total))
+
+    def told(train_losses, theta, phi, v, eps):
+        received.append(v)
+        return [torch.ones_like(p) for p in phi]
+    blind = find(Estimator(told, passes=0, needs_v=False))
+    assert received == [[]] and blind.passes == 1 + 2
+    assert torch.equal(flat(blind.second_order), torch.full_like(truth, -.5))
+    assert torch.equal(flat(blind.direct), flat(own.direct))
+
+
+def test_an_estimator_of_ones_own_trains(monkeypatch):
+    monkeypatch.setitem(ESTIMATORS, 'own', Estimator(five_points, passes=4))
+    found, passes = steps(CFG, meta := MetaConfig(estimator='own'))
+    assert passes == meta.passes(len(LANGS)) * CFG.accumulate * CFG.steps
+    truth, _ = steps(CFG, MetaConfig(estimator='exact'))
+    blind, _ = steps(CFG, MetaConfig(estimator='first_order'))
+    assert (found - truth).norm() < (blind - truth).norm() / 100
+    monkeypatch.setitem(ESTIMATORS, 'own', replace(ESTIMATORS['own'], differentiates_twice=True))
+    model, *_ = little_run(CFG, MetaConfig())
+    with pytest.raises(InputError, match="no second derivative, which 'own' needs"):
+        MetaStep(model, replace(CFG, compile=True), meta)
+
+
+@pytest.mark.parametrize('off', [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_switched_off(off):
+    "Every term would be zero."
+    theta, phi, (losses, _) = little()
+    with off(), pytest.raises(InputError, match='Gradients are switched off'):
+        hypergradient(theta, phi, losses[0], losses[1:], .5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('autocast', [False, True])
 def test_gpu_replays_its_noise(autocast):
@@ -90,7 +157,8 @@ def little_run(cfg, meta, device='cpu'):
     step = MetaStep(model, cfg, meta)
     for name, opt in step.optimizers.items():
         step.optimizers[name] = torch.optim.SGD(opt.param_groups[0]['params'])
-    return model, step, Feed({l: stream(i) for i, l in enumerate(LANGS)}, cfg, device=device)
+    streams = {l: stream(i) for i, l in enumerate(LANGS)}
+    return model, step, BatchSampler(streams, cfg, device=device)
 
 
 def steps(cfg, meta):
@@ -161,7 +229,7 @@ def test_validation_batches_are_drawn_ahead(choices):
     cfg = replace(CFG, steps=9)
     _, step, feed = little_run(cfg, MetaConfig(**choices))
     due = [(l, i) for k in range(0, cfg.steps, step.meta.meta_every)
-           for l in step.val_langs(feed, k) for i in feed.share(k)]
+           for l in step.val_langs(feed, k) for i in feed.shard_indices(k)]
     drawn = []
     feed.validation = {l: Watched(s, drawn) for l, s in feed.validation.items()}
     with ThreadPoolExecutor(1) as feed._ahead:
@@ -186,9 +254,9 @@ class Counted:
     def __init__(self, stream): self.stream, self.forks = stream, 0
     def __getattr__(self, name): return getattr(self.stream, name)
 
-    def fork(self, name):
+    def independent_stream(self, name):
         self.forks += 1
-        return self.stream.fork(name)
+        return self.stream.independent_stream(name)
 
 
 @pytest.mark.parametrize('name', ESTIMATORS)

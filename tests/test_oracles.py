@@ -21,7 +21,7 @@ from interference_nb.experiments import SCALES, Claim, RunSpec, run, small, verd
 from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evaluate,
                                       evaluate_languages, finetune, predict, tune)
 from interference_nb.meta_adapters import MetaConfig, MetaStep
-from interference_nb.pretrain import Feed, JointStep, TrainConfig
+from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig
 from interference_nb.tasks import TaskData, read_data, task_spec
 from interference_nb.toy_languages import open_source, toy_tokenizer
 from interference_nb.transformer import ModelConfig
@@ -91,7 +91,7 @@ def test_meta_step_is_algorithm_1(choices):
     beta, lr = .3, .5
     step = MetaStep(model, CFG, MetaConfig(beta=beta, estimator='exact', **choices))
     descent(step)
-    feed = Feed({l: stream(l) for l in LANGS}, CFG)
+    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
     val = feed.validation = {l: Watched(s) for l, s in feed.validation.items()}
     i, (train,) = feed.lang(0), feed.train(0)
     leaf = lambda params: {n: p.detach().clone().requires_grad_() for n, p in params.items()}
@@ -121,7 +121,7 @@ def test_meta_step_is_algorithm_1(choices):
 
 def test_validation_batches_are_not_the_training_batches():
     "Both come from the training text, but no row of one meets the same hidden tokens in the other."
-    feed = Feed({l: stream(l) for l in LANGS}, CFG)
+    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
     for l in LANGS:
         a, b = feed.streams[l].batch(0), feed.validation[l].batch(0)
         assert a.lang == b.lang == l and not torch.equal(restored(a), restored(b))
@@ -149,7 +149,7 @@ def test_pretraining_steps_clip(meta):
     model = apart(MultilingualLM(ModelConfig.toy(60, dropout=0.), LANGS, 'adpt').double())
     step = MetaStep(model, cfg, meta) if meta else JointStep(model, cfg)
     descent(step)
-    feed = Feed({l: stream(l) for l in LANGS}, cfg)
+    feed = BatchSampler({l: stream(l) for l in LANGS}, cfg)
     val = feed.validation = {l: Watched(s) for l, s in feed.validation.items()}
     own, (batch,), named = feed.lang(0), feed.train(0), dict(model.named_parameters())
     phi = [n for n in model.phi[own]] if meta else []
@@ -176,7 +176,7 @@ def test_pretraining_steps_clip(meta):
 def test_languages_are_drawn_with_the_temperature(T, mixed):
     sizes, n = dict(aa=1000, bb=100, cc=10), 6000
     cfg = replace(CFG, steps=n // 3 if mixed else n, accumulate=3, temperature=T, mixed=mixed)
-    feed = Feed({l: Stream(text(l, s), 4, 16, 0, 60) for l, s in sizes.items()}, cfg)
+    feed = BatchSampler({l: Stream(text(l, s), 4, 16, 0, 60) for l, s in sizes.items()}, cfg)
     if mixed:                       # what a batch holds, not what a table says
         few = range(60)
         drawn = [b.lang for k in few for b in feed.train(k)]
@@ -254,7 +254,7 @@ class Splits:
 
 class Words:
     "An id for each word."
-    vocab_size, fingerprint = 60, 'words'
+    vocab_size, fingerprint, bos, eos, pad = 60, 'words', 0, 1, 2
     def encode_words(self, words): return [5 + WORDS.index(w) for w in words], [*range(len(words))]
 
 

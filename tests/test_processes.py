@@ -14,7 +14,7 @@ from interference_nb.distributed import (all_gather, first_process_first, in_sub
                                          traffic, worker_pool)
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.meta_adapters import ESTIMATORS, MetaConfig, MetaStep
-from interference_nb.pretrain import Feed, JointStep, TrainConfig, seed_step, train
+from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, seed_step, train
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import MaskedLM, ModelConfig
 
@@ -42,7 +42,7 @@ def start(toy, cfg, vectors=False):     # or a model whose languages have a vect
     torch.manual_seed(0)
     size = ModelConfig.toy(V, language_embeddings=vectors)
     model = MaskedLM(size, LANGS) if vectors else MultilingualLM(size, LANGS, 'adpt')
-    return model, Feed({l: stream(l) for l in LANGS}, cfg)
+    return model, BatchSampler({l: stream(l) for l in LANGS}, cfg)
 
 def plain_descent(step):
     "Put SGD in Adam's place: Adam's first steps follow signs, also those of rounding errors."

@@ -19,7 +19,7 @@ from interference_nb.tasks import (TaskData, count_spans, cut_between_words, spa
 from interference_nb.gradient_probes import eulerian_pair_order, gram, pcgrad, vaccine
 from interference_nb.l0_pruning import HardConcrete
 from interference_nb.meta_adapters import MetaConfig, mean_gradient, perturbed
-from interference_nb.pretrain import Feed, TrainConfig, learning_rate
+from interference_nb.pretrain import BatchSampler, TrainConfig, learning_rate
 
 settings.register_profile('project', deadline=None, max_examples=60, derandomize=True,
                           database=None)
@@ -32,6 +32,13 @@ def corpus(n, lang='aa', seed=0):
     "n tokens that are all different from their neighbours, so that a window names its place."
     ids = np.arange(5, 5 + n) if n < 60_000 else np.random.default_rng(seed).integers(5, 999, n)
     return Corpus(ids.astype(np.uint16), lang, 'train', 1, 1)
+
+
+def restored(batch):
+    "Put the hidden tokens of a batch back."
+    tokens = batch.tokens.clone()
+    tokens.view(-1)[batch.positions] = batch.targets
+    return tokens
 
 
 # ---- text ----
@@ -60,8 +67,7 @@ def test_an_epoch_meets_every_window_once(n, T, B, seed):
     seen = []
     for k in range(math.ceil(2 * stream.n_rows / B)):
         batch = stream.batch(k)
-        tokens = batch.tokens.clone()
-        tokens.view(-1)[batch.positions] = batch.targets
+        tokens = restored(batch)
         assert tokens.shape == (B, T)
         seen += tokens.tolist()
     rows = [list(range(5 + i * T, 5 + (i + 1) * T)) for i in range(n // T)]
@@ -76,10 +82,42 @@ def test_held_out_batches_cover_the_text(n, T, B):
     rows = []
     for a, b in zip(once, again, strict=True):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.positions, b.positions)
-        tokens = a.tokens.clone()
-        tokens.view(-1)[a.positions] = a.targets
-        rows += tokens.tolist()
+        rows += restored(a).tolist()
     assert rows == [list(range(5 + i * T, 5 + (i + 1) * T)) for i in range(n // T)]
+
+
+def test_masks_and_orders_are_drawn_anew():
+    "Each batch hides other places, the same rows hide others an epoch later, in another order."
+    stream = Stream(corpus(960), 4, 24, 0, 6000)                # ten batches an epoch
+    batches = [stream.batch(k) for k in range(20)]
+    assert len({tuple(b.positions.tolist()) for b in batches}) == 20
+    rows, hidden = [], [{}, {}]
+    for k, b in enumerate(batches):
+        tokens = restored(b)
+        rows += tokens[:, 0].tolist()
+        hidden[k // 10] |= {int(t[0]): tuple(((x != t).nonzero()).flatten().tolist())
+                            for t, x in zip(tokens, b.tokens, strict=True)}
+    assert sorted(rows[:40]) == sorted(rows[40:]) and rows[:40] != rows[40:] != sorted(rows[40:])
+    assert sum(hidden[0][r] == hidden[1][r] for r in rows[:40]) < 10
+
+
+def test_of_ten_hidden_tokens_eight_are_masks_one_is_random_one_stays():
+    ids = np.full((100, 200), 7)
+    tokens, positions, _ = mask_tokens(ids, np.random.default_rng(0), 50_007, .5)
+    found, n = tokens.reshape(-1)[positions], 10_000
+    kinds = found == MASK, found == 7, (found > MASK) & (found != 7)
+    for share, kind in zip((.8, .1, .1), kinds, strict=True):
+        assert abs(kind.mean() - share) < 4 * math.sqrt(share * (1 - share) / n)
+
+
+@given(n_rows=st.integers(3, 200), n_batches=st.integers(1, 9), B=st.integers(2, 9))
+def test_a_sample_of_held_out_text_is_spread_over_all_of_it(n_rows, n_batches, B):
+    rows = [t[0] // 3 for b in dev_batches(corpus(3 * n_rows), B, 3, 6000, .01, n_batches)
+            for t in restored(b).tolist()]
+    assert len(rows) == min(n_rows, n_batches * B)
+    assert rows[0] == 5 // 3 and rows[-1] == (5 + 3 * (n_rows - 1)) // 3
+    steps = np.diff(rows)
+    assert steps.max() - steps.min() <= 1
 
 
 letters = st.text('ab .!?\n।', max_size=40)
@@ -125,6 +163,13 @@ def test_growing_the_held_out_part_moves_no_text_into_training(i, a, b):
     if split_of(str(i), a) != 'train': assert split_of(str(i), b) != 'train'
 
 
+def test_a_cap_is_a_sample_and_another_seed_another_one():
+    documents = [f'{i}.' for i in range(200)]
+    a, b = ([int(d[:-1]) for d in cap_sentences(documents, 50, seed)] for seed in (0, 1))
+    assert a != b
+    for drawn in (a, b): assert abs(np.mean(drawn) - 99.5) < 4 * 200 / math.sqrt(12 * 50)
+
+
 def square(x): return x * x
 
 
@@ -139,7 +184,7 @@ def test_workers_keep_the_order(n, workers):
 @cache
 def feed(accumulate, mixed=False, steps=12):
     cfg = TrainConfig.toy(steps=steps, accumulate=accumulate, batch_size=2, seq_len=8, mixed=mixed)
-    return Feed({l: Stream(corpus(200, l), 2, 8, 0, 6000) for l in ('aa', 'bb')}, cfg)
+    return BatchSampler({l: Stream(corpus(200, l), 2, 8, 0, 6000) for l in ('aa', 'bb')}, cfg)
 
 
 @given(a=st.integers(1, 6), b=st.integers(1, 6), turns=st.integers(1, 5))
@@ -147,13 +192,13 @@ def test_shards_are_a_partition_for_any_number_of_processes(a, b, turns):
     "No batch is taken twice and none left out, by whichever number divides a step."
     dealer, world = feed(a * b), b
     one, shards = {}, []
-    for t in range(turns): one[t] = set(dealer.share(t))
+    for t in range(turns): one[t] = set(dealer.shard_indices(t))
     assert sorted(i for own in one.values() for i in own) == list(range(turns * a * b))
     for t in range(turns):
         for rank in range(world):
             dealer.rank, dealer.world = rank, world
-            shards += dealer.share(t)
-            assert len(dealer.share(t)) == a and set(dealer.share(t)) <= one[t]
+            shards += dealer.shard_indices(t)
+            assert len(dealer.shard_indices(t)) == a and set(dealer.shard_indices(t)) <= one[t]
         dealer.rank, dealer.world = 0, 1
     assert sorted(shards) == list(range(turns * a * b))
 
@@ -186,6 +231,7 @@ def test_the_rate_peaks_once(steps, warmup, schedule):
     rates = [learning_rate(k, cfg) for k in range(steps)]
     assert all(0 < r <= .1 for r in rates) and max(rates) == pytest.approx(.1)
     top = rates.index(max(rates))
+    assert rates[:warmup] == pytest.approx([.1 * (k + 1) / warmup for k in range(warmup)])
     assert all(a <= b + 1e-12 for a, b in pairwise(rates[:top + 1]))
     assert all(a >= b - 1e-12 for a, b in pairwise(rates[top:]))
 
@@ -217,6 +263,7 @@ def test_cuts_cover_their_sentence(lengths, room):
 
 class Pieces:
     "Words of a given number of pieces: 'w3' has three."
+    bos, eos, pad = 0, 1, 2
     def encode_words(self, words):
         sizes = [int(w[1:]) for w in words]
         return [5] * sum(sizes), np.cumsum([0, *sizes])[:-1].tolist()
