@@ -10,7 +10,7 @@ __all__ = ['BEFORE', 'OWN_ROWS', 'FREE', 'TrainConfig', 'learning_rate', 'BatchS
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
