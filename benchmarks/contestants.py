@@ -4,6 +4,7 @@ Every contestant has a process to itself, because the allocator's settings hold 
 It steps when told to and answers with seconds and megabytes.
 """
 import resource, time
+from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ import text
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Batch, Corpus, Stream, mask_tokens
 from interference_nb.meta_adapters import MetaConfig, MetaStep
-from interference_nb.planner import account
+from interference_nb.planner import StepSpec, account
 from interference_nb.pretrain import (BatchSampler, JointStep, TrainConfig, keep_memory,
                                       prepare_model, run_info)
 from interference_nb.transformer import MaskedLM, ModelConfig
@@ -132,8 +133,9 @@ def library(job):
     take = MetaStep(model, cfg, meta) if meta else JointStep(model, cfg)
     def step(k): take(k + 1, feed, 1e-4)        # not step 0, where the meta step logs more
     step.passes = lambda: take.passes
-    step.tensors_mb = account(config(job), cfg, 'meta_adpt' if meta else job.variant, job.langs,
-                              job.precision, on=job.device, meta=meta).peak / 2**20
+    counted = StepSpec(config(job), replace(cfg, precision=job.precision),
+                       'meta_adpt' if meta else job.variant, tuple(job.langs), meta, job.device)
+    step.tensors_mb = account(counted).peak / 2**20
     return step, sum(p.numel() for p in model.parameters())
 
 def matmul(job):

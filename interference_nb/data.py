@@ -26,7 +26,6 @@ SPECIALS = ('<s>', '</s>', '<pad>', '<unk>', '<mask>')
 BOS, EOS, PAD, UNK, MASK = range(5)
 SPLITS = ('train', 'validation', 'test')
 
-
 # %% ../nbs/00_data.ipynb #d1751a81
 LANGUAGES = dict(en='English', ar='Arabic', fr='French', ru='Russian', hi='Hindi', sw='Swahili',
                  te='Telugu', mr='Marathi', kn='Kannada')
@@ -564,7 +563,6 @@ class Corpus:
         "Count the ids, borders included."
         return len(self.ids)
 
-
 # %% ../nbs/00_data.ipynb #95999e3d
 ROWS = 'documents', 'segments'
 
@@ -636,9 +634,6 @@ def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
         if _matches(entry, key) and path.exists() and path.stat().st_size == 2 * entry['tokens']:
             return path, entry
 
-
-
-
 # %% ../nbs/00_data.ipynb #d18cf02f
 IDS_PER_BYTE = .65  # bytes of ids for one of text: more than 8,000 pieces take in English
 
@@ -666,10 +661,6 @@ def disk_needed(source: Source,        # where the text comes from
             row['ids'] += (_ids_size(source, lang, split, tokenizer, text, cap, key) if look
                            else round(bound * IDS_PER_BYTE))
     return found
-
-
-
-
 
 # %% ../nbs/00_data.ipynb #920dcf3b
 def _ids_size(source: Source, lang: str, split: str, tokenizer, text: int, cap: int | None,
@@ -727,9 +718,6 @@ def prepare_corpus(source: Source,        # where the text comes from
         corpora.setdefault(lang, {})[split] = corpus
     return corpora
 
-
-
-
 # %% ../nbs/00_data.ipynb #9c2b3fc7
 def _prepare(source: Source, key: dict, tokenizer, folder: Path,
              workers: int) -> tuple[Path, dict] | None:
@@ -752,7 +740,6 @@ def _prepare(source: Source, key: dict, tokenizer, folder: Path,
         manifest = _read_manifest(folder) | {name: key | counts}
         write_atomically(folder/'manifest.json', json.dumps(manifest, indent=1, sort_keys=True))
     return folder / name, manifest[name]
-
 
 # %% ../nbs/00_data.ipynb #5c9b7440
 def mask_tokens(ids: np.ndarray,           # [B, T] ids of text
@@ -786,6 +773,7 @@ class Batch:
     targets: torch.Tensor    # [M] int64, the ids that stood there
     lang: str                # the language of all rows
     pad: torch.Tensor | None = None  # [B, T] bool, True = padding; None: nothing is padded
+    weight: float = 1.       # its loss counts as that of so many batches of a step
 
     def to(self, device: str | torch.device) -> 'Batch':
         "Give the batch on a device."

@@ -7,13 +7,13 @@ __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'CLAIMS', 'LEGEND', 'System', 'Scale',
            'vocabulary', 'run', 'room_for_checkpoint', 'checkpoint_size', 'sized', 'parameters', 'run_own', 'run_hub',
            'teach', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_lessons', 'teach_one', 'lessons',
            'usable', 'text_of', 'open_run', 'prune_model', 'complete', 'held', 'held_gates', 'held_lesson',
-           'check_format', 'device', 'on_cpu', 'aside', 'pretrain_all', 'ready', 'small', 'try_small', 'cost',
-           'side_by_side', 'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records',
-           'load_results', 'Paired', 'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim',
-           'verdicts', 'in_figures', 'findings', 'verdict_table', 'about_records', 'table_page']
+           'check_format', 'device', 'on_cpu', 'pretrain_all', 'ready', 'small', 'try_small', 'cost', 'side_by_side',
+           'run_all', 'metrics', 'Score', 'read_scores', 'read_counts', 'complete_records', 'load_results', 'Paired',
+           'paired', 'table_columns', 'table_cells', 'text_table', 'markdown_table', 'Claim', 'verdicts', 'in_figures',
+           'findings', 'verdict_table', 'about_records', 'table_page']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
-import itertools, json, math, multiprocessing, os, shutil, sys, tempfile, time
+import itertools, json, math, os, shutil, sys, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 import numpy as np
 import torch
 from .data import (Stream, check_languages, check_room, dev_batches, disk_needed,
@@ -31,7 +30,7 @@ from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_json
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
-from .distributed import (cpu_count, first_process_first, launch,
+from .distributed import (cpu_count, first_process_first, in_subprocess, launch,
                                          rank_and_world_size, worker_pool)
 from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
@@ -39,11 +38,10 @@ from .baselines import held_out_report
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
-from .meta_adapters import MetaConfig, MetaStep
+from .meta_adapters import MetaConfig, MetaStep, upgrade_meta
 from .finetune import GRIDS, FinetuneConfig, search
 from .hub_models import XLM_100, open_encoder
 from .tasks import TASKS, task_rows, task_spec
-
 
 # %% ../nbs/07_experiments.ipynb #3e93fba4
 @dataclass(frozen=True)
@@ -66,8 +64,6 @@ SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps
                first_order=dict(estimator='first_order'), exact=dict(estimator='exact')).items()},
            'joint_all': System(combine='mean'), 'pcgrad': System(combine='pcgrad'),
            'gradvac': System(combine='gradvac'), 'xlm': System(mono=True, hub=XLM_100)}
-
-
 
 # %% ../nbs/07_experiments.ipynb #09e445a8
 @dataclass(frozen=True)
@@ -101,9 +97,6 @@ SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), for_tasks(Finetune
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(),
                          for_tasks(FinetuneConfig.paper), GRIDS)}
 
-
-
-
 # %% ../nbs/07_experiments.ipynb #180630b5
 @dataclass(frozen=True)
 class RunSpec:
@@ -127,9 +120,11 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        "Name the run, and the folder that keeps it."
+        "Name the run, and the folder that keeps it; another meta step than the system's shows."
         pair = '' if self.langs == self.pair else f'-of-{replace(self, langs=self.pair).model}'
-        return f'{self.system}-{self.model}{pair}-{self.seed}'
+        own = self.meta in (None, SYSTEMS[self.system].meta)
+        meta = '' if own else f'~{config_hash(asdict(self.meta))[:6]}'
+        return f'{self.system}{meta}-{self.model}{pair}-{self.seed}'
 
     @property
     def train(self) -> TrainConfig:
@@ -188,7 +183,6 @@ def vocabulary(spec: RunSpec, folder, source=None,
     if not make and not place.exists(): return source, place, None
     about = spec.scale.model.vocab_size, spec.scale.train.temperature, spec.max_sentences or None
     return source, place, cached_tokenizer(source, langs, *about, place/'tokenizer', make)
-
 
 # %% ../nbs/07_experiments.ipynb #086f0cee
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
@@ -400,8 +394,9 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
                          f"'{Path(data).name}'. Name it with --data.")
     sizes = about['scale']
     scale = Scale(ModelConfig(**upgrade_model(sizes['model'])), TrainConfig(**sizes['train']))
+    meta = about['meta'] and MetaConfig(**upgrade_meta(about['meta']))
     spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'],
-                   scale, data, (), about['max_sentences'])
+                   scale, data, (), about['max_sentences'], meta)
     source, tokenizer, corpora = materials(spec, home.parent)
     model = load_model(home/'checkpoint.safetensors', tokenizer, device=device())
     return spec, source, tokenizer, corpora, model
@@ -474,18 +469,13 @@ def device() -> str:
 def on_cpu(f, *args,  # called as f(*args) in each process
            processes: int = 1):
     "Call a function without GPUs, outside this process if there are any: it may share them later."
-    if processes == 1: return aside(f, *args, CUDA_VISIBLE_DEVICES='')
-    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=''):
-        return launch(f, *args, processes=processes)
-
-def aside(f, *args, **environment: str):
-    "Call a function in a process of its own, if this one has GPUs and has not used them yet."
-    if not torch.cuda.device_count() or torch.cuda.is_initialized(): return f(*args)
-    fork = multiprocessing.get_context('fork')
-    with (patch.dict(os.environ, environment),
-          ProcessPoolExecutor(1, fork, torch.set_num_threads, (1,)) as pool):
-        return pool.submit(f, *args).result()
-
+    if processes == 1: return in_subprocess(f, *args, CUDA_VISIBLE_DEVICES='')
+    name, before = 'CUDA_VISIBLE_DEVICES', os.environ.get('CUDA_VISIBLE_DEVICES')
+    os.environ[name] = ''
+    try: return launch(f, *args, processes=processes)
+    finally:
+        if before is None: del os.environ[name]
+        else: os.environ[name] = before
 
 # %% ../nbs/07_experiments.ipynb #16ca872c
 def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
@@ -680,7 +670,6 @@ def load_results(folder,
         raise InputError(f'no complete record under {folder}. Make some with `interference demo`.')
     return {s: {seed: metrics(r) for (t, seed), r in sorted(found.items()) if t == s}
             for s in SYSTEMS if any(t == s for t, _ in found)}
-
 
 # %% ../nbs/07_experiments.ipynb #731d0fdc
 @dataclass(frozen=True)

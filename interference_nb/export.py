@@ -379,7 +379,6 @@ def export_hf(
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-
 # %% ../nbs/05b_export.ipynb #5e67dd91
 @contextmanager
 def with_adapters(

@@ -61,9 +61,6 @@ def new_axes(
         ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
     return fig, axes
 
-
-
-
 # %% ../nbs/08_figures.ipynb #ffec5170
 class Curve(NamedTuple):
     "The loss of one run over its training."

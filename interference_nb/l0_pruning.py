@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'HardConcrete', 'GateGroup', 'rows', 'columns', 'gate_groups', 'gated', 'Gates', 'PruneConfig',
-           'learn_gates', 'evaluating', 'compare', 'similarity', 'mean_gates', 'partition_gates', 'prune_study']
+           'learn_gates', 'evaluating', 'gate_cosines', 'similarity', 'mean_gates', 'partition_gates', 'prune_study']
 
 # %% ../nbs/03_l0_pruning.ipynb #511ad20c
 import math, re
@@ -158,7 +158,7 @@ def gated(
         p = params[group.weight]
         new[p] = new.get(p, p.detach()) * group.factor(gates.to(p))
     try:
-        for module, name, p in homes:           # tied weights have several homes
+        for module, name, p in homes:           # a tied weight stands in several modules
             if p in new: module._parameters[name] = new[p]
         yield
     finally:
@@ -355,10 +355,10 @@ def evaluating(
         for m, mode in modes: m.training = mode
 
 # %% ../nbs/03_l0_pruning.ipynb #67521dba
-def compare(
+def gate_cosines(
     pairs: Sequence[tuple[Tensor, Tensor]],     # two languages' log alpha in each place
 ) -> dict:      # n gates; cosines raw, centred, of permuted gates, and the last one's spread
-    "Compare gates: raw cosine, without each place's mean, and if one side were shuffled."
+    "Cosines of two languages' gates: raw, without each place's mean, and if one were shuffled."
     a, b = (torch.cat(side).double() for side in zip(*pairs))
     centred = [[x.double() - x.double().mean() for x in pair] for pair in pairs]
     ca, cb = (torch.cat(side) for side in zip(*centred))
@@ -371,15 +371,15 @@ def compare(
 def similarity(
     a: Gates,           # one pruning
     b: Gates,           # another, of the same groups
-) -> list[dict]:        # per place; then per kind and overall, with layer None: see `compare`
+) -> list[dict]:        # per place; then per kind and overall, with layer None: see `gate_cosines`
     "Compare two prunings place by place [paper Fig. 4a]."
     if a.groups != b.groups: raise InputError('these gates are of different groups. '
                                             'Learn both with the same groups, on one model.')
     pairs = {p: (x, b.by_place()[p]) for p, x in a.by_place().items()}
     of = lambda kind: [pair for p, pair in pairs.items() if kind in (p.kind, 'all')]
     kinds = [k for k in PARAMETER_KINDS if of(k)]
-    return [*(dict(**p._asdict(), **compare([pair])) for p, pair in pairs.items()),
-            *(dict(layer=None, kind=k, **compare(of(k))) for k in (*kinds, 'all'))]
+    return [*(dict(**p._asdict(), **gate_cosines([pair])) for p, pair in pairs.items()),
+            *(dict(layer=None, kind=k, **gate_cosines(of(k))) for k in (*kinds, 'all'))]
 
 # %% ../nbs/03_l0_pruning.ipynb #e3b8aed2
 def _all_pairs(gates):

@@ -33,10 +33,10 @@ def perturbed(
 ) -> Iterator[None]:              # every bit of theta is back afterwards, also after an exception
     "Move parameters for the length of a block [paper Eq. 3, Eq. 8]."
     kept = [p.data for p in theta]
-    if isinstance(step, Tensor):            # stays where it is: to read it would stall a GPU
+    if isinstance(step, Tensor):            # not read: a GPU's would have to be waited for
         new = [torch.addcmul(p, d, step) for p, d in zip(kept, direction, strict=True)]
     else: new = list(torch._foreach_add(kept, direction, alpha=step))
-    del direction                           # the caller may want its memory
+    del direction                           # so that the caller can free its memory
     try:
         for p, x in zip(theta, new, strict=True): p.data = x
         torch.clear_autocast_cache()        # it may hold 16-bit copies of the old weights
@@ -67,7 +67,7 @@ def with_rng_state(
 def _full_precision(tensors):
     "Switch autocast off: a difference of two losses drowns in the rounding of 16-bit numbers."
     kind = tensors[0].device.type
-    known = torch.amp.is_autocast_available(kind)       # not on torch's device without numbers
+    known = torch.amp.is_autocast_available(kind)       # it is not on the meta device
     return torch.autocast(kind, enabled=False) if known else nullcontext()
 
 # %% ../nbs/05_meta_adapters.ipynb #81f7f61b
@@ -82,10 +82,10 @@ def mean_gradient(
         for loss in losses:
             value = loss()
             if value.requires_grad:         # else none of the inputs is in it
-                with _full_precision(inputs):           # the forward pass is the caller's
+                with _full_precision(inputs):           # the caller decides for the forward pass
                     value.backward(inputs=inputs)       # adds to what the losses before it left
             total = total + value.detach()
-            del value                       # and with it what is left of the graph
+            del value                       # frees what is left of the graph
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in inputs]
     finally:
         for p, grad in zip(inputs, kept): p.grad = grad
@@ -123,7 +123,7 @@ def _second_derivative(train_losses, theta, phi, v, eps):
         with sdpa_kernel(SDPBackend.MATH), _full_precision(theta):
             g = torch.autograd.grad(loss(), theta, create_graph=True, materialize_grads=True)
             parts = [(x * y).sum() for x, y in zip(g, v, strict=True) if x.requires_grad]
-            if parts:                               # else the gradient is constant
+            if parts:                       # else the gradient does not depend on theta and phi
                 more = torch.autograd.grad(sum(parts), phi, materialize_grads=True)
                 total = torch._foreach_add(total, more, alpha=1 / len(train_losses))
     return list(total)
@@ -339,7 +339,7 @@ def upgrade_meta(
     return new | dict(meta_every=old['rest'] + 1) if 'rest' in old else new
 
 # %% ../nbs/05_meta_adapters.ipynb #62e61770
-@lru_cache(64)                  # a new stream would shuffle its whole text at every step
+@lru_cache(64)                  # once a stream: a new one shuffles its whole text
 def resampled_stream(
     stream,     # a `Stream`
 ):              # the same stream at every call

@@ -28,12 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .data import SPLITS, Batch, _find, _key, disk_needed
 from .files import InputError, free_space
 from .transformer import ModelConfig
-from .distributed import traffic
+from .distributed import in_subprocess, traffic
 from .pretrain import (BatchSampler, TrainConfig, check_shares, prepare_model,
                                       run_info)
 from .adapters import MultilingualLM
 from .meta_adapters import MetaConfig
-from .experiments import (SYSTEMS, RunSpec, aside, checkpoint_size, complete, cost,
+from .experiments import (SYSTEMS, RunSpec, checkpoint_size, complete, cost,
                                          device, held, held_gates, held_lesson, make_step, on_cpu,
                                          sharing_data, sized, text_table, vocabulary)
 
@@ -154,8 +154,9 @@ class StepSpec:
             for name, p in list(part.named_parameters(recurse=False)):
                 numbers = torch.randn(p.shape, device=self.device).mul_(.02)
                 setattr(part, name, torch.nn.Parameter(numbers))
-        prepare_model(model.train(), self.train)
-        step = make_step(model, self.train, self.system, self.meta)
+        cfg = replace(self.train, steps=1000)       # enough of them for any cycle
+        prepare_model(model.train(), cfg)
+        step = make_step(model, cfg, self.system, self.meta)
         for opt in step.optimizers.values():
             for p in (p for g in opt.param_groups for p in g['params']):
                 p.grad = torch.zeros_like(p)
@@ -163,8 +164,7 @@ class StepSpec:
             opt.zero_grad()
         streams = lambda: {l: SameBatch(self.random_batch(l)) for l in self.langs}
         apart = getattr(step, 'meta', None) and step.meta.validation == 'held-out'
-        feed = BatchSampler(streams(), replace(self.train, steps=1000),
-                            streams() if apart else None)
+        feed = BatchSampler(streams(), cfg, streams() if apart else None)
         feed.device = self.device           # and no thread that draws ahead: it would not count
         return step, feed
 
@@ -445,7 +445,7 @@ def plan_run(
         plan, seconds = planned('cuda', 'more than the memory of this machine'), 0
     if strict: plan.check()
     if not seconds: return plan
-    step_s, how = aside(measured_step, spec, processes, seconds)
+    step_s, how = in_subprocess(measured_step, spec, processes, seconds)
     return replace(plan, step_s=step_s, how=how)
 
 def memory_of(
@@ -689,7 +689,7 @@ def plan_missing(
     done = {name for name, s in runs.items() if complete(s, Path(folder)/name)}
     measured = pace(runs.values(), folder)
     plain = next(replace(s, system='joint') for s in runs.values())
-    seconds = measured or aside(time_rows, plain, .5)
+    seconds = measured or in_subprocess(time_rows, plain, .5)
     left = {name: work_left(s, folder) for name, s in runs.items() if name not in done}
     def line(name, specs):
         todo = [s for s in specs if s.name in left]

@@ -80,10 +80,6 @@ class TrainConfig:
         "The paper's run on 4 GPUs: 4 x 128 rows of 256 tokens a step, 500k steps."
         return cls(**{**dict(accumulate=4), **kw})
 
-
-
-
-
 # %% ../nbs/01a_pretrain.ipynb #d516cb66
 def learning_rate(k: int,  # step, from 0
                   cfg: TrainConfig) -> float:  # rate of this step
@@ -171,7 +167,17 @@ class BatchSampler:
         batches = future.result() if indices == now else self._draw(streams, now)
         if self._ahead and ahead:
             self._drawn[purpose] = ahead, self._ahead.submit(self._draw, streams, ahead)
-        return [b.to(self.device) for b in batches]
+        return self._weighed([b.to(self.device) for b in batches], now)
+
+    def _weighed(self, batches, indices):
+        "Let each token hidden in a language count the same, however many are in its batch."
+        if not batches or batches[0].pad is None: return batches    # about as many in each
+        n = torch.zeros(2, len(self.langs))         # batches and tokens
+        places = [self.langs.index(l) for l, _ in indices]
+        for i, b in zip(places, batches): n[:, i] += torch.tensor([1, len(b.targets)])
+        count, tokens = all_gather(n).sum(0).tolist()
+        return [replace(b, weight=len(b.targets) * count[i] / tokens[i])
+                for i, b in zip(places, batches)]
 
     def _draw(self, streams, indices):
         batches = [streams[l].batch(i) for l, i in indices]
@@ -362,9 +368,6 @@ def train(model, feed: BatchSampler, cfg: TrainConfig,
             if stop and done < last: end_by(stop)
         if not cfg.steps: log.save(0)                       # random weights are a model, too
         return log.end(at_end) if last == cfg.steps else log.rows
-
-
-
 
 # %% ../nbs/01a_pretrain.ipynb #c3e21f11
 def clocks() -> np.ndarray:  # wall and processor seconds since some time in the past
@@ -583,8 +586,3 @@ class RunLog:
         more = at_end(self.model) if at_end and self.main else {}
         self.record.write('end', ppl=ppl, tokens_per_s=tokens_per_s, **work, **more)
         return self.rows
-
-
-
-
-

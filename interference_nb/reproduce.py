@@ -528,7 +528,6 @@ def plan_cells(exhibits: list[Exhibit], setting: Setting, source, folder,
     header = ['exhibit', 'runs', 'held', 'missing', 'steps', 'hours', f'by {workers} workers', 'GB']
     return header, [*lines, line('together', every)], note
 
-
 # %% ../nbs/07a_reproduce.ipynb #97c4f2ea
 def results_of(exhibit: Exhibit, setting: Setting, source,
                find: Callable,  # (run, block, partner) -> value or None

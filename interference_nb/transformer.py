@@ -75,8 +75,6 @@ def upgrade_model(
     "Rename the fields of a stored model config to their present names."
     return {{'documents_apart': 'isolate_documents'}.get(k, k): v for k, v in old.items()}
 
-
-
 # %% ../nbs/01_transformer.ipynb #ecda8c38
 class ByLanguage(nn.ModuleDict):
     "One module per language; a call goes to the one that `lang` names [paper App. B]."
@@ -130,8 +128,6 @@ def attend(
     else: x = F.scaled_dot_product_attention(q, k, v, mask, p, scale=1 / math.sqrt(d))
     return x.transpose(1, 2)[..., :d].flatten(2)
 
-
-
 # %% ../nbs/01_transformer.ipynb #fff5b000
 class Attention(nn.Module):
     "Mix information between positions, H heads at a time [paper sec. 3.2]."
@@ -145,7 +141,6 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_heads, self.head_dim)
         p, multiple = self.p if self.training else 0., 8 if x.is_cuda else 1
         return self.out(attend(qkv, mask, p, multiple, bias))
-
 
 # %% ../nbs/01_transformer.ipynb #cb870e27
 REACH = 16      # distances beyond it count as it
@@ -166,7 +161,6 @@ class RelativeBias(nn.Module):
         t = torch.arange(T, device=self.weight.device)
         distance = (t - t[:, None]).clamp(-REACH, REACH) + REACH
         return self.weight[:, distance]
-
 
 # %% ../nbs/01_transformer.ipynb #e0cfa1ac
 class FeedForward(nn.Module):
@@ -196,7 +190,6 @@ class Block(nn.Module):
         h = self.ffn(x, lang=lang)
         if self.ffn_adapter is not None: h = self.ffn_adapter(h, lang=lang)
         return self.norm2(x + dropout(h, self.p, self.training))
-
 
 # %% ../nbs/01_transformer.ipynb #1497cb1f
 class Vector(nn.Module):
@@ -280,11 +273,3 @@ class MaskedLM(nn.Module):
         "Score the masked positions only and average their cross entropy."
         masked = self(batch.tokens, batch.lang, batch.pad, batch.positions)
         return F.cross_entropy(self.scores(masked), batch.targets)
-
-
-
-
-
-
-
-

@@ -14,8 +14,8 @@ from interference_nb.finetune import FinetuneConfig, TaskModel, Trainer
 from interference_nb.gradient_probes import (CombinedStep, GradientProbe, ProbeConfig, cosines,
                                              disattenuated_cosine, pcgrad)
 from interference_nb.l0_pruning import (GateGroup, Gates, HardConcrete, PruneConfig, columns,
-                                        compare, gate_groups, gated, learn_gates, partition_gates,
-                                        prune_study)
+                                        gate_cosines, gate_groups, gated, learn_gates,
+                                        partition_gates, prune_study)
 from interference_nb.meta_adapters import exact, finite_difference, hypergradient
 from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, make_adam, perplexity
 from interference_nb.tasks import decode_span, task_spec
@@ -190,7 +190,7 @@ def test_a_gate_counts_by_its_weights():
 
 def test_cosines_of_gates_by_hand():
     a, b = torch.tensor([1., 2., 4.]), torch.tensor([3., 1., 2.])
-    found = compare([(a, b)])
+    found = gate_cosines([(a, b)])
     cos = lambda x, y: float(x @ y / x.norm() / y.norm())
     assert found['raw'] == pytest.approx(cos(a, b))
     assert found['centred'] == pytest.approx(cos(a - a.mean(), b - b.mean()))

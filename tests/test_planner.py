@@ -6,7 +6,7 @@ import pytest
 import torch
 from interference_nb import planner
 from interference_nb.cli import main
-from interference_nb.experiments import SCALES, SYSTEMS, RunSpec, cost
+from interference_nb.experiments import SCALES, SYSTEMS, RunSpec, cost, on_cpu
 from interference_nb.files import InputError, read_jsonl
 from interference_nb.meta_adapters import MetaConfig
 from interference_nb.planner import KINDS, StepSpec, account, measured_peak, plan_run
@@ -137,6 +137,7 @@ def measured_elsewhere(*_): return os.getpid(), 'there'
 def test_a_plan_leaves_the_gpus_to_the_processes_that_follow(monkeypatch):
     "As in the full-scale notebooks: who has used CUDA can start no processes that share it."
     def woken(*_): pytest.fail('CUDA was woken')
+    monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda: True)
     said = SimpleNamespace(stdout='32000000000 A GPU\n')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
@@ -149,6 +150,24 @@ def test_a_plan_leaves_the_gpus_to_the_processes_that_follow(monkeypatch):
     assert (plan.where, plan.room) == ('A GPU', 31e9) and plan.memory.peak > 1e6
     monkeypatch.setattr(planner, 'measured_step', measured_elsewhere)
     assert plan_run(TOY, seconds=1).step_s != os.getpid()
+
+
+def backward_in(folder):
+    "Leave this process's number, after a backward pass, for the other processes."
+    torch.ones(2, requires_grad=True).sum().backward()
+    (folder/f'{os.getpid()}').touch()
+
+
+def test_a_plan_on_a_cuda_build_without_gpus_leaves_this_process_alone(monkeypatch, tmp_path):
+    "As plain pip installs it on Linux: a backward pass here would let no process be forked later."
+    monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda: True)
+    backward_in(tmp_path)                       # learned already: a fork could not learn any more
+    on_cpu(backward_in, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    planner.cached_account.cache_clear()
+    monkeypatch.setattr(planner, 'count_memory', measured_elsewhere)
+    assert account(StepSpec(MODEL, TRAIN))[0] != os.getpid()
+    planner.cached_account.cache_clear()
 
 
 def test_more_processes_than_gpus(monkeypatch):

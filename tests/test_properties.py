@@ -426,7 +426,6 @@ def run_specs(draw):
                    meta=meta)
 
 
-@pytest.mark.xfail(strict=True, reason='the name leaves out how the meta step was set')
 @settings(max_examples=150)
 @given(run_specs(), run_specs(), st.sampled_from(('system', 'langs', 'pair', 'seed',
                                                   'max_sentences', 'meta')))
