@@ -25,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from .data import (Stream, check_languages, check_room, dev_batches, disk_needed,
-                                  load_tokenizer, prepare_corpus, train_tokenizer)
+                                  prepare_corpus, train_tokenizer)
+from .tokenizers import load_tokenizer
 from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_jsonl,
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import SLOTS, MultilingualLM
-from .data import (BOS, EOS, MASK, PAD, SPECIALS, UNK, Tokenizer, WordTokenizer,
-                                  load_tokenizer)
+from .tokenizers import (BOS, EOS, MASK, PAD, SPECIALS, UNK, Tokenizer,
+                                        WordTokenizer, load_tokenizer)
 from .files import InputError, explain_write_errors
 from .hub_models import require_package
 from .transformer import ModelConfig, upgrade_model

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .data import BOS
+from .tokenizers import BOS
 from .files import InputError
 
 # %% ../nbs/01_transformer.ipynb #7b00f673

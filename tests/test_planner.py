@@ -338,7 +338,8 @@ def test_a_laptop_plans_for_the_gpus_of_the_paper(capsys, tmp_path, monkeypatch)
 
 def test_text_of_another_vocabulary_is_not_there_yet(tmp_path):
     "What lies in the folder counts only if this run will read it."
-    from interference_nb.data import WordTokenizer, prepare_corpus
+    from interference_nb.data import prepare_corpus
+    from interference_nb.tokenizers import WordTokenizer
     from interference_nb.experiments import materials, vocabulary
     source, place, tokenizer = vocabulary(TOY, tmp_path)
     prepare_corpus(source, TOY.pair, WordTokenizer(['a', 'b']), place)
