@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import FolderSource, load_tokenizer, train_tokenizer
+from interference_nb.data import FolderSource, train_tokenizer
+from interference_nb.tokenizers import load_tokenizer
 from interference_nb.files import InputError, load_checkpoint
 from interference_nb.finetune import FinetuneConfig, finetune, predict, search, tune
 from interference_nb.tasks import (TASKS, normalise_answer, read_data, score_qa, span_f1,
