@@ -89,7 +89,7 @@ class AnyModel(nn.Module):
         return self.module(*args, **kwargs)
 
     def loss(self, batch: Batch) -> Tensor:     # scalar, nats
-        "Return a batch's loss, without any gradient for other languages' parameters."
+        "Return a batch's weighted loss, without any gradient for other languages' parameters."
         if batch.lang not in self.langs:
             raise InputError(f'a batch in {batch.lang!r}; this model has {", ".join(self.langs)}.')
         others = [p for l in self.langs if l != batch.lang for p in self._of(l).values()]
@@ -97,7 +97,7 @@ class AnyModel(nn.Module):
         if not (isinstance(value, Tensor) and value.numel() == 1):
             raise InputError(f'the loss is a {type(value).__name__}, not a tensor with one number. '
                              'Let the loss function return, for instance, module(...).loss.')
-        return value.reshape(())
+        return value.reshape(()) * batch.weight
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:     # name -> tensor
         "Return every tensor once, tied weights under the first of their names."
@@ -352,7 +352,7 @@ def open_encoder(
     name: str | Path,               # a folder, or a model of the hub
     revision: str | None = None,    # branch, tag or commit; None: the main one
     offline: bool = False,          # True: only what was downloaded before
-) -> tuple[HubEncoder, HubTokenizer]:       # for `finetune` and `search`
+) -> tuple[HubEncoder, HubTokenizer]:       # for `finetune`
     "Open an encoder and its tokenizer for finetuning. Raises `InputError` if it cannot."
     module, tokenizer = _open(name, 'AutoModel', revision, offline)
     tokenizer = HubTokenizer(tokenizer)

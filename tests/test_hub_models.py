@@ -5,7 +5,9 @@ import torch
 
 transformers = pytest.importorskip('transformers')
 
-from interference_nb.data import BOS, EOS, MASK, PAD, Stream, prepare_corpus
+from interference_nb.data import Stream, prepare_corpus
+from interference_nb.tokenizers import BOS, EOS, MASK, PAD
+from interference_nb.distributed import launch, mean_over_processes
 from interference_nb.files import InputError, read_jsonl
 from interference_nb.hub_models import AnyModel, TextStream, hf_loss, requirements
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
@@ -197,6 +199,34 @@ def test_two_of_three_languages_of_a_model_with_regional_codes():
         full.tokens, full.positions, full.targets, full.pad)
     module.eval()
     assert torch.equal(hf_loss(module, short), hf_loss(module, full))
+
+
+def accumulated_gradient():
+    "Compare a step's gradient over short and long sentences with its definition."
+    sentences = ['a b', 'a c b a d c a b d c', 'b', 'c a d b a c d', 'd c', 'a a b b c c d d a b c']
+    tok = hub_like(dict(en=sentences))
+    cfg = settings(1, batch_size=1, accumulate=4)
+    stream = TextStream(tok, sentences, 'en', 1, T, mask_prob=.5)
+    model = build('bert', len(tok), dropout=0., langs=('en',))
+    step, sampler = JointStep(model, cfg), BatchSampler(dict(en=stream), cfg)
+    step.backward(sampler.train(0))
+    mean_over_processes([p.grad for p in model.parameters() if p.grad is not None])
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    batches, total = [stream.batch(k) for k in range(4)], 0
+    for b in batches:                                       # all of them, whatever this process had
+        logits = model.module(input_ids=b.tokens, attention_mask=(~b.pad).long()).logits
+        total = total - logits.flatten(0, 1).log_softmax(-1)[b.positions, b.targets].sum()
+    assert len({len(b.targets) for b in batches}) > 1
+    (total / sum(len(b.targets) for b in batches)).backward()
+    wanted = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(flat(found), flat(wanted), rtol=1e-4, atol=1e-6)
+
+
+def test_every_hidden_token_counts_the_same():
+    "However many are hidden in its batch, and whichever process has that batch."
+    accumulated_gradient()
+    launch(accumulated_gradient, processes=2)
 
 
 def test_refuses_in_words():

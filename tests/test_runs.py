@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from interference_nb import cli, data
-from interference_nb.data import (FolderSource, HubSource, WordTokenizer, check_room, disk_needed,
-                                  prepare_corpus, train_tokenizer)
+from interference_nb.data import (FolderSource, HubSource, check_room, disk_needed, prepare_corpus,
+                                  train_tokenizer)
+from interference_nb.tokenizers import WordTokenizer
 from interference_nb.files import InputError, load_checkpoint, read_jsonl, run_lock
 from interference_nb.distributed import launch, rank_and_world_size
 from interference_nb.experiments import (SCALES, Scale, materials, plan, pretrain_all, ready, run,
