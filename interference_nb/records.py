@@ -254,7 +254,8 @@ def numbers(run: Run) -> Iterator[tuple]:  # task, train, test, metric, step, pa
             yield 'pretrain', '', '', 'loss', *at, r['loss']
         if r['kind'] == 'end':
             yield from (('ppl', '', l, 'ppl', *at, p) for l, p in r['ppl'].items())
-            found = {'s/step': r[clock] / r['step'], 'passes/step': r['passes'] / r['step']}
+            steps = max(r['step'], 1)               # random weights took none
+            found = {'s/step': r[clock] / steps, 'passes/step': r['passes'] / steps}
             yield from (('cost', '', '', k, *at, v) for k, v in found.items())
         if r['kind'] == 'finetune':
             yield from ((r['task'], r['train_lang'], l, metric, *at, v)

@@ -84,7 +84,7 @@ STUDIES = {
                    small={'fr': 100_000, 'ru': 100_000},
                    probe=ProbeConfig.paper(every=500), prune=(PruneConfig.paper(),)),
     'demo': Study('demo', SCALES['toy'], 'toy', tasks=('ner', 'pos'), pairs=(('en', 'x3'),),
-                  systems=('mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt')),
+                  systems=('mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt', 'scratch')),
     'causes-toy': Study('causes-toy', SCALES['toy'], 'toy', seeds=5,
                         prune=(PruneConfig.toy(), PruneConfig.toy(l0=3.)),
                         pairs=(('en', 'fr'), ('en', 'ru'), ('en', 'ar'))),

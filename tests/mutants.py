@@ -224,7 +224,8 @@ EDITS = (
     Edit('05_meta_adapters', 'torch._foreach_add(self.direct, self.second_order)',
          'self.direct', 'the second-order term is left out', META[:1]),
     Edit('05_meta_adapters', "return stream.independent_stream('second')", 'return stream',
-         'shared first: the meta step sees the batch that theta has just followed', META),
+         'shared first: the meta step sees the batch that theta has just followed',
+         oracle('test_after_the_shared_update_the_meta_step_takes_another_batch')),
     Edit('05_meta_adapters', 'torch._foreach_mul(grads, 1 / len(losses))', 'grads',
          'gradients of several losses are added, not averaged',
          prop('test_a_mean_of_losses_has_the_mean_gradient')),
@@ -250,9 +251,11 @@ EDITS = (
          "the training language's own modules are not tuned", FINETUNE),
     Edit('06_finetune', '1 - (k + i / n) / cfg.epochs', '1', 'the rate does not fall', FINETUNE),
     Edit('06_finetune', 'if score > top:', 'if score < top or best is None:',
-         'a search takes the worst trial', FINETUNE),
+         'a search takes the worst trial',
+         oracle('test_a_search_compares_the_trials_best_epochs')),
     Edit('06_finetune', "row['dev'][row['best_epoch'] - 1]", "row['dev'][-1]",
-         "a search compares last epochs, not best ones", FINETUNE),
+         'a search compares last epochs, not best ones',
+         oracle('test_a_search_compares_the_trials_best_epochs')),
     Edit('06b_tasks', '[1 + f - start for f in first[a:b]]', '[f - start for f in first[a:b]]',
          "labels on the subword before a word's first", TASKS),
     Edit('06b_tasks', 'step = (room + 1) // 2', 'step = room', 'windows that do not overlap',
@@ -338,7 +341,8 @@ def run_tests(folder, tests, timeout):
         return False, f'no end after {timeout} s'
     out = log.read_text(errors='replace')
     if process.exitcode == 0: return True, ''
-    failed = [line.split()[1] for line in out.splitlines() if line.startswith(('FAILED', 'ERROR'))]
+    failed = [line.split(' ', 1)[1].split(' - ')[0] for line in out.splitlines()
+              if line.startswith(('FAILED ', 'ERROR '))]
     line = re.search(r'/tests/test_\w+\.py:(\d+): ', out)
     if failed: return False, failed[0] + (f', line {line[1]}' if line else '')
     raise RuntimeError(f'pytest ended with {process.exitcode} on {" ".join(tests)}:\n{out}')

@@ -73,6 +73,7 @@ class Rows:
     def examples(self, task, lang, split):
         if split not in self.splits: raise InputError('no such rows')
         return [dict(context=f'{k}') for k in range(99)]
+    def count(self, task, lang, split): return 99 * (split in self.splits)
 
 def test_validation_stands_in_for_a_missing_test_set():
     "TyDiQA has none; NER needs one."

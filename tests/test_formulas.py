@@ -181,11 +181,11 @@ def gates_of(*values, sizes=(2, 2)):
 
 
 def test_a_gate_counts_by_its_weights():
-    gates = gates_of(1., -1., -1., 1.)
-    p = HardConcrete().open_probability(torch.tensor([1., -1., -1., 1.]))
+    gates = gates_of(1., -1., 1., 1.)
+    p = HardConcrete().open_probability(torch.tensor([1., -1., 1., 1.]))
     assert gates.expected_open_fraction() == pytest.approx(float(
         p @ torch.tensor([4., 4., 8., 8.]) / 24))
-    assert gates.kept_fraction() == pytest.approx(12 / 24)
+    assert gates.kept_fraction() == pytest.approx(20 / 24)
 
 
 def test_cosines_of_gates_by_hand():
@@ -209,7 +209,7 @@ def test_gates_are_sorted_by_who_keeps_them():
 
 def test_each_pruning_has_its_own_batches_and_noise():
     "And a language under the others' gates is under theirs only."
-    model, cfg, drawn = model_of('joint'), PruneConfig(steps=3, warmup=2, batch_size=4), {}
+    model, cfg, drawn = model_of('joint'), PruneConfig(steps=3, lr=1e-9, batch_size=4), {}
     kept = {}
     def loss(lang): return lambda k: (drawn.setdefault(lang, []).append(k),
                                       model.loss(stream(lang).batch(k)))[1]
@@ -217,12 +217,10 @@ def test_each_pruning_has_its_own_batches_and_noise():
     worth = lambda lang: model.blocks[0].ffn.out.weight.abs().sum().item()
     study = prune_study(model, {l: loss(l) for l in LANGS[:2]}, worth, cfg, keep=keep)
     assert drawn == dict.fromkeys(LANGS[:2], list(range(6)))
-    same = lambda seed: learn_gates(model, lambda k: 0 * model.loss(stream('aa').batch(0)),
-                                    gate_groups(model), replace(cfg, steps=1), seed).flat()
-    assert not torch.equal(same(0), same(1)) and torch.equal(same(1), same(1))
-    noise = {s: g - g.mean() for s, g in kept.items()}
+    noise = {run: g - cfg.init for run, g in kept.items()}      # nothing is learned at that rate
     pairs = [(a, b) for a in noise for b in noise if a < b]
-    assert all(F.cosine_similarity(noise[a], noise[b], 0) < .9 for a, b in pairs)
+    assert len(pairs) == 6
+    assert all(abs(F.cosine_similarity(noise[a], noise[b], 0)) < .3 for a, b in pairs)
     own, swapped = study['ppl']['own'], study['ppl']['swapped']
     assert swapped['aa'] == pytest.approx(own['bb']) and swapped['bb'] == pytest.approx(own['aa'])
     assert own['aa'] != own['bb']
@@ -328,18 +326,24 @@ def test_a_finite_difference_is_the_product_whatever_the_gradients_size(scale):
     torch.testing.assert_close(found, 3 * theta.detach()**2 * v[0], rtol=1e-5, atol=0)
 
 
-def test_the_difference_meets_the_dropout_of_the_inner_step():
+@pytest.mark.parametrize('estimator', [exact, finite_difference])
+def test_the_second_order_term_meets_the_dropout_of_the_inner_step(estimator):
+    "Masks of the inner step are drawn once, those of the validation loss after them."
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Dropout(.5),
                               torch.nn.Linear(32, 3)).double()
     x, y = torch.randn(16, 4).double(), torch.randint(3, (16,))
     loss = lambda: F.cross_entropy(net(x), y)
-    theta, phi, found = list(net[0].parameters()), list(net[3].parameters()), []
-    for estimator in (exact, finite_difference):
-        torch.manual_seed(1)
-        h = hypergradient(theta, phi, loss, [loss], .5, estimator, 1e-4)
-        found.append(torch.cat([t.flatten() for t in h.second_order]))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-8)
+    theta, phi = list(net[0].parameters()), list(net[3].parameters())
+    torch.manual_seed(1)
+    total = hypergradient(theta, phi, loss, [loss], .5, estimator, 1e-4).total
+    torch.manual_seed(1)
+    g = torch.autograd.grad(loss(), theta, create_graph=True)
+    w, b = (p - .5 * d for p, d in zip(theta, g, strict=True))
+    hidden = F.dropout(torch.tanh(F.linear(x, w, b)), .5)
+    expected = torch.autograd.grad(F.cross_entropy(F.linear(hidden, *phi), y), phi)
+    for found, by_hand in zip(total, expected, strict=True):
+        torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-8)
 
 
 # ---- finetuning and its answers ----

@@ -8,6 +8,7 @@ that ignores the sign of its statement, a development set read from the test spl
 import copy
 import math
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from interference_nb.adapters import MultilingualLM, load_model
-from interference_nb.data import BOS, EOS, Corpus, Stream, dev_batches
+from interference_nb.data import Corpus, Stream, dev_batches
+from interference_nb.tokenizers import BOS, EOS
 from interference_nb.experiments import SCALES, RunSpec, run, small
 from interference_nb.claims import Claim, judge
 from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evaluate,
@@ -127,6 +129,21 @@ def test_validation_batches_are_not_the_training_batches():
     for l in LANGS:
         a, b = feed.streams[l].batch(0), feed.validation[l].batch(0)
         assert a.lang == b.lang == l and not torch.equal(restored(a), restored(b))
+
+
+def test_after_the_shared_update_the_meta_step_takes_another_batch():
+    "Shared first: theta has just followed its batch, on which an inner step would see nothing."
+    model, seen = apart(MultilingualLM(ModelConfig.toy(60), LANGS, 'adpt')), []
+    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
+    meta = MetaConfig(order='shared first', estimator='first_order')
+    step, loss = MetaStep(model, CFG, meta), model.loss
+    model.loss = lambda batch: (seen.append(batch), loss(batch))[1]
+    step(0, feed, .1)
+    shared, inner, *val = seen
+    rows = [tuple(restored(b).flatten().tolist()) for b in seen]
+    assert rows[0] == tuple(restored(feed.train(0)[0]).flatten().tolist())
+    assert inner.lang == shared.lang == feed.lang(0) and [b.lang for b in val] == list(LANGS)
+    assert len(set(rows)) == len(rows) == 5
 
 
 # ---- gradients are clipped: the test that is meant for it ----
@@ -331,6 +348,22 @@ def test_finetuning_reports_the_test_split_language_by_language():
     said = finetune(untrained(), Words(), 'pos', Splits(), 'aa', list(LANGS), TUNE)
     assert said['best_epoch'] == best
     for l in LANGS: assert said['scores'][l] == evaluate(tuned, rows_of(l, 'test'), l)
+
+
+def test_a_search_compares_the_trials_best_epochs(monkeypatch):
+    "Of each trial its best development score counts, of equals the first; that one is tested."
+    dev = {1.: (20., 30.), 2.: (10., 90., 5.), 3.: (40., 50.), 4.: (90., 10.)}   # by rate: epochs
+    def trained(model, tokenizer, task, source, lang, cfg, *_):
+        torch.manual_seed(int(cfg.lr))
+        scores = dev[cfg.lr]
+        rows = [dict(epoch=k, f1=f, accuracy=0.) for k, f in enumerate(scores, 1)]
+        return TaskModel(model, task_spec(task)), rows, int(np.argmax(scores)) + 1
+    monkeypatch.setattr(import_module('interference_nb.finetune'), 'tune', trained)
+    found = finetune(untrained(), Words(), 'pos', Splits(), 'aa', ['aa', 'bb'], TUNE,
+                   dict(lr=tuple(dev)))
+    assert found['finetune']['lr'] == 2. and found['best_epoch'] == 2
+    tuned, *_ = trained(untrained(), None, 'pos', None, None, replace(TUNE, lr=2.))
+    for l in ('aa', 'bb'): assert found['scores'][l] == evaluate(tuned, rows_of(l, 'test'), l)
 
 
 def test_finetuning_clips():
