@@ -29,7 +29,7 @@ from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cos
 from .reproduce import (check_records, choose, make_setting, plan_cells,
                                        specs_of, write, write_index)
 from .distributed import process_group, rank_and_world_size
-from .finetune import FinetuneConfig, search
+from .finetune import FinetuneConfig, finetune
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
@@ -38,7 +38,7 @@ from .toy_languages import open_source
 from .transformer import ModelConfig
 
 # %% ../nbs/09_cli.ipynb #e8e6d26e
-DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt'
+DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt', 'scratch'
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -338,7 +338,7 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
     _, source, tokenizer, _, model = open_run(cfg.run, cfg.data)
     langs = split_commas(cfg.test_langs) or model.langs
     folder = cfg.run/f'finetune-{task}-{cfg.train_lang}'
-    result = search(model, tokenizer, task, source, cfg.train_lang, langs, cfg.finetune,
+    result = finetune(model, tokenizer, task, source, cfg.train_lang, langs, cfg.finetune,
                     grid if cfg.search else None, folder, cfg.workers, progress=True)
     result.pop('counts')
     anew = JsonlLog(folder/'record.jsonl', keep=lambda row: False)
@@ -347,8 +347,6 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
-
-
 
 # %% ../nbs/09_cli.ipynb #51ce7ea8
 @dataclass(frozen=True, kw_only=True)
@@ -620,8 +618,8 @@ def read_options(
                                 args=args, default=default, return_unknown_args=True, config=config)
         except SystemExit as e:
             if not e.code: raise                        # after help
-            lines = [l.strip('│ ') for l in errors.getvalue().splitlines()[1:]]
-            text = ' '.join(lines[:next((i for i, l in enumerate(lines) if '──' in l), None)])
+            boxed = re.split('[─-]{3,}', errors.getvalue())     # title, what is wrong, help
+            text = ' '.join(re.sub('[│╭╮╰╯─|]', ' ', boxed[min(1, len(boxed) - 1)]).split())
             raise InputError(f'{text.rstrip(".")}. See {said} --help.') from None
     default, own = command.options, None
     if isinstance(default, SystemOptions):

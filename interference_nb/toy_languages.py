@@ -22,7 +22,8 @@ from zlib import crc32
 import numpy as np
 
 from .data import (SPLITS, TASKS, UPOS_LABELS, FolderSource, HubSource, Source,
-                                  WordTokenizer, check_languages)
+                                  check_languages)
+from .tokenizers import WordTokenizer
 from .files import InputError
 
 # %% ../nbs/00a_toy_languages.ipynb #b699b8d4

@@ -12,7 +12,7 @@ import huggingface_hub
 
 from interference_nb import export
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import Tokenizer, WordTokenizer
+from interference_nb.tokenizers import Tokenizer, WordTokenizer
 from interference_nb.files import InputError
 from interference_nb.export import (ADAPTERS, OWN_TOKENIZER, WEIGHTS, export_hf, from_xlm,
                                     import_hf, one_language, push_to_hub, save_hf_tokenizer,

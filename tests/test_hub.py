@@ -1,9 +1,13 @@
 """`HubSource` against a stand-in for the hub on this machine: pinned commits, no remote code; then
-the same with the stand-in gone, from the local copy."""
+the same with the stand-in gone, from the local copy. And a folder without test text."""
 import hashlib, http.server, json, os, subprocess, sys, threading, urllib.parse
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from interference_nb.experiments import Scale, plan, run
+from interference_nb.pretrain import TrainConfig
+from interference_nb.toy_languages import ToySource
+from interference_nb.transformer import ModelConfig
 
 MAIN, PARQUET = 'a' * 40, 'b' * 40
 REVISIONS = {'main': MAIN, MAIN: MAIN, 'refs/convert/parquet': PARQUET, PARQUET: PARQUET}
@@ -163,3 +167,16 @@ def test_what_the_card_says_is_known_before_anything_is_fetched(hub, tmp_path):
     assert streamed == f'{text} {ids} 0' and before == f'{text} {ids} 130000' and read == 'True'
     hub.shutdown(); hub.server_close()
     assert after.endswith(' 0') and ask(hub, tmp_path / 'home', client=SIZES)[3] == after
+
+def test_a_folder_without_test_text_trains(tmp_path, capsys):
+    "A share of the training text is set aside, which is said once; perplexity is measured on it."
+    for lang in ('en', 'x3'):
+        (tmp_path/'data/text'/lang).mkdir(parents=True)
+        documents = [dict(text=t) for t in ToySource(0, n_train=1500).text(lang)]
+        pq.write_table(pa.Table.from_pylist(documents), tmp_path/f'data/text/{lang}/train.parquet')
+    scale = Scale(ModelConfig.toy(60, dim=8, n_layers=1, ffn_dim=16),
+                  TrainConfig.toy(steps=4, warmup=2, batch_size=2, seq_len=16, eval_every=4), {})
+    spec, = plan(['joint'], ('en', 'x3'), 1, scale, str(tmp_path/'data'), tasks=())
+    rows = run(spec, tmp_path)
+    assert set(next(r['ppl'] for r in rows if r['kind'] == 'end')) == {'en', 'x3'}
+    assert capsys.readouterr().err.count('text/en has no validation and no test file: 5%') == 1

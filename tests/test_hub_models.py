@@ -5,7 +5,8 @@ import torch
 
 transformers = pytest.importorskip('transformers')
 
-from interference_nb.data import BOS, EOS, MASK, PAD, Stream, prepare_corpus
+from interference_nb.data import Stream, prepare_corpus
+from interference_nb.tokenizers import BOS, EOS, MASK, PAD
 from interference_nb.distributed import launch, mean_over_processes
 from interference_nb.files import InputError, read_jsonl
 from interference_nb.hub_models import AnyModel, TextStream, hf_loss, requirements

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from interference_nb.adapters import MultilingualLM, load_model
-from interference_nb.data import BOS, EOS, Corpus, Stream, dev_batches
+from interference_nb.data import Corpus, Stream, dev_batches
+from interference_nb.tokenizers import BOS, EOS
 from interference_nb.experiments import SCALES, Claim, RunSpec, run, small, verdicts
 from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evaluate,
                                       evaluate_languages, finetune, predict, search, tune)

@@ -16,7 +16,7 @@ from interference_nb.transformer import ModelConfig
 MODEL = ModelConfig.mini(500, dim=48, n_layers=2, n_heads=4, ffn_dim=160, max_len=64)
 TRAIN = TrainConfig.mini(batch_size=6, seq_len=48, accumulate=2)
 VARIANTS = 'joint', 'ffn', 'attn', 'adpt', 'share_adpt'
-TRAINED = [s for s in SYSTEMS if not SYSTEMS[s].hub and s not in ('joint2x', 'joint6x')]
+TRAINED = [s for s in SYSTEMS if not SYSTEMS[s].hub and s not in ('joint2x', 'joint6x', 'scratch')]
 TOY = RunSpec('joint', ('en', 'x3'), ('en', 'x3'), 0, SCALES['toy'])
 PAPER = RunSpec('meta_adpt', ('en', 'fr'), ('en', 'fr'), 0, SCALES['paper'], 'hub')
 
@@ -47,7 +47,8 @@ def test_settings_of_the_meta_step(meta):
 
 @pytest.mark.parametrize('change', [
     dict(isolate_documents=True), dict(dropout=0., attention_dropout=0.),
-    dict(language_embeddings=True)], ids=lambda c: next(iter(c)))
+    dict(language_embeddings=True),
+    dict(positions='relative', isolate_documents=True)], ids=lambda c: next(iter(c)))
 def test_other_models(change):
     "Masks, the CPU's fused attention (which drops nothing), a vector for each language."
     model = replace(MODEL, **change)
@@ -337,7 +338,8 @@ def test_a_laptop_plans_for_the_gpus_of_the_paper(capsys, tmp_path, monkeypatch)
 
 def test_text_of_another_vocabulary_is_not_there_yet(tmp_path):
     "What lies in the folder counts only if this run will read it."
-    from interference_nb.data import WordTokenizer, prepare_corpus
+    from interference_nb.data import prepare_corpus
+    from interference_nb.tokenizers import WordTokenizer
     from interference_nb.experiments import materials, vocabulary
     source, place, tokenizer = vocabulary(TOY, tmp_path)
     prepare_corpus(source, TOY.pair, WordTokenizer(['a', 'b']), place)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from interference_nb.data import (MASK, SPECIALS, Corpus, Stream, cap_sentences, dev_batches,
-                                  mask_tokens, parallel_map, sampling_probabilities, split_of,
-                                  split_sentences)
+from interference_nb.data import (Corpus, Stream, cap_sentences, dev_batches, mask_tokens,
+                                  parallel_map, sampling_probabilities, split_of, split_sentences)
+from interference_nb.tokenizers import MASK, SPECIALS
 from interference_nb.experiments import SCALES, SYSTEMS, RunSpec, paired
 from interference_nb.tasks import (TaskData, count_spans, cut_between_words, span_f1, task_spec,
                                    windows, word_f1)
