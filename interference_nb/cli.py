@@ -38,7 +38,7 @@ from .toy_languages import open_source
 from .transformer import ModelConfig
 
 # %% ../nbs/09_cli.ipynb #e8e6d26e
-DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt'
+DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt', 'scratch'
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -347,8 +347,6 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
-
-
 
 # %% ../nbs/09_cli.ipynb #51ce7ea8
 @dataclass(frozen=True, kw_only=True)

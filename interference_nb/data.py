@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS', 'TASKS', 'HELD_OUT', 'HUB', 'HUB_REVISIONS',
            'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'ROWS', 'IDS_PER_BYTE', 'Source',
            'split_sentences', 'sampling_probabilities', 'cap_sentences', 'check_languages', 'train_tokenizer',
-           'split_of', 'FolderSource', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource',
+           'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource',
            'Corpus', 'check_rows', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch', 'Stream',
            'dev_batches', 'corpus_statistics', 'statistics_table']
 
@@ -215,14 +215,6 @@ def _open_parquet(folder: Path, kind: str, lang: str, split: str, columns: tuple
                          f"{', '.join(file.schema_arrow.names)}. Rename or add it.")
     return file
 
-# %% ../nbs/00_data.ipynb #724fa794
-def split_of(document_id: str,       # the document's id
-             held_out: float = .01,  # share of 'validation', and of 'test'
-             ) -> str:               # 'train', 'validation' or 'test'
-    "Choose a document's split by a hash of its id."
-    u = zlib.crc32(str(document_id).encode()) / 2**32
-    return 'validation' if u < held_out else 'test' if u < 2 * held_out else 'train'
-
 # %% ../nbs/00_data.ipynb #f5366a34
 HELD_OUT = .05          # share of a folder's training documents, where a split has no file
 
@@ -300,6 +292,14 @@ TREEBANKS = dict(
 TYDIQA = dict(ar='arabic', en='english', ru='russian', sw='swahili', te='telugu')
 HUB_LANGUAGES = dict(ner=tuple(LANGUAGES), pos=tuple(TREEBANKS), qa=tuple(TYDIQA),
                      nli=('en', 'ar', 'fr', 'ru', 'hi', 'sw'))
+
+# %% ../nbs/00_data.ipynb #724fa794
+def split_of(document_id: str,       # the document's id
+             held_out: float = .01,  # share of 'validation', and of 'test'
+             ) -> str:               # 'train', 'validation' or 'test'
+    "Choose a document's split by a hash of its id."
+    u = zlib.crc32(str(document_id).encode()) / 2**32
+    return 'validation' if u < held_out else 'test' if u < 2 * held_out else 'train'
 
 # %% ../nbs/00_data.ipynb #83f8bc20
 def hub_row(task: str,           # 'ner', 'pos', 'qa' or 'nli'
@@ -444,7 +444,6 @@ class Corpus:
         "Count the ids, borders included."
         return len(self.ids)
 
-
 # %% ../nbs/00_data.ipynb #95999e3d
 ROWS = 'documents', 'segments'
 
@@ -516,9 +515,6 @@ def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
         if _matches(entry, key) and path.exists() and path.stat().st_size == 2 * entry['tokens']:
             return path, entry
 
-
-
-
 # %% ../nbs/00_data.ipynb #d18cf02f
 IDS_PER_BYTE = .65  # bytes of ids for one of text: more than 8,000 pieces take in English
 
@@ -546,10 +542,6 @@ def disk_needed(source: Source,        # where the text comes from
             row['ids'] += (_ids_size(source, lang, split, tokenizer, text, cap, key) if look
                            else round(bound * IDS_PER_BYTE))
     return found
-
-
-
-
 
 # %% ../nbs/00_data.ipynb #920dcf3b
 def _ids_size(source: Source, lang: str, split: str, tokenizer, text: int, cap: int | None,
@@ -608,9 +600,6 @@ def prepare_corpus(source: Source,        # where the text comes from
         corpora.setdefault(lang, {})[split] = corpus
     return corpora
 
-
-
-
 # %% ../nbs/00_data.ipynb #9c2b3fc7
 def _prepare(source: Source, key: dict, tokenizer, folder: Path,
              workers: int) -> tuple[Path, dict] | None:
@@ -633,7 +622,6 @@ def _prepare(source: Source, key: dict, tokenizer, folder: Path,
         manifest = _read_manifest(folder) | {name: key | counts}
         write_atomically(folder/'manifest.json', json.dumps(manifest, indent=1, sort_keys=True))
     return folder / name, manifest[name]
-
 
 # %% ../nbs/00_data.ipynb #5c9b7440
 def mask_tokens(ids: np.ndarray,           # [B, T] ids of text

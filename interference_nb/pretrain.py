@@ -10,7 +10,7 @@ __all__ = ['BEFORE', 'OWN_ROWS', 'FREE', 'TrainConfig', 'learning_rate', 'BatchS
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from .distributed import (StopSignals, all_gather, fail_together,
 @dataclass(frozen=True)
 class TrainConfig:
     "Training configuration: all that a run depends on besides model and data. [paper 3.2]"
-    steps: int = 500_000  # optimiser steps; 50 epochs of 10k
+    steps: int = 500_000  # optimiser steps; 50 epochs of 10k; 0: random weights
     batch_size: int = 128  # rows in a batch
     seq_len: int = 256  # tokens in a row
     accumulate: int = 1  # batches averaged into one step, over all processes
@@ -50,9 +50,9 @@ class TrainConfig:
 
     def __post_init__(self):
         whole = ('steps', 'batch_size', 'seq_len', 'accumulate', 'eval_every', 'checkpoint_every')
-        for name in whole:
-            if getattr(self, name) < 1:
-                raise InputError(f'{name} is {getattr(self, name)}. It must be 1 or more.')
+        for name, least in zip(whole, (0, 1, 1, 1, 1, 1), strict=True):
+            if getattr(self, name) < least:
+                raise InputError(f'{name} is {getattr(self, name)}. It must be {least} or more.')
         if not 0 < self.mask_prob <= 1:
             raise InputError(f'mask_prob is {self.mask_prob}. It must lie between 0 and 1.')
         if min(self.lr, self.clip) <= 0 or min(self.seed, self.warmup) < 0:
@@ -79,8 +79,6 @@ class TrainConfig:
     def paper(cls, **kw):
         "The paper's run on 4 GPUs: 4 x 128 rows of 256 tokens a step, 500k steps."
         return cls(**{**dict(accumulate=4), **kw})
-
-
 
 # %% ../nbs/01a_pretrain.ipynb #d516cb66
 def learning_rate(k: int,  # step, from 0
@@ -370,6 +368,7 @@ def train(model,  # has `loss(batch)`, `cfg` and `langs`
           about: dict | None = None,  # what else identifies the run: tokenizer, data, variant
           progress: bool = True,  # a text bar with the time left
           stop_at: int | None = None,  # leave after so many steps, with a checkpoint
+          at_end: Callable | None = None,  # model -> more fields of the record's last row
           ) -> list[dict]:  # rows of the record
     "Train to `cfg.steps`, resuming exactly where a killed run left its checkpoint. [paper 3.2]"
     step = step or JointStep(model, cfg)
@@ -394,7 +393,8 @@ def train(model,  # has `loss(batch)`, `cfg` and `langs`
             if done % cfg.checkpoint_every == 0 or done == last or stop: log.save(done)
             bar.update(1)
             if stop and done < last: end_by(stop)
-        return log.end() if last == cfg.steps else log.rows
+        if not cfg.steps: log.save(0)                       # random weights are a model, too
+        return log.end(at_end) if last == cfg.steps else log.rows
 
 # %% ../nbs/01a_pretrain.ipynb #c3e21f11
 def clocks() -> np.ndarray:  # wall and processor seconds since some time in the past
@@ -451,9 +451,8 @@ def progress_bar(total: int,  # steps
                            '{remaining} left, {rate_fmt} {postfix}')
 
 # settings younger than some checkpoints, and what those were trained with
-BEFORE = dict(rows='documents', language_order='sampled')
+BEFORE = dict(rows='documents', language_order='sampled', positions='learned')
 OWN_ROWS = 'start', 'step', 'eval', 'resume', 'end'     # kinds of rows that training writes
-
 # change no weight, or by rounding only
 FREE = 'eval_every', 'checkpoint_every', 'activation_checkpointing', 'compile'
 
@@ -618,11 +617,10 @@ class RunLog:
         self.record.write('eval', ppl=ppl, **means)
         return ' '.join(f'{l} ppl {p:.1f}' for l, p in ppl.items())
 
-    def end(self) -> list[dict]:
+    def end(self, at_end=None) -> list[dict]:
         work = self.so_far(self.cfg.steps)
         tokens_per_s = round(self.cfg.steps * self.tokens_a_step / max(work['wall_s'], 1e-9))
         ppl = next(r['ppl'] for r in reversed(self.rows) if r['kind'] == 'eval')
-        self.record.write('end', ppl=ppl, tokens_per_s=tokens_per_s, **work)
+        more = at_end(self.model) if at_end and self.main else {}
+        self.record.write('end', ppl=ppl, tokens_per_s=tokens_per_s, **work, **more)
         return self.rows
-
-
