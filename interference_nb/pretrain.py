@@ -518,12 +518,13 @@ class RunLog:
         path = Path(folder)/'record.jsonl' if folder and self.main else None
         error, old = None, read_jsonl(path) if path and path.exists() else []
         others = [r['kind'] for r in old if r['kind'] not in OWN_ROWS]
-        if others and self.first < self.cfg.steps:
+        found = bool(self.checkpoint and self.checkpoint.exists())
+        if others and not (found and self.first == self.cfg.steps):
             error = InputError(f'{path} has rows of {", ".join(dict.fromkeys(others))} by weights '
                                'that are gone. Put checkpoint.safetensors back, move the record '
                                'elsewhere, or name another folder.')
         fail_together(error)
-        keep = lambda r: self.first and (r['kind'] in others or (
+        keep = lambda r: found and (r['kind'] in others or (
             r['kind'] != 'end' and r.get('step', -1) <= self.first))
         return JsonlLog(path, keep)
 
