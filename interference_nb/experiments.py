@@ -40,7 +40,7 @@ from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep, upgrade_meta
-from .finetune import GRIDS, FinetuneConfig, search
+from .finetune import GRIDS, FinetuneConfig, finetune
 from .hub_models import XLM_100, open_encoder
 from .tasks import TASKS, task_rows, task_spec
 
@@ -332,7 +332,7 @@ def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, la
     "Finetune on one task and language, and add what came of it to the record."
     protocol, folder = spec.protocol(task), home/f'{task}-{lang}'
     cfg = replace(spec.scale.finetune[task], seed=spec.seed)
-    result = search(model, tokenizer, task, source, lang, tests, cfg, protocol['search'],
+    result = finetune(model, tokenizer, task, source, lang, tests, cfg, protocol['search'],
                     None if spec.data.startswith('toy') else folder, progress=progress)
     counts = {f'{task}/{lang}/{test}': torch.tensor(n, dtype=torch.float16)
               for test, n in result.pop('counts').items()}
