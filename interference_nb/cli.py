@@ -77,6 +77,7 @@ def run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of recor
     "Run an exhibit of pairs of languages; print its page."
     check_counts(cfg)
     if cfg.steps is not None:
+        if cfg.steps < 1: raise InputError(f'steps is {cfg.steps}. It must be 1 or more.')
         train = replace(study.scale.train, steps=cfg.steps)
         study = replace(study, scale=replace(study.scale, train=train))
     out, t0 = cfg.out or Path('runs')/name, time.time()

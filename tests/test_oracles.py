@@ -360,7 +360,7 @@ def test_a_search_compares_the_trials_best_epochs(monkeypatch):
         return TaskModel(model, task_spec(task)), rows, int(np.argmax(scores)) + 1
     monkeypatch.setattr(import_module('interference_nb.finetune'), 'tune', trained)
     found = finetune(untrained(), Words(), 'pos', Splits(), 'aa', ['aa', 'bb'], TUNE,
-                   dict(lr=tuple(dev)))
+                     dict(lr=tuple(dev)))
     assert found['finetune']['lr'] == 2. and found['best_epoch'] == 2
     tuned, *_ = trained(untrained(), None, 'pos', None, None, replace(TUNE, lr=2.))
     for l in ('aa', 'bb'): assert found['scores'][l] == evaluate(tuned, rows_of(l, 'test'), l)
