@@ -29,7 +29,7 @@ from .experiments import (LEGEND, SCALES, SYSTEMS, RunSpec, Scale, complete, cos
 from .reproduce import (check_records, choose, make_setting, plan_cells,
                                        specs_of, write, write_index)
 from .distributed import process_group, rank_and_world_size
-from .finetune import FinetuneConfig, search
+from .finetune import FinetuneConfig, finetune
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
@@ -38,7 +38,7 @@ from .toy_languages import open_source
 from .transformer import ModelConfig
 
 # %% ../nbs/09_cli.ipynb #e8e6d26e
-DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt'
+DEMO_SYSTEMS = 'mono', 'joint', 'joint2x', 'ffn', 'adpt', 'meta_adpt', 'scratch'
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -239,12 +239,11 @@ class FinetuneCommand(RunOptions):
     workers: int = 1  # trials side by side, one on each GPU in turn
 
 # %% ../nbs/09_cli.ipynb #87063af8
-def spec_of(
-    cfg: TextOptions,
-    scale: Scale,
-    system: str = 'joint',  # key of `SYSTEMS`
-    meta: MetaConfig | None = None,  # in place of the system's own
-) -> RunSpec:
+def spec_of(cfg: TextOptions,
+            scale: Scale,
+            system: str = 'joint',  # key of `SYSTEMS`
+            meta: MetaConfig | None = None,  # in place of the system's own
+            ) -> RunSpec:
     """Describe what a command works on as a run without tasks.
 
     Raises `InputError` for a system that is unknown, of the hub, or for one language only."""
@@ -282,9 +281,7 @@ def statistics(cfg: StatisticsConfig):
     print('P is the probability of a language at a step. '
           'Tasks: labelled rows of train / validation / test.')
 
-def pretraining(
-    cfg: SystemOptions,
-) -> RunSpec:
+def pretraining(cfg: SystemOptions) -> RunSpec:
     """Describe the run of a command; what its meta step has of the system's own is left to that.
 
     Raises `InputError` if the system has no meta step to change."""
@@ -338,7 +335,7 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
     _, source, tokenizer, _, model = open_run(cfg.run, cfg.data)
     langs = split_commas(cfg.test_langs) or model.langs
     folder = cfg.run/f'finetune-{task}-{cfg.train_lang}'
-    result = search(model, tokenizer, task, source, cfg.train_lang, langs, cfg.finetune,
+    result = finetune(model, tokenizer, task, source, cfg.train_lang, langs, cfg.finetune,
                     grid if cfg.search else None, folder, cfg.workers, progress=True)
     result.pop('counts')
     anew = JsonlLog(folder/'record.jsonl', keep=lambda row: False)
@@ -347,8 +344,6 @@ def finetune_run(cfg: FinetuneCommand, task: str, grid: dict[str, tuple]):
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
-
-
 
 # %% ../nbs/09_cli.ipynb #51ce7ea8
 @dataclass(frozen=True, kw_only=True)
@@ -566,9 +561,8 @@ TORCHRUN = (' On all of them: torchrun --standalone --nproc-per-node 4 --max-res
 REAL = dict.fromkeys(('pocket', 'mini'), dict(langs=('en', 'sw'), data='hub')) | dict(
     paper=dict(langs=('en', 'fr'), data='hub'))     # text of the scales that are not for toys
 
-def find_command(
-    args: list[str],  # words, then options
-) -> tuple[Command, str, list[str]]:  # command, its words, its options
+def find_command(args: list[str],  # words, then options
+                 ) -> tuple[Command, str, list[str]]:  # command, its words, its options
     "Follow words to a command; print help, or raise `InputError` with the nearest word."
     found, said, args = command_tree(), 'interference', list(args)
     while isinstance(found, Group):
@@ -586,17 +580,14 @@ def find_command(
         found, said = found.words[word], f'{said} {word}'
     return found, said, args
 
-def nearest(
-    word: str, known: list[str],
-) -> str:  # a sentence
+def nearest(word: str, known: list[str]) -> str:  # a sentence
     "Suggest what a mistyped word was meant to be."
     if near := difflib.get_close_matches(word, known, 1, .5): return f'Did you mean {near[0]}?'
     return f'Use one of {", ".join(known)}.'
 
-def group_help(
-    group: Group,
-    said: str,  # the words that lead to it
-) -> str:
+def group_help(group: Group,
+               said: str,  # the words that lead to it
+               ) -> str:
     "Write the help of a group: its words, with what is behind them."
     about = {w: c.help or type(c.options).__doc__ for w, c in group.words.items()}
     lines = [textwrap.fill(text, 78, initial_indent=f'  {word:10} ', subsequent_indent=' ' * 13)
@@ -604,11 +595,9 @@ def group_help(
     return '\n'.join([f'usage: {said} {{{",".join(about)}}} ...', '', group.help, '', *lines, '',
                       'A command followed by --help lists its options.'])
 
-def read_options(
-    command: Command,
-    said: str,  # its words
-    args: list[str],
-):  # the command's dataclass
+def read_options(command: Command,
+                 said: str,  # its words
+                 args: list[str]):  # the command's dataclass
     "Read a command's options; raise `InputError` for what it does not know or cannot read."
     import tyro
     config = tyro.conf.PositionalRequiredArgs, tyro.conf.AvoidSubcommands
@@ -620,8 +609,8 @@ def read_options(
                                 args=args, default=default, return_unknown_args=True, config=config)
         except SystemExit as e:
             if not e.code: raise                        # after help
-            lines = [l.strip('│ ') for l in errors.getvalue().splitlines()[1:]]
-            text = ' '.join(lines[:next((i for i, l in enumerate(lines) if '──' in l), None)])
+            boxed = re.split('[─-]{3,}', errors.getvalue())     # title, what is wrong, help
+            text = ' '.join(re.sub('[│╭╮╰╯─|]', ' ', boxed[min(1, len(boxed) - 1)]).split())
             raise InputError(f'{text.rstrip(".")}. See {said} --help.') from None
     default, own = command.options, None
     if isinstance(default, SystemOptions):
@@ -634,10 +623,8 @@ def read_options(
                          f'{nearest(word.split("=")[0], list(option_names(default)))}')
     return options
 
-def option_names(
-    options,  # a dataclass
-    prefix: str = '--',
-) -> Iterator[str]:
+def option_names(options,  # a dataclass
+                 prefix: str = '--') -> Iterator[str]:
     "List the options that a dataclass makes, those of the dataclasses in it, too."
     for f in fields(options):
         name, value = prefix + f.name.replace('_', '-'), getattr(options, f.name)
@@ -651,9 +638,7 @@ OLD_OPTIONS = {  # spelling up to 0.1; what it is now, and what became of its va
     '--meta.others-only': ('--meta.exclude-own-language', str),
     '--meta.also-direct': ('--meta.phi-follows-training-gradient', str)}
 
-def upgrade_options(
-    args: list[str],
-) -> list[str]:
+def upgrade_options(args: list[str]) -> list[str]:
     "Replace options by their present names, with a note on stderr."
     out, args = [], list(args)
     while args:
@@ -671,9 +656,8 @@ def upgrade_options(
     return out
 
 # %% ../nbs/09_cli.ipynb #453d8881
-def main(
-    args: list[str] | None = None,  # None: those of the process
-):
+def main(args: list[str] | None = None,  # None: those of the process
+         ):
     "Run the `interference` program, alone or as one of torchrun's processes."
     stopped = 'stopped. The same command goes on from the last checkpoint.'
     try:
@@ -703,10 +687,9 @@ def first_speaks():
     else:
         with open(os.devnull, 'w') as f, redirect_stdout(f): yield
 
-def end(
-    why: str,
-    status: int,  # of the process
-):
+def end(why: str,
+        status: int,  # of the process
+        ):
     "Say why in a line, and end."
     rank = int(os.environ.get('RANK', '0'))
     print(f'interference{f" (process {rank})" * bool(rank)}: {why}', file=sys.stderr)

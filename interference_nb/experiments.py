@@ -35,11 +35,12 @@ from .distributed import (cpu_count, first_process_first, in_subprocess, launch,
                                          rank_and_world_size, worker_pool)
 from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
+from .baselines import held_out_report
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
 from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep, upgrade_meta
-from .finetune import GRIDS, FinetuneConfig, search
+from .finetune import GRIDS, FinetuneConfig, finetune
 from .hub_models import XLM_100, open_encoder
 from .tasks import TASKS, task_rows, task_spec
 
@@ -50,12 +51,12 @@ class System:
     variant: str = 'joint'  # which sub-layers are language-specific; one of `VARIANTS`
     mono: bool = False  # a model for each language in place of one for all
     meta: MetaConfig | None = None  # train the specific parts by Algorithm 1
-    steps: int = 1  # multiple of the scale's steps
+    steps: int = 1  # multiple of the scale's steps; 0: random weights
     combine: str | None = None  # a step takes all languages' gradients: 'mean', 'pcgrad', 'gradvac'
     hub: dict[str, str] | None = None  # a finished model of the hub, only finetuned
 
 SYSTEMS = {'mono': System(mono=True), 'joint': System(), 'joint2x': System(steps=2),
-           'joint6x': System(steps=6),
+           'joint6x': System(steps=6), 'scratch': System(steps=0),
            'ffn': System('ffn'), 'attn': System('attn'), 'adpt': System('adpt'),
            'share_adpt': System('share_adpt'), 'meta_adpt': System('adpt', meta=MetaConfig()),
            **{f'meta_{name}': System('adpt', meta=MetaConfig(**kw)) for name, kw in dict(
@@ -96,9 +97,6 @@ SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), for_tasks(Finetune
                         for_tasks(FinetuneConfig.mini, epochs=6, max_train=1500)),
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(),
                          for_tasks(FinetuneConfig.paper), GRIDS)}
-
-
-
 
 # %% ../nbs/07_experiments.ipynb #180630b5
 @dataclass(frozen=True)
@@ -186,7 +184,6 @@ def vocabulary(spec: RunSpec, folder, source=None,
     if not make and not place.exists(): return source, place, None
     about = spec.scale.model.vocab_size, spec.scale.train.temperature, spec.max_sentences or None
     return source, place, cached_tokenizer(source, langs, *about, place/'tokenizer', make)
-
 
 # %% ../nbs/07_experiments.ipynb #086f0cee
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
@@ -294,7 +291,8 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
                  source=source.name, revision=revision,
                  sentences={l: corpora[l]['train'].n_sentences for l in spec.langs})
     probe = [GradientProbe(spec.probe, home)] if spec.probe else []
-    train(model, feed, cfg, dev, step, probe, home, about, progress)
+    train(model, feed, cfg, dev, step, probe, home, about, progress,
+          at_end=lambda model: dict(held_out=held_out_report(model, corpora, dev, tokenizer)))
     before = home/'record-before.jsonl'
     if before.exists() and not rank_and_world_size()[0]: keep_lessons(before, home/'record.jsonl')
     return model
@@ -334,7 +332,7 @@ def teach_one(spec: RunSpec, home: Path, model, tokenizer, source, task: str, la
     "Finetune on one task and language, and add what came of it to the record."
     protocol, folder = spec.protocol(task), home/f'{task}-{lang}'
     cfg = replace(spec.scale.finetune[task], seed=spec.seed)
-    result = search(model, tokenizer, task, source, lang, tests, cfg, protocol['search'],
+    result = finetune(model, tokenizer, task, source, lang, tests, cfg, protocol['search'],
                     None if spec.data.startswith('toy') else folder, progress=progress)
     counts = {f'{task}/{lang}/{test}': torch.tensor(n, dtype=torch.float16)
               for test, n in result.pop('counts').items()}
@@ -603,7 +601,8 @@ def metrics(records: list[list[dict]],  # of one system and seed: one record, or
         for end in (r for r in rows if r['kind'] == 'end'):     # none where nothing was trained
             out |= {f'ppl {l}': p for l, p in end['ppl'].items()}
             seconds = end['cpu_s' if rows[0]['hardware'].startswith('CPU') else 'wall_s']
-            out['s/step'], out['passes/step'] = seconds / end['step'], end['passes'] / end['step']
+            steps = max(end['step'], 1)         # random weights took none
+            out['s/step'], out['passes/step'] = seconds / steps, end['passes'] / steps
             out['work'] = out.get('work', 0) + end['passes']
         for r in (r for r in rows if r['kind'] == 'finetune'):
             main = task_spec(r['task']).metric

@@ -346,6 +346,10 @@ def export_hf(
     if tokenizer.vocab_size != model.cfg.vocab_size:
         raise InputError(f'the tokenizer has {tokenizer.vocab_size} subwords, the model '
                          f'{model.cfg.vocab_size}. Use the one that the model was trained with.')
+    if model.cfg.positions != 'learned':
+        raise InputError("XLM adds a vector for each position, and no class of transformers adds a "
+                         "bias by distance to the same layers: a model with positions='relative' "
+                         'cannot be exported. Keep its checkpoint, or train with learned ones.')
     if lang is not None: model = one_language(model, lang)
     elif {'ffn', 'attention'} & {*SLOTS[model.variant]}:
         raise InputError(f'in variant {model.variant} each language has layers of its own, and XLM '

@@ -34,7 +34,7 @@ SYSTEM_COLOURS = {'mono': '#0072B2', 'joint': '#D55E00', 'joint2x': '#E69F00', '
            'ffn': '#009E73', 'attn': '#999999', 'adpt': '#56B4E9', 'share_adpt': '#B8A900',
            'meta_adpt': '#CC79A7', 'meta_one_sided': '#661100', 'meta_rest3': '#44AA99',
            'meta_sample1': '#AA4499', 'meta_first_order': '#88CCEE', 'meta_exact': '#6699CC',
-           'joint_all': '#AA4466', 'pcgrad': '#332288',
+           'joint_all': '#AA4466', 'pcgrad': '#332288', 'scratch': '#BBBBBB',
            'gradvac': '#117733', 'xlm': '#555555'}         # the last one: a model from the hub
 LANGUAGE_COLOURS = {'en': '#4477AA', 'fr': '#EE6677', 'ru': '#228833', 'ar': '#CCBB44',
                     'hi': '#AA3377', 'te': '#66CCEE', 'sw': '#EE8866', 'mr': '#44BB99',

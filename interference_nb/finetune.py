@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'FinetuneConfig', 'TaskModel', 'predict', 'evaluate', 'evaluate_languages', 'make_optimizer', 'Trainer',
-           'tune', 'finetune', 'read_tests', 'check_model', 'describe_inputs', 'run_config', 'grid_points', 'search',
-           'trial', 'read_trial', 'run_trials']
+           'tune', 'check_model', 'describe_inputs', 'run_config', 'grid_points', 'trial', 'read_trial', 'run_trials',
+           'finetune']
 
 # %% ../nbs/06_finetune.ipynb #db95f6a8
 import copy, itertools, math, pickle, tempfile, time
@@ -266,35 +266,7 @@ def tune(
     run.model.load_state_dict(run.best)
     return run.model, run.history, run.best_epoch()
 
-# %% ../nbs/06_finetune.ipynb #2c7dda60
-def finetune(
-    model,                      # pretrained `MaskedLM`; left as it is
-    tokenizer,                  # the one it was pretrained with
-    task: str | TaskSpec,       # a name in `TASKS`, or a spec of your own
-    source,                     # a Source
-    train_lang: str,            # language of the training and development sets
-    eval_langs: list[str],      # of the test sets: train_lang is within-language, others zero-shot
-    cfg: FinetuneConfig,
-    folder=None,                # where checkpoints go and a killed run resumes
-    progress: bool = False,     # print a line an epoch
-) -> dict:          # 'scores' {lang: {metric: percent}}, 'counts', 'best_epoch', 'dev', ...
-    """Finetune on one language, test on several by `evaluate_languages` [paper sec. 3.1, App. A].
-
-    Raises `InputError` as `tune` does, before the first step."""
-    spec, start = task_spec(task), time.perf_counter()
-    tests = read_tests(model, tokenizer, spec, source, train_lang, eval_langs, cfg)
-    tuned, dev, best = tune(model, tokenizer, spec, source, train_lang, cfg, folder, progress)
-    return dict(task=spec.name, train_lang=train_lang, **evaluate_languages(tuned, tests),
-                best_epoch=best, dev=dev, wall_s=round(time.perf_counter() - start, 2))
-
 # %% ../nbs/06_finetune.ipynb #c2b92f11
-def read_tests(model, tokenizer, spec, source, train_lang, eval_langs, cfg) -> dict[str, TaskData]:
-    "Check the model and read the test sets; raises `InputError` before any work is lost."
-    check_model(model, tokenizer, [train_lang, *eval_langs])
-    max_len = min(cfg.max_len, model.cfg.max_len)
-    return {l: read_data(spec, source, l, 'test', tokenizer, max_len, cfg.max_eval)
-            for l in eval_langs}
-
 def check_model(model, tokenizer, langs: list[str]):
     "Raise `InputError` for a language that the model lacks, or a tokenizer that is not its own."
     for lang in langs:
@@ -334,47 +306,6 @@ def grid_points(
     return [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
 
 # %% ../nbs/06_finetune.ipynb #6bc41d31
-def search(
-    model,                      # as for `finetune`, like the next five
-    tokenizer,
-    task: str | TaskSpec,
-    source,
-    train_lang: str,
-    eval_langs: list[str],
-    cfg: FinetuneConfig,        # what all trials have in common
-    grid: dict[str, tuple] | None = None,   # such as `GRIDS[task]`; None: the one trial that cfg is
-    folder=None,                # one subfolder a trial: its checkpoints and record; None: nothing
-    workers: int = 1,           # processes side by side, each on a GPU if there is one, in turn
-    progress: bool = False,     # print a line an epoch
-) -> dict:          # as `finetune`, of the best trial; its settings 'finetune'; all 'trials'
-    """Finetune at each point of a grid; test the one with the best development score.
-
-    [paper App. A] Raises `InputError` as `tune` and `grid_points` do."""
-    spec, start, changes = task_spec(task), time.perf_counter(), grid_points(grid)
-    if workers > 1 and not folder:                  # processes meet in files
-        with tempfile.TemporaryDirectory() as own:
-            return search(model, tokenizer, task, source, train_lang, eval_langs, cfg, grid,
-                          own, workers, progress)
-    tests = read_tests(model, tokenizer, spec, source, train_lang, eval_langs, cfg)
-    names = [','.join(f'{k}={v}' for k, v in c.items()) or 'trial' for c in changes]
-    jobs = [(replace(cfg, **c), Path(folder)/n if folder else None)
-            for c, n in zip(changes, names, strict=True)]
-    shared = model, tokenizer, task, source, train_lang, progress
-    done = run_trials(jobs, shared, workers)
-    trials, best, top = [], None, -math.inf
-    for change, name, job, (row, weights) in zip(changes, names, jobs, done, strict=True):
-        trials.append(change | row)
-        score = row['dev'][row['best_epoch'] - 1][spec.metric]
-        if progress: print(spec.name, train_lang, name, f'{spec.metric} {score:.4g}')
-        if score > top: best, top = (job, row, weights), score      # the earlier of equals
-    (cfg, home), row, weights = best
-    with torch.random.fork_rng([]): tuned = TaskModel(model, spec)
-    if home: weights, _ = load_checkpoint(home/'best.safetensors', tuned.device)
-    tuned.load_state_dict(weights)
-    return dict(task=spec.name, train_lang=train_lang, **evaluate_languages(tuned, tests),
-                best_epoch=row['best_epoch'], dev=row['dev'], trials=trials, finetune=asdict(cfg),
-                wall_s=round(time.perf_counter() - start, 2))
-
 def trial(
     job: tuple,         # settings; folder or None
     model, tokenizer, task, source, train_lang, progress,
@@ -425,3 +356,47 @@ def _share(data: bytes):
     _shared[:] = model.to('cuda' if torch.cuda.is_available() else 'cpu'), *rest
 
 def _shared_trial(job): return trial(job, *_shared)
+
+# %% ../nbs/06_finetune.ipynb #2c7dda60
+def finetune(
+    model,                      # pretrained `MaskedLM`; left as it is
+    tokenizer,                  # the one it was pretrained with
+    task: str | TaskSpec,       # a name in `TASKS`, or a spec of your own
+    source,                     # a Source
+    train_lang: str,            # language of the training and development sets
+    eval_langs: list[str],      # of the test sets: train_lang is within-language, others zero-shot
+    cfg: FinetuneConfig,        # of the run; with a grid, what all trials have in common
+    grid: dict[str, tuple] | None = None,   # values to try, such as `GRIDS[task]`
+    folder=None,                # one subfolder a trial: its checkpoints and record; None: nothing
+    workers: int = 1,           # processes side by side, each on a GPU if there is one, in turn
+    progress: bool = False,     # print a line an epoch
+) -> dict:          # 'scores' {lang: {metric: percent}}, 'counts', 'best_epoch', 'dev', 'trials'
+    """Finetune on one language and test on several, each by `evaluate_languages`.
+
+    With a grid, finetune at each of its points and test the one with the best development score
+    [paper sec. 3.1, App. A]. Raises `InputError` as `tune` and `grid_points` do."""
+    spec, start, changes = task_spec(task), time.perf_counter(), grid_points(grid)
+    check_model(model, tokenizer, [train_lang, *eval_langs])
+    max_len = min(cfg.max_len, model.cfg.max_len)
+    tests = {l: read_data(spec, source, l, 'test', tokenizer, max_len, cfg.max_eval)
+             for l in eval_langs}
+    names = [','.join(f'{k}={v}' for k, v in c.items()) or 'trial' for c in changes]
+    trials, best, top = [], None, -math.inf
+    with tempfile.TemporaryDirectory() as own:
+        if workers > 1 and not folder: folder = own         # processes meet in files
+        jobs = [(replace(cfg, **c), Path(folder)/n if folder else None)
+                for c, n in zip(changes, names, strict=True)]
+        shared = model, tokenizer, task, source, train_lang, progress
+        done = run_trials(jobs, shared, workers)
+        for change, name, job, (row, weights) in zip(changes, names, jobs, done, strict=True):
+            trials.append(change | row)
+            score = row['dev'][row['best_epoch'] - 1][spec.metric]
+            if progress: print(spec.name, train_lang, name, f'{spec.metric} {score:.4g}')
+            if score > top: best, top = (job, row, weights), score      # the earlier of equals
+        (cfg, home), row, weights = best
+        with torch.random.fork_rng([]): tuned = TaskModel(model, spec)
+        if home: weights, _ = load_checkpoint(home/'best.safetensors', tuned.device)
+    tuned.load_state_dict(weights)
+    return dict(task=spec.name, train_lang=train_lang, **evaluate_languages(tuned, tests),
+                best_epoch=row['best_epoch'], dev=row['dev'], trials=trials, finetune=asdict(cfg),
+                wall_s=round(time.perf_counter() - start, 2))

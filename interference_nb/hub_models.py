@@ -352,7 +352,7 @@ def open_encoder(
     name: str | Path,               # a folder, or a model of the hub
     revision: str | None = None,    # branch, tag or commit; None: the main one
     offline: bool = False,          # True: only what was downloaded before
-) -> tuple[HubEncoder, HubTokenizer]:       # for `finetune` and `search`
+) -> tuple[HubEncoder, HubTokenizer]:       # for `finetune`
     "Open an encoder and its tokenizer for finetuning. Raises `InputError` if it cannot."
     module, tokenizer = _open(name, 'AutoModel', revision, offline)
     tokenizer = HubTokenizer(tokenizer)

@@ -61,9 +61,8 @@ class Memory:
         "Name what is there at that moment, with its size."
         return ', '.join(f'{k} {format_bytes(b)}' for k in KINDS if (b := getattr(self, k)))
 
-def format_bytes(
-    n: float,  # bytes
-) -> str:  # such as '1.25 GB' or '12.00 MB'
+def format_bytes(n: float,  # bytes
+                 ) -> str:  # such as '1.25 GB' or '12.00 MB'
     "Write a number of bytes."
     return f'{n / 1e9:,.2f} GB' if n >= 1e8 else f'{n / 1e6:,.2f} MB'
 
@@ -186,9 +185,8 @@ class SameBatch:
     def batch(self, i: int) -> Batch: return self.one
     def independent_stream(self, name: str) -> 'SameBatch': return self
 
-def cycle(
-    step,  # that `StepSpec.build` made
-) -> range:  # numbers of steps
+def cycle(step,  # that `StepSpec.build` made
+          ) -> range:  # numbers of steps
     "Return the steps after which a step's work repeats; none at which a meta step logs."
     return range(1, 1 + getattr(getattr(step, 'meta', None), 'meta_every', 1))
 
@@ -241,9 +239,8 @@ def fake_tensors():
     return FakeTensorMode()
 
 @contextlib.contextmanager
-def fake_processes(
-    n: int,  # processes, of which only this one, the first, is there
-):
+def fake_processes(n: int,  # processes, of which only this one, the first, is there
+                   ):
     "Give this process a group that sends nothing; raises `InputError` if it is in a group already."
     if dist.is_initialized():
         raise InputError('a plan is made by one process. Start it without torchrun, and say how '
@@ -255,10 +252,9 @@ def fake_processes(
     finally:
         if n > 1: dist.destroy_process_group()
 
-def account(
-    step: StepSpec,  # precision 'auto': 32 bits on the CPU, 16 on a GPU
-    fused_attention: bool = True,  # on a GPU
-) -> Memory:
+def account(step: StepSpec,  # precision 'auto': 32 bits on the CPU, 16 on a GPU
+            fused_attention: bool = True,  # on a GPU
+            ) -> Memory:
     """Count the memory of a training step, operation by operation, without allocating any.
 
     Raises `InputError` if the processes cannot share the step's batches evenly."""
@@ -271,15 +267,11 @@ def account(
     return cached_account(replace(step, train=train, langs=langs), fused_attention)
 
 @cache
-def cached_account(
-    step: StepSpec, fused: bool,
-) -> Memory:
+def cached_account(step: StepSpec, fused: bool) -> Memory:
     "Count once, away from the GPUs: also a backward pass on the CPU wakes CUDA in its process."
     return on_cpu(count_memory, step, fused)
 
-def count_memory(
-    step: StepSpec, fused: bool,
-) -> Memory:
+def count_memory(step: StepSpec, fused: bool) -> Memory:
     "Take a step on shapes, with the ledger open."
     on_gpu = step.device != 'cpu'
     ledger = Ledger(block=512 if on_gpu else 1, numbers=False)
@@ -297,9 +289,7 @@ def count_memory(
         return replace(ledger.memory(), reduced=(traffic.bytes - before) // len(steps))
 
 # %% ../nbs/07c_planner.ipynb #7efd0d0c
-def measured_peak(
-    step: StepSpec,
-) -> int:  # bytes
+def measured_peak(step: StepSpec) -> int:  # bytes
     "Take the same step for real and ask the allocator."
     gc.collect()
     def take():
@@ -319,9 +309,7 @@ def measured_peak(
     return int(np.cumsum([e['args']['Bytes'] for e in blocks]).max())
 
 # %% ../nbs/07c_planner.ipynb #80db91d4
-def memory_cells(
-    memories: dict[str, Memory],
-) -> tuple[list[str], list[list[str]]]:  # header, lines
+def memory_cells(memories: dict[str, Memory]) -> tuple[list[str], list[list[str]]]:  # header, lines
     "Write a table of memory in GB: a line for each, by kind, and the sum."
     return ['', *KINDS, 'peak, GB'], [
         [name, *(f'{n / 1e9:.2f}' for n in (*(getattr(m, k) for k in KINDS), m.peak))]
@@ -412,22 +400,20 @@ class Plan:
         long = f'{self.hours:,.1f} hours' if self.hours >= 1 else f'{self.hours * 60:.1f} minutes'
         return f'{long}: {self.step_s:.3g} s a step, {self.how}'
 
-def too_full(
-    what: str,  # writes so much
-    need: float, free: float,  # bytes
-) -> str:
+def too_full(what: str,  # writes so much
+             need: float, free: float,  # bytes
+             ) -> str:
     "Say that a disk is too small, and the remedy."
     return (f'{what} writes {format_bytes(need)}, but the disk has {format_bytes(free)} free. '
             'Make room, or name another folder with --out.')
 
 # %% ../nbs/07c_planner.ipynb #4e65d483
-def plan_run(
-    spec: RunSpec,
-    processes: int = 1,
-    seconds: float = 30.,  # to measure a step for; 0: no hours in the plan
-    folder='runs',  # of the experiment
-    strict: bool = False,  # raise `InputError` for what is too small, before measuring
-) -> Plan:
+def plan_run(spec: RunSpec,
+             processes: int = 1,
+             seconds: float = 30.,  # to measure a step for; 0: no hours in the plan
+             folder='runs',  # of the experiment
+             strict: bool = False,  # raise `InputError` for what is too small, before measuring
+             ) -> Plan:
     """Plan a run on this machine's GPU; else on its CPU; else, unmeasured, on the paper's V100.
 
     Raises `InputError` for a system of the hub, and for processes that cannot share the batches."""
@@ -448,10 +434,8 @@ def plan_run(
     step_s, how = in_subprocess(measured_step, spec, processes, seconds)
     return replace(plan, step_s=step_s, how=how)
 
-def memory_of(
-    on: str,  # 'cuda' or 'cpu'
-    processes: int,
-) -> tuple[float, str]:  # bytes for each process, whose
+def memory_of(on: str,  # 'cuda' or 'cpu'
+              processes: int) -> tuple[float, str]:  # bytes for each process, whose
     "Tell how much memory a process may use."
     if on == 'cpu':
         ram = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
@@ -468,10 +452,9 @@ def gpu() -> tuple[str, int]:  # name, bytes
     memory, name = said.stdout.split(maxsplit=1)
     return name.strip(), int(memory)
 
-def text_size(
-    spec: RunSpec,
-    folder,  # of the experiment
-) -> TextSize:
+def text_size(spec: RunSpec,
+              folder,  # of the experiment
+              ) -> TextSize:
     "Tell what the tokenised text takes: what is there, or the source's estimate."
     caps = spec.max_sentences or None
     source, place, tokenizer = vocabulary(spec, folder, make=False)
@@ -488,11 +471,10 @@ def text_size(
     return TextSize(held + new if known else None, float(sum(r['copy'] for r in rows)), held)
 
 # %% ../nbs/07c_planner.ipynb #f1952245
-def time_steps(
-    step: StepSpec,  # taken by one process, with all its batches
-    seconds: float,  # to take steps for, one at least
-    threads: int | None = None,  # of the CPU; None: as they are
-) -> float:  # seconds
+def time_steps(step: StepSpec,  # taken by one process, with all its batches
+               seconds: float,  # to take steps for, one at least
+               threads: int | None = None,  # of the CPU; None: as they are
+               ) -> float:  # seconds
     "Measure what a step takes: the median, after one to warm up."
     taken, feed = step.build()
     before, times = torch.get_num_threads(), []
@@ -506,33 +488,29 @@ def time_steps(
     finally: torch.set_num_threads(before)
     return float(np.median(times[1:])) / len(cycle(taken))
 
-def time_rows(
-    spec: RunSpec,
-    seconds: float,  # to measure for
-    rows: int | None = None,  # of a batch; None: 512 tokens on a CPU, on a GPU 16,384
-    batches: int = 1,  # that the process takes
-    threads: int = 1,  # of the CPU
-) -> float:  # seconds of the whole step, all its batches by one process
+def time_rows(spec: RunSpec,
+              seconds: float,  # to measure for
+              rows: int | None = None,  # of a batch; None: 512 tokens on a CPU, on a GPU 16,384
+              batches: int = 1,  # that the process takes
+              threads: int = 1,  # of the CPU
+              ) -> float:  # seconds of the whole step, all its batches by one process
     "Measure a run's step here with fewer rows and batches, and scale up."
     cfg, on = spec.train, device()
     rows = rows or few_rows(spec)
     step = StepSpec.of_run(spec, on, batch_size=rows, accumulate=batches)
     return time_steps(step, seconds, threads) * cfg.batch_size * cfg.accumulate / rows / batches
 
-def few_rows(
-    spec: RunSpec,
-) -> int:
+def few_rows(spec: RunSpec) -> int:
     "Tell how many rows of a run make a step that takes no time."
     tokens = 512 if device() == 'cpu' else 16_384
     return max(1, min(spec.train.batch_size, tokens // spec.train.seq_len))
 
 ALONE = 'without communication, loading, evaluation and probes'     # left out
 
-def measured_step(
-    spec: RunSpec,
-    processes: int,  # that share the step's batches
-    seconds: float,  # to measure for
-) -> tuple[float, str]:  # seconds, how that was measured
+def measured_step(spec: RunSpec,
+                  processes: int,  # that share the step's batches
+                  seconds: float,  # to measure for
+                  ) -> tuple[float, str]:  # seconds, how that was measured
     """Time the step of one of the processes on this machine.
 
     Raises `InputError` if the processes cannot share the step's batches evenly."""
@@ -569,16 +547,13 @@ def plan_family(
             plans.append(replace(steps[alike], spec=s, text=text))
     return plan_table(plans)
 
-def step_of(
-    system: str,  # key of `SYSTEMS`
-) -> str:
+def step_of(system: str,  # key of `SYSTEMS`
+            ) -> str:
     "Name the first system that takes the same step: joint2x takes joint's, only more of them."
     step = lambda name: replace(SYSTEMS[name], steps=1, mono=False)
     return next(name for name in SYSTEMS if step(name) == step(system))
 
-def plan_table(
-    plans: Iterable[Plan],
-) -> str:  # for the terminal
+def plan_table(plans: Iterable[Plan]) -> str:  # for the terminal
     "Add plans up by system, and say what is too small."
     plans, systems = list(plans), {}
     for p in plans: systems.setdefault(p.spec.system, []).append(p)
@@ -600,9 +575,7 @@ def plan_table(
     if need > free: problems.append(too_full('all of them together', need, free))
     return '\n'.join([said, *about_plans(plans), *(f'PROBLEM  {p}' for p in problems)])
 
-def about_plans(
-    plans: list[Plan],
-) -> list[str]:  # lines
+def about_plans(plans: list[Plan]) -> list[str]:  # lines
     "Say how hours are known and whose memory it is."
     hows = dict.fromkeys(p.how or 'not measured' for p in plans)
     text = 'text: not known without the network, before it is prepared'
@@ -621,12 +594,11 @@ def total_disk(
     return text, kept, text - held + kept + max((p.checkpoint for p in plans), default=0) / 2
 
 # %% ../nbs/07c_planner.ipynb #ef166a8c
-def plan_finetuning(
-    specs: list[RunSpec],  # pretrained already
-    workers: int = 4,  # runs at once, each on a GPU
-    seconds: float | None = None,  # as for `plan_family`
-    folder='runs',  # of the experiment
-) -> str:  # a table for the terminal
+def plan_finetuning(specs: list[RunSpec],  # pretrained already
+                    workers: int = 4,  # runs at once, each on a GPU
+                    seconds: float | None = None,  # as for `plan_family`
+                    folder='runs',  # of the experiment
+                    ) -> str:  # a table for the terminal
     "Plan the gates and the finetuning of runs."
     if seconds is None: seconds = 30. if device() == 'cuda' else 0.
     spec = next(s for s in specs if not SYSTEMS[s.system].hub)
@@ -661,29 +633,25 @@ def plan_finetuning(
     short = f'PROBLEM  {too_full("a search", need, plan.free)} Or start fewer at once.'
     return '\n'.join([said, *about_plans([known]), *[short] * (need > plan.free)])
 
-def disk(
-    specs: Iterable[RunSpec],
-    workers: int = 1,  # runs at work at once
-) -> float:  # bytes
+def disk(specs: Iterable[RunSpec],
+         workers: int = 1,  # runs at work at once
+         ) -> float:  # bytes
     "Count each run's checkpoint, and the trials of as many runs as are at work at once."
     ours = [s for s in specs if not SYSTEMS[s.system].hub]      # the hub's is not kept with a run
     passing = sorted((checkpoint_size(s) * 4 / 3 * trials(s) for s in ours), reverse=True)
     return sum(map(checkpoint_size, ours), 0.) + sum(passing[:workers])     # 4: also the best ones
 
-def trials(
-    spec: RunSpec,
-) -> int:
+def trials(spec: RunSpec) -> int:
     "Count the checkpoints that a run's largest search keeps till it ends; on toy data none."
     if spec.data.startswith('toy'): return 0
     return max((math.prod(map(len, spec.scale.search.get(t, {}).values())) for t in spec.tasks),
                default=0)
 
 # %% ../nbs/07c_planner.ipynb #88d230a6
-def plan_missing(
-    groups: dict[str, list[RunSpec]],  # {name of a line: its runs}
-    folder,  # of their records
-    workers: int = 1,  # runs side by side
-) -> tuple[list[str], list[list[str]], str]:  # header, lines, note
+def plan_missing(groups: dict[str, list[RunSpec]],  # {name of a line: its runs}
+                 folder,  # of their records
+                 workers: int = 1,  # runs side by side
+                 ) -> tuple[list[str], list[list[str]], str]:  # header, lines, note
     "Write the plan of groups of runs: those held, those missing, and what the missing ones take."
     runs = {s.name: s for some in groups.values() for s in some}
     done = {name for name, s in runs.items() if complete(s, Path(folder)/name)}
@@ -704,10 +672,9 @@ def plan_missing(
     header = ['', 'runs', 'held', 'missing', 'steps', 'hours', f'by {workers} workers', 'GB']
     return header, [line(*item) for item in groups.items()], note
 
-def pace(
-    specs: Iterable[RunSpec],
-    folder,  # of their records
-) -> float | None:  # seconds for a plain step; None: no run was finished on this machine
+def pace(specs: Iterable[RunSpec],
+         folder,  # of their records
+         ) -> float | None:  # seconds for a plain step; None: no run was finished on this machine
     "Read from finished runs how fast this machine is."
     machine = lambda hardware: hardware.split(', ')[:2]
     here, seconds, work = machine(run_info()['hardware']), 0., 0.
@@ -718,10 +685,9 @@ def pace(
         work += cost(spec)
     return seconds / work if work else None
 
-def work_left(
-    spec: RunSpec,
-    folder,  # of its record
-) -> float:  # plain steps, as `cost`
+def work_left(spec: RunSpec,
+              folder,  # of its record
+              ) -> float:  # plain steps, as `cost`
     "Estimate what a run's record lacks; raises `InputError` if it is of other settings."
     rows = held(spec, Path(folder)/spec.name)
     tasks = [t for t in spec.tasks if not all(any(held_lesson(t, l, r) for r in rows)

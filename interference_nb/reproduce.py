@@ -454,7 +454,7 @@ def work_left(spec: RunSpec, folder) -> float:  # in plain steps, as `cost`
     tasks = [t for t in spec.tasks if not all(any(held_lesson(t, l, r) for r in rows)
                                               for l in spec.langs)]
     prune = [p for p in spec.prune if not any(held_gates(p, r) for r in rows)]
-    trained = max([r['step'] for r in rows if 'step' in r], default=0) / spec.train.steps
+    trained = max([r['step'] for r in rows if 'step' in r], default=0) / max(spec.train.steps, 1)
     todo = replace(spec, tasks=tuple(tasks), prune=tuple(prune))
     return cost(todo) - min(1, trained) * cost(replace(spec, tasks=(), prune=()))
 

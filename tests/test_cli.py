@@ -1,5 +1,5 @@
 """The command line: words that lead to commands, mistyped ones, options old and new."""
-import re, subprocess, sys
+import os, re, subprocess, sys
 from dataclasses import replace
 import pytest
 from interference_nb import __version__, cli
@@ -42,7 +42,15 @@ def test_a_mistyped_word_gets_the_nearest(args, meant, capsys):
 def test_what_cannot_be_read_is_told_in_a_line(args, said, capsys):
     status, out, err = command(capsys, *args)
     assert (status, out, len(err.splitlines())) == (2, '', 1) and said in err
-    assert not re.search('[│╭╰─]', err)
+    assert not re.search('[│╭╰─]|---', err) and 'helptext' not in err
+
+
+def test_a_terminal_without_boxes_is_told_the_same():
+    done = subprocess.run([sys.executable, '-m', 'interference_nb', 'pretrain', 'toy',
+                           '--train.steps', 'abc'], capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONIOENCODING='ascii', LC_ALL='C'))
+    said = "Error parsing --train.steps: invalid literal for int() with base 10: 'abc'"
+    assert done.stderr == f'interference: {said}. See interference pretrain toy --help.\n'
 
 
 def test_version_by_either_name(capsys):

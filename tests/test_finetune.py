@@ -17,7 +17,7 @@ from interference_nb.adapters import MultilingualLM
 from interference_nb.data import FolderSource, train_tokenizer
 from interference_nb.tokenizers import load_tokenizer
 from interference_nb.files import InputError, load_checkpoint
-from interference_nb.finetune import FinetuneConfig, finetune, predict, search, tune
+from interference_nb.finetune import FinetuneConfig, finetune, predict, tune
 from interference_nb.tasks import (TASKS, normalise_answer, read_data, score_qa, span_f1,
                                    total_score, word_f1)
 from interference_nb.toy_languages import ToySource, toy_tokenizer
@@ -237,7 +237,7 @@ def test_search_side_by_side(tmp_path, task):
     "Two processes end as one does; what they leave in the folder is not done again."
     torch.set_num_threads(1)
     model, tok, source = toy_model(dropout=.1)
-    look = lambda **kw: search(model, tok, task, source, 'en', ['en', 'x3'], CFG, RATES, **kw)
+    look = lambda **kw: finetune(model, tok, task, source, 'en', ['en', 'x3'], CFG, RATES, **kw)
     alone = timeless(look())
     assert timeless(look(workers=2, folder=tmp_path)) == alone
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob('*/*')}
@@ -249,17 +249,17 @@ def test_search_side_by_side(tmp_path, task):
 def test_search_with_a_task_of_ones_own():
     model, tok, source = toy_model()
     spec = replace(TASKS['pos'], name='mine')
-    r = search(model, tok, spec, source, 'en', ['en'], CFG, dict(freeze_specific=(False, True)))
+    r = finetune(model, tok, spec, source, 'en', ['en'], CFG, dict(freeze_specific=(False, True)))
     assert [t['freeze_specific'] for t in r['trials']] == [False, True]
     with pytest.raises(InputError, match='cannot send this search to other processes'):
-        search(model, tok, spec, source, 'en', ['en'], CFG, RATES, workers=2)
+        finetune(model, tok, spec, source, 'en', ['en'], CFG, RATES, workers=2)
 
 
 SEARCH = '''
 import sys; sys.path.insert(0, sys.argv[2])
-from test_finetune import CFG, RATES, replace, search, toy_model
+from test_finetune import CFG, RATES, finetune, replace, toy_model
 model, tok, source = toy_model(dropout=.1)
-search(model, tok, 'pos', source, 'en', ['en'], replace(CFG, epochs=12), RATES, sys.argv[1], 2)
+finetune(model, tok, 'pos', source, 'en', ['en'], replace(CFG, epochs=12), RATES, sys.argv[1], 2)
 '''
 
 
@@ -278,8 +278,8 @@ def test_search_killed_from_outside(tmp_path):
     assert then == state() and not all('"done"' in p.read_text()
                                        for p in tmp_path.glob('cut/*/record.jsonl'))
     model, tok, source = toy_model(dropout=.1)
-    again, whole = (search(model, tok, 'pos', source, 'en', ['en'], replace(CFG, epochs=12), RATES,
-                           folder) for folder in (tmp_path/'cut', None))
+    again, whole = (finetune(model, tok, 'pos', source, 'en', ['en'], replace(CFG, epochs=12),
+                             RATES, folder) for folder in (tmp_path/'cut', None))
     assert timeless(again) == timeless(whole)
 
 

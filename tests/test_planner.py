@@ -16,7 +16,7 @@ from interference_nb.transformer import ModelConfig
 MODEL = ModelConfig.mini(500, dim=48, n_layers=2, n_heads=4, ffn_dim=160, max_len=64)
 TRAIN = TrainConfig.mini(batch_size=6, seq_len=48, accumulate=2)
 VARIANTS = 'joint', 'ffn', 'attn', 'adpt', 'share_adpt'
-TRAINED = [s for s in SYSTEMS if not SYSTEMS[s].hub and s not in ('joint2x', 'joint6x')]
+TRAINED = [s for s in SYSTEMS if not SYSTEMS[s].hub and s not in ('joint2x', 'joint6x', 'scratch')]
 TOY = RunSpec('joint', ('en', 'x3'), ('en', 'x3'), 0, SCALES['toy'])
 PAPER = RunSpec('meta_adpt', ('en', 'fr'), ('en', 'fr'), 0, SCALES['paper'], 'hub')
 
@@ -47,7 +47,8 @@ def test_settings_of_the_meta_step(meta):
 
 @pytest.mark.parametrize('change', [
     dict(isolate_documents=True), dict(dropout=0., attention_dropout=0.),
-    dict(language_embeddings=True)], ids=lambda c: next(iter(c)))
+    dict(language_embeddings=True),
+    dict(positions='relative', isolate_documents=True)], ids=lambda c: next(iter(c)))
 def test_other_models(change):
     "Masks, the CPU's fused attention (which drops nothing), a vector for each language."
     model = replace(MODEL, **change)

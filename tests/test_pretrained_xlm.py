@@ -9,7 +9,7 @@ pytest.importorskip('sacremoses')
 
 from interference_nb import experiments
 from interference_nb.experiments import SCALES, RunSpec, System, for_tasks, read_scores, run
-from interference_nb.finetune import FinetuneConfig, finetune, search
+from interference_nb.finetune import FinetuneConfig, finetune
 from interference_nb.hub_models import HubEncoder, HubTokenizer, open_encoder
 from interference_nb.toy_languages import ToySource
 
@@ -40,7 +40,7 @@ def xlm(tmp_path_factory, source):
 def test_search_side_by_side(xlm, source):
     torch.set_num_threads(1)
     model, tok = open_encoder(xlm)
-    one, two = (search(model, tok, 'ner', source, 'en', LANGS, CFG, dict(lr=(1e-3, 4e-3)),
+    one, two = (finetune(model, tok, 'ner', source, 'en', LANGS, CFG, dict(lr=(1e-3, 4e-3)),
                        workers=n) for n in (1, 2))
     assert (one['scores'], one['dev'], one['finetune']) == (two['scores'], two['dev'],
                                                            two['finetune'])
