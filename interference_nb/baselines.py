@@ -10,7 +10,8 @@ __all__ = ['KINDS', 'PieceCounts', 'baseline_losses', 'kinds_of', 'position_loss
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .data import MASK, Batch, Corpus
+from .data import Batch, Corpus
+from .tokenizers import MASK
 from .files import InputError
 
 # %% ../nbs/01c_baselines.ipynb #6e74d54e

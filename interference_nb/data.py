@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS', 'TASKS', 'HELD_OUT', 'HUB', 'HUB_REVISIONS',
            'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'ROWS', 'IDS_PER_BYTE', 'Source',
            'split_sentences', 'sampling_probabilities', 'cap_sentences', 'check_languages', 'train_tokenizer',
-           'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource',
+           'split_of', 'FolderSource', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource',
            'Corpus', 'check_rows', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch', 'Stream',
            'dev_batches', 'corpus_statistics', 'statistics_table']
 
@@ -42,11 +42,16 @@ class Source:
     languages: tuple[str, ...]  # codes of the languages it has text of
     pairs: bool = False         # documents are two lines, each with an `</s>`
 
-    def text(self, lang: str, split: str = 'train') -> Iterator[str]:
+    def text(self, lang: str,  # language code
+             split: str = 'train',  # 'train', 'validation' or 'test'
+             ) -> Iterator[str]:
         "Yield documents; a line end separates sentences. Raises `InputError` if there are none."
         raise NotImplementedError
 
-    def examples(self, task: str, lang: str, split: str) -> list[dict]:
+    def examples(self, task: str,  # name of a task in TASKS
+                 lang: str,  # language code
+                 split: str,  # 'train', 'validation' or 'test'
+                 ) -> list[dict]:
         "Return the rows of a labelled task, in the columns of TASKS. Raises `InputError` if none."
         raise InputError(f'the {self.name} source has no {task} rows. Use another source.')
 
@@ -120,7 +125,9 @@ def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
     if chunk: yield chunk
 
 # %% ../nbs/00_data.ipynb #5e1e2d79
-def check_languages(source: Source, langs: Iterable[str]) -> tuple[str, ...]:
+def check_languages(source: Source,  # has `languages`
+                    langs: Iterable[str],  # codes; one may stand alone
+                    ) -> tuple[str, ...]:
     "Return the languages as a tuple if the source has them all."
     langs = (langs,) if isinstance(langs, str) else tuple(langs)
     have = ', '.join(source.languages)
@@ -176,6 +183,14 @@ def train_tokenizer(source: Source,        # where the text comes from
     draw = (samples[lang][k % len(samples[lang])]    # a small language's sentences come round again
             for lang in langs for k in range(round(P[lang] * n)))
     return Tokenizer.train(draw, vocab_size, character_coverage=character_coverage, threads=workers)
+
+# %% ../nbs/00_data.ipynb #724fa794
+def split_of(document_id: str,       # the document's id
+             held_out: float = .01,  # share of 'validation', and of 'test'
+             ) -> str:               # 'train', 'validation' or 'test'
+    "Choose a document's split by a hash of its id."
+    u = zlib.crc32(str(document_id).encode()) / 2**32
+    return 'validation' if u < held_out else 'test' if u < 2 * held_out else 'train'
 
 # %% ../nbs/00_data.ipynb #d7deb723
 def _check_task(task: str) -> str:
@@ -285,14 +300,6 @@ TREEBANKS = dict(
 TYDIQA = dict(ar='arabic', en='english', ru='russian', sw='swahili', te='telugu')
 HUB_LANGUAGES = dict(ner=tuple(LANGUAGES), pos=tuple(TREEBANKS), qa=tuple(TYDIQA),
                      nli=('en', 'ar', 'fr', 'ru', 'hi', 'sw'))
-
-# %% ../nbs/00_data.ipynb #724fa794
-def split_of(document_id: str,       # the document's id
-             held_out: float = .01,  # share of 'validation', and of 'test'
-             ) -> str:               # 'train', 'validation' or 'test'
-    "Choose a document's split by a hash of its id."
-    u = zlib.crc32(str(document_id).encode()) / 2**32
-    return 'validation' if u < held_out else 'test' if u < 2 * held_out else 'train'
 
 # %% ../nbs/00_data.ipynb #83f8bc20
 def hub_row(task: str,           # 'ner', 'pos', 'qa' or 'nli'
@@ -549,7 +556,8 @@ def _ids_size(source: Source, lang: str, split: str, tokenizer, text: int, cap: 
     return round(ids * times)
 
 def check_room(rows: list[dict],  # from disk_needed
-               folder: str | Path) -> None:
+               folder: str | Path,  # where the ids go
+               ) -> None:
     "Raise `InputError` if a disk has less room than preparing takes."
     disks = {}
     for what, place in (('ids', Path(folder)), ('copy', hub_cache)):
@@ -641,7 +649,7 @@ def mask_tokens(ids: np.ndarray,           # [B, T] ids of text
 # %% ../nbs/00_data.ipynb #5d2cebba
 @dataclass(eq=False)
 class Batch:
-    "Hold one language's rows, what was hidden in them and where."
+    "Masked rows of one language: what was hidden in them, and where."
     tokens: torch.Tensor     # [B, T] int64, with some tokens hidden
     positions: torch.Tensor  # [M] int64, flat indices into B*T
     targets: torch.Tensor    # [M] int64, the ids that stood there
@@ -649,8 +657,9 @@ class Batch:
     pad: torch.Tensor | None = None  # [B, T] bool, True = padding; None: nothing is padded
     weight: float = 1.       # its loss counts as that of so many batches of a step
 
-    def to(self, device: str | torch.device) -> 'Batch':
-        "Give the batch on a device."
+    def to(self, device: str | torch.device,  # where tensors go
+           ) -> 'Batch':
+        "Return the batch on a device; pinned memory is copied asynchronously."
         move = lambda x: None if x is None else x.to(device, non_blocking=True)
         return replace(self, tokens=move(self.tokens), positions=move(self.positions),
                        targets=move(self.targets), pad=move(self.pad))
@@ -670,7 +679,7 @@ def _batch(ids: np.ndarray, rng, vocab_size: int, mask_prob: float, lang: str) -
 
 # %% ../nbs/00_data.ipynb #52853e47
 class Stream:
-    "Give one language's endless batches; batch k depends on (seed, language, name, k) only."
+    "Endless batches of one language; batch k depends on (seed, language, name, k) only."
     def __init__(self,
                  corpus: Corpus,          # the text
                  batch_size: int,         # B
@@ -699,7 +708,8 @@ class Stream:
         rng = np.random.default_rng([1, *self._key, epoch])
         return rng.permutation(self.n_rows).astype(np.uint32)
 
-    def batch(self, k: int) -> Batch:
+    def batch(self, k: int,  # number of the batch, from 0
+              ) -> Batch:
         "Make batch k: the next rows of this epoch's permutation, and masks of its own."
         place = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
         epoch, place = place // self.n_rows, place % self.n_rows
@@ -710,7 +720,8 @@ class Stream:
     def _hide(self, rows, rng):
         return _batch(rows, rng, self.vocab_size, self.mask_prob, self.corpus.lang)
 
-    def independent_stream(self, name: str) -> 'Stream':
+    def independent_stream(self, name: str,  # another than 'train'
+                           ) -> 'Stream':
         "Return a stream over the same text that draws independently."
         other = copy.copy(self)
         other._draw_as(name)

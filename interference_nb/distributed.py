@@ -25,7 +25,7 @@ os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8');    # GPUs' products
 
 # %% ../nbs/01b_distributed.ipynb #8375b59e
 def rank_and_world_size() -> tuple[int, int]:  # rank and number of processes
-    "Tell which of how many processes this is: (0, 1) unless `torch.distributed` runs."
+    "Return the rank and the number of processes: (0, 1) unless `torch.distributed` runs."
     if not (dist.is_available() and dist.is_initialized()): return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
@@ -36,7 +36,8 @@ class Traffic:
 
     def reset(self): self.calls = self.bytes = 0
 
-    def reduce(self, t: torch.Tensor):
+    def reduce(self, t: torch.Tensor,  # changed in place
+               ):
         "Sum a tensor over all processes, in place."
         dist.all_reduce(t)
         self.calls, self.bytes = self.calls + 1, self.bytes + t.nbytes
@@ -80,7 +81,7 @@ def all_gather(t: torch.Tensor) -> torch.Tensor:  # [world, ...], the same in ev
 # %% ../nbs/01b_distributed.ipynb #5bbb9fc0
 @contextlib.contextmanager
 def process_group():
-    "Be one of the processes that `torchrun` or `launch` started, for a block; else do nothing."
+    "Join the group of processes that `torchrun` or `launch` started; alone, do nothing."
     if 'LOCAL_RANK' not in os.environ or dist.is_initialized():
         yield
         return
@@ -174,7 +175,8 @@ def patient_group(world, patience):
     return dist.new_group(backend='gloo', timeout=patience)
 
 def fail_together(error: BaseException | None,  # the first process's; None: all went well
-                  group=None):
+                  group=None,  # None: all processes
+                  ):
     "Let all processes fail, with its message, if the first one has failed."
     said = [error and (str(error) or repr(error))]
     if rank_and_world_size()[1] > 1: dist.broadcast_object_list(said, 0, group, torch.device('cpu'))

@@ -89,9 +89,9 @@ def read_jsonl(path: str | Path,  # written by `JsonlLog`
 
 class JsonlLog:
     "Append-only file of JSON lines; without a path, a list in memory."
-    def __init__(self,
-                 path: str | Path | None = None,
-                 keep: Callable[[dict], bool] = lambda row: True):  # which old rows stay
+    def __init__(self, path: str | Path | None = None,  # None: in memory only
+                 keep: Callable[[dict], bool] = lambda row: True,  # which old rows stay
+                 ):
         self.path = Path(path) if path else None
         old = read_jsonl(self.path) if self.path and self.path.exists() else []
         self.rows = [row for row in old if keep(row)]   # all rows, old and new
@@ -116,16 +116,17 @@ class JsonlLog:
             with explain_write_errors(self.path), open(self.path, 'rb+') as f: os.fsync(f.fileno())
 
 # %% ../nbs/00b_files.ipynb #25589239
-def save_checkpoint(path: str | Path,
+def save_checkpoint(path: str | Path,  # of the file
                     tensors: dict[str, torch.Tensor],  # by name, on any device
-                    meta: dict):                       # plain values, kept as JSON
+                    meta: dict,  # plain values, kept as JSON
+                    ):
     "Write tensors and a dict atomically. Raises `InputError`; the file before it stays whole."
     from safetensors.torch import save
     on_cpu = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     write_atomically(path, save(on_cpu, {'meta': json.dumps(meta)}))
 
-def load_checkpoint(path: str | Path,
-                    device: str | torch.device = 'cpu',
+def load_checkpoint(path: str | Path,  # of the file
+                    device: str | torch.device = 'cpu',  # where tensors go
                     ) -> tuple[dict[str, torch.Tensor], dict]:  # (tensors, meta)
     "Read what `save_checkpoint` wrote. Raises `InputError` if it is missing or damaged."
     from safetensors import SafetensorError, safe_open

@@ -26,7 +26,7 @@ from .distributed import (StopSignals, all_gather, fail_together,
 # %% ../nbs/01a_pretrain.ipynb #891f82a8
 @dataclass(frozen=True)
 class TrainConfig:
-    "Everything that a pretraining run depends on besides its model and its data. [paper 3.2]"
+    "Training configuration: all that a run depends on besides model and data. [paper 3.2]"
     steps: int = 500_000  # optimiser steps; 50 epochs of 10k; 0: random weights
     batch_size: int = 128  # rows in a batch
     seq_len: int = 256  # tokens in a row
@@ -96,11 +96,11 @@ def learning_rate(k: int,  # step, from 0
 # %% ../nbs/01a_pretrain.ipynb #8b451e06
 class BatchSampler:
     "Sampler of a run's batches: which language at step k, and which of its batches. [paper 3.2]"
-    def __init__(self,
-                 streams: dict[str, Stream],  # {language: stream of its training text}
-                 cfg: TrainConfig,
+    def __init__(self, streams: dict[str, Stream],  # {language: stream of its training text}
+                 cfg: TrainConfig,  # sizes, schedule and seed
                  held_out: dict[str, Stream] | None = None,  # a held-out split, for the meta step
-                 device: str | torch.device = 'cpu'):  # where batches are put
+                 device: str | torch.device = 'cpu',  # where batches are put
+                 ):
         self.langs, self.streams, self.cfg, self.device = tuple(streams), streams, cfg, device
         self.validation = held_out or {l: s.independent_stream('fresh') for l, s in streams.items()}
         sizes = {l: s.corpus.n_sentences for l, s in streams.items()}
@@ -119,38 +119,44 @@ class BatchSampler:
         self._ahead = ThreadPoolExecutor(1) if str(device).startswith('cuda') else None
         self._drawn = {}                                # by purpose: indices, and their batches
 
-    def lang(self, k: int) -> str:
+    def lang(self, k: int,  # step, from 0
+             ) -> str:
         "Return the language of step k; of its first batch, where they are mixed."
         return self.langs[self.order[k].flat[0]]
 
-    def langs_at(self, k: int) -> tuple[str, ...]:
+    def langs_at(self, k: int,  # step, from 0
+                 ) -> tuple[str, ...]:
         "Return the languages of step k, over all processes."
         return tuple(self.langs[i] for i in np.unique(self.order[k]))
 
-    def shard_indices(self, turn: int) -> range:
+    def shard_indices(self, turn: int,  # how many steps had the language before
+                      ) -> range:
         "Return the numbers of this process's batches in a language's `turn`-th step."
         n = self.cfg.accumulate
         return range(turn * n + self.rank, turn * n + n, self.world)
 
-    def indices(self, langs: Iterable[str],
-                turn: int,                      # how many steps had batches of these before
-                ) -> list[tuple[str, int]]:     # (language, number of a batch), this process's
+    def indices(self, langs: Iterable[str],  # languages
+                turn: int,  # how many steps had batches of these before
+                ) -> list[tuple[str, int]]:  # (language, number of a batch), this process's
         "Return which batches of some languages a step takes; none after the last step."
         if turn >= self.cfg.steps: return []
         return [(l, i) for l in langs for i in self.shard_indices(turn)]
 
-    def training_indices(self, k: int) -> list[tuple[str, int]]:
+    def training_indices(self, k: int,  # step, from 0
+                         ) -> list[tuple[str, int]]:
         "Return which batches step k trains on, of this process."
         if k >= self.cfg.steps: return []
         if not self.cfg.mixed: return self.indices([self.lang(k)], int(self.turn[k]))
         return [(self.langs[self.order[k, i]], int(self.turn[k, i])) for i in self.shard_indices(0)]
 
-    def train(self, k: int) -> list[Batch]:
+    def train(self, k: int,  # step, from 0
+              ) -> list[Batch]:
         "Return this process's training batches of step k."
         return self._take('train', self.streams, self.training_indices(k),
                           self.training_indices(k + 1))
 
-    def batches_by_language(self, k: int) -> dict[str, list[Batch]]:
+    def batches_by_language(self, k: int,  # step, from 0
+                            ) -> dict[str, list[Batch]]:
         "Return training batches of all languages at once, for a step that looks at each."
         return {l: self._take(l, self.streams, self.indices([l], k), self.indices([l], k + 1))
                 for l in self.langs}
@@ -184,7 +190,10 @@ class BatchSampler:
         return [pinned(b) for b in batches] if str(self.device).startswith('cuda') else batches
 
 # %% ../nbs/01a_pretrain.ipynb #db175c89
-def check_shares(batches: int, world: int, name: str = 'accumulate'):
+def check_shares(batches: int,  # of a step, over all processes
+                 world: int,  # number of processes
+                 name: str = 'accumulate',  # of the setting, for the message
+                 ):
     "Refuse a number of batches that does not divide among the processes."
     if batches % world:
         some = ', '.join(str(n) for n in range(1, batches + 1) if batches % n == 0)
@@ -192,7 +201,8 @@ def check_shares(batches: int, world: int, name: str = 'accumulate'):
                          f'processes. Start {some} of them, or set {name} to a '
                          f'multiple of {world}.')
 
-def pinned(batch: Batch) -> Batch:
+def pinned(batch: Batch,  # on the CPU
+           ) -> Batch:
     "Return a batch in page-locked memory, from which a GPU copies while the CPU works on."
     tensors = {n: x.pin_memory() for n, x in vars(batch).items() if isinstance(x, torch.Tensor)
                and x.is_cpu}
@@ -212,13 +222,17 @@ def perplexity(model,  # a `MaskedLM`
     return math.exp(min(float(total) / sum(len(b.targets) for b in batches), 100.))
 
 # %% ../nbs/01a_pretrain.ipynb #07f16f34
-def make_adam(params, cfg: TrainConfig) -> torch.optim.Adam:
+def make_adam(params,  # tensors to update
+              cfg: TrainConfig,  # sizes, schedule and seed
+              ) -> torch.optim.Adam:
     "Adam over `params`, in its fused form."
     return torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas, fused=True)
 
 class Precision:
     "Autocast and loss scaling; 'auto' is bfloat16 (or float16) on a GPU, float32 on a CPU."
-    def __init__(self, precision: str, device: torch.device):
+    def __init__(self, precision: str,  # 'auto', 'float32', 'bfloat16' or 'float16'
+                 device: torch.device,  # where the model is
+                 ):
         if precision not in ('auto', 'float32', 'bfloat16', 'float16'):
             raise InputError(f"unknown precision '{precision}'. "
                              "Use 'auto', 'float32', 'bfloat16' or 'float16'.")
@@ -241,7 +255,9 @@ class JointStep:
     "Update all parameters on one language's batches: JointPair, or Mono if there is no other."
     memory: dict[str, torch.Tensor] = {}    # what else a step remembers; checkpoints keep it
 
-    def __init__(self, model, cfg: TrainConfig):
+    def __init__(self, model,  # has `parameters` and `loss(batch)`
+                 cfg: TrainConfig,  # sizes, schedule and seed
+                 ):
         self.model, self.cfg, self.passes = model, cfg, 0    # passes: forward and backward, so far
         self.optimizers = {'all': make_adam(model.parameters(), cfg)}
         self.amp = Precision(cfg.precision, next(model.parameters()).device)
@@ -261,7 +277,8 @@ class JointStep:
         for p, needed in zip(params, anywhere):
             if needed and p.grad is None: p.grad = torch.zeros_like(p)
 
-    def backward(self, batches: list[Batch]) -> torch.Tensor:
+    def backward(self, batches: list[Batch],  # this process's
+                 ) -> torch.Tensor:
         "Add the gradient of the batches' mean loss to every parameter's `.grad`."
         losses = []
         for b in batches:
@@ -271,8 +288,10 @@ class JointStep:
         self.passes += len(batches)
         return sum(losses)
 
-    def update(self, name: str, lr: float,
-               average: bool = True):  # False: the processes' gradients are equal already
+    def update(self, name: str,  # key of `optimizers`
+               lr: float,  # learning rate
+               average: bool = True,  # False: the processes' gradients are equal already
+               ):
         "Average over processes, clip, step; what belongs to other languages has no gradient."
         opt = self.optimizers[name]
         params = [p for g in opt.param_groups for p in g['params'] if p.grad is not None]
@@ -289,7 +308,9 @@ class JointStep:
         return dict(name='joint')
 
 # %% ../nbs/01a_pretrain.ipynb #dcfb3e7c
-def training_state(model, step) -> dict[str, torch.Tensor]:
+def training_state(model,  # has `parameters` and `loss(batch)`
+                   step,  # has `optimizers` and, maybe, `memory`
+                   ) -> dict[str, torch.Tensor]:
     "Everything that the next step depends on, as named tensors."
     state = {f'model.{n}': t for n, t in model.state_dict().items()}
     state |= {f'step.{n}': t for n, t in getattr(step, 'memory', {}).items()}
@@ -298,7 +319,10 @@ def training_state(model, step) -> dict[str, torch.Tensor]:
             state |= {f'optim.{name}.{i}.{k}': v for k, v in s.items()}
     return state
 
-def restore_training_state(model, step, state: dict[str, torch.Tensor]):
+def restore_training_state(model,  # has `parameters` and `loss(batch)`
+                           step,  # has `optimizers` and, maybe, `memory`
+                           state: dict[str, torch.Tensor],  # from `training_state`
+                           ):
     "Put back what `training_state` took."
     part = lambda pre: {n.removeprefix(pre): t for n, t in state.items() if n.startswith(pre)}
     model.load_state_dict(part('model.'))
@@ -311,12 +335,13 @@ def restore_training_state(model, step, state: dict[str, torch.Tensor]):
         opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()['param_groups']))
 
 # %% ../nbs/01a_pretrain.ipynb #696cafc4
-def config_hash(config: dict) -> str:
+def config_hash(config: dict,  # plain values
+                ) -> str:
     "Twelve hex digits that name a config."
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 def run_info() -> dict:
-    "Where and with what a number was made: commit, hardware, versions, date."
+    "Return where and with what a number was made: commit, hardware, versions, date."
     here = Path(sys.modules['interference_nb'].__file__).parent
     def git(*args):
         out = subprocess.run(['git', *args], capture_output=True, text=True, cwd=here, check=False)
@@ -333,7 +358,9 @@ def run_info() -> dict:
                 date=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
 
 # %% ../nbs/01a_pretrain.ipynb #f0def4f6
-def train(model, feed: BatchSampler, cfg: TrainConfig,
+def train(model,  # has `loss(batch)`, `cfg` and `langs`
+          feed: BatchSampler,  # deals the batches
+          cfg: TrainConfig,  # sizes, schedule and seed
           dev: dict[str, list[Batch]],  # {language: held-out batches}; see `dev_batches`
           step=None,  # the plug-in; `JointStep(model, cfg)` by default
           callbacks=(),  # each called after a step as f(k, model, feed, out)
@@ -374,12 +401,16 @@ def clocks() -> np.ndarray:  # wall and processor seconds since some time in the
     "Read both clocks: the second is fairer on a machine shared with others."
     return np.array([time.perf_counter(), time.process_time()])
 
-def seed_step(seed: int, k: int):
+def seed_step(seed: int,  # the run's
+              k: int,  # step, from 0
+              ):
     "Make the dropout of step `k` a function of the run's seed, the process and `k` alone."
     state = np.random.SeedSequence([seed, rank_and_world_size()[0], k]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))
 
-def prepare_model(model, cfg):
+def prepare_model(model,  # has `parameters` and `loss(batch)`
+                  cfg,  # sizes, schedule and seed
+                  ):
     "Set what makes a run repeatable, or smaller, on the model's device."
     if next(model.parameters()).is_cuda:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -404,11 +435,14 @@ def keep_memory():
     mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD: which does not shrink
 
 def end_by(number: int):
-    "End as a process does that a signal ends; its checkpoint is written."
+    "Exit with the status of a process that a signal ended."
     if number == signal.SIGINT: raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
-def progress_bar(total: int, initial: int, shown: bool):
+def progress_bar(total: int,  # steps
+                 initial: int,  # steps done already
+                 shown: bool,  # False: print nothing
+                 ):
     "A text bar with the rate and the time left."
     from tqdm import tqdm
     return tqdm(total=total, initial=initial, disable=not shown, file=sys.stdout,
@@ -422,7 +456,11 @@ OWN_ROWS = 'start', 'step', 'eval', 'resume', 'end'     # kinds of rows that tra
 # change no weight, or by rounding only
 FREE = 'eval_every', 'checkpoint_every', 'activation_checkpointing', 'compile'
 
-def same_config(now: dict, then: dict, path, free=FREE):
+def same_config(now: dict,  # this run's
+                then: dict,  # the checkpoint's
+                path,  # of the checkpoint, for the message
+                free=FREE,  # names of settings that may differ
+                ):
     "Raise an `InputError` that names the settings in which a checkpoint differs from this run."
     def flat(config, pre=''):
         out = {}
@@ -480,12 +518,13 @@ class RunLog:
         path = Path(folder)/'record.jsonl' if folder and self.main else None
         error, old = None, read_jsonl(path) if path and path.exists() else []
         others = [r['kind'] for r in old if r['kind'] not in OWN_ROWS]
-        if others and self.first < self.cfg.steps:
+        found = bool(self.checkpoint and self.checkpoint.exists())
+        if others and not (found and self.first == self.cfg.steps):
             error = InputError(f'{path} has rows of {", ".join(dict.fromkeys(others))} by weights '
                                'that are gone. Put checkpoint.safetensors back, move the record '
                                'elsewhere, or name another folder.')
         fail_together(error)
-        keep = lambda r: self.first and (r['kind'] in others or (
+        keep = lambda r: found and (r['kind'] in others or (
             r['kind'] != 'end' and r.get('step', -1) <= self.first))
         return JsonlLog(path, keep)
 

@@ -82,19 +82,26 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(repr((pieces, probe)).encode()).hexdigest()
 
     @classmethod
-    def train(cls, sentences: Iterable[str], vocab_size: int, **options) -> 'Tokenizer':
+    def train(cls,
+              sentences: Iterable[str],  # the sample to learn from
+              vocab_size: int,  # subwords with SPECIALS
+              **options,
+              ) -> 'Tokenizer':
         "Learn a vocabulary; options as for `train_bpe`."
         return cls(train_bpe(sentences, vocab_size, **options))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str,  # any text
+               ) -> list[int]:
         "Turn text into ids without borders; no special id comes out but UNK."
         return self._sp.encode(text)
 
-    def encode_words(self, words: list[str]) -> tuple[list[int], list[int]]:
+    def encode_words(self, words: list[str],  # without blanks in them
+                     ) -> tuple[list[int], list[int]]:
         "Turn words into ids and the index of each word's first subword [paper Section 3.2]."
         return _join_words(self._sp.encode(list(words)))
 
-    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_offsets(self, text: str,  # any text
+                       ) -> tuple[list[int], list[tuple[int, int]]]:
         "Turn text into ids and each one's characters (from, to), without outer blanks."
         try: found = self._sp.encode(text, out_type='offset_mapping')
         except RuntimeError:                # SentencePiece before 0.2.2
@@ -102,7 +109,8 @@ class Tokenizer:
             found = dict(ids=[p.id for p in pieces], offsets=[(p.begin, p.end) for p in pieces])
         return list(found['ids']), [_trim(text, *span) for span in found['offsets']]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int],  # of this vocabulary
+               ) -> str:
         "Turn ids into text, leaving out special ids."
         return self._sp.decode([int(i) for i in ids if i > MASK])
 

@@ -376,6 +376,13 @@ def baseline(edits, copies, timeout):
             if not passed: sys.exit(f'Without any edit, a test fails already: {why}')
 
 
+def commit():
+    "Name what is copied: the last commit, its date, and whether something is not committed."
+    git = lambda *of: subprocess.run(['git', *of], cwd=ROOT, text=True, capture_output=True).stdout
+    return (git('log', '-1', '--format=commit %h of %cs').strip()
+            + ' with changes' * bool(git('status', '--porcelain')))
+
+
 def summary(rows):
     "Count by module, for the table in CONTRIBUTING.md."
     print('\n| module | edits | noticed | survivors |\n| --- | ---: | ---: | --- |')
@@ -386,14 +393,10 @@ def summary(rows):
         said = '; '.join(f'{e.breaks}: {e.survives or "NOT EXPLAINED"}' for e in left)
         name = f'`{Path(module).stem}`' if module else 'all'
         print(f'| {name} | {len(own)} | {len(own) - len(left)} | {said if module else len(left)} |')
-    commit, date = (subprocess.run(['git', *of], cwd=ROOT, text=True, capture_output=True).stdout
-                    .strip() for of in (('rev-parse', '--short=12', 'HEAD'),
-                                        ('log', '-1', '--format=%cs')))
-    print(f'\nCommit {commit} of {date}')
 
 
 def main():
-    args, start = parse_arguments(), time.perf_counter()
+    args, start, about = parse_arguments(), time.perf_counter(), commit()
     edits = [e for e in EDITS if args.only in e.notebook or args.only in e.breaks]
     if not edits: sys.exit(f'No edit has {args.only!r} in its notebook or description.')
     with tempfile.TemporaryDirectory() as home:
@@ -426,7 +429,7 @@ def main():
                       flush=True)
     rows.sort(key=lambda row: edits.index(row[0]))
     summary(rows)
-    print(f'{time.perf_counter() - start:.0f} s in all')
+    print(f'\n{about}, {time.perf_counter() - start:.0f} s in all')
     unexplained = [e for e, noticed, _ in rows if not noticed and not e.survives]
     sys.exit(bool(unexplained))
 

@@ -168,7 +168,7 @@ def test_weights_that_are_gone_do_not_take_results_with_them(tmp_path):
     with pytest.raises(InputError, match='has rows of finetune.* Put checkpoint.safetensors back'):
         run(tmp_path, home, cfg=cfg)
     assert read_jsonl(home/'record.jsonl') == rows
-    cli.pretrain(cli.PretrainConfig(scale.model, cfg, langs=LANGS, out=tmp_path))
+    cli.pretrain(cli.PretrainConfig(model=scale.model, train=cfg, langs=LANGS, out=tmp_path))
     assert (home/'checkpoint.safetensors').exists()
     kinds = [[r for r in all_rows if r['kind'] == 'finetune']
              for all_rows in (rows, read_jsonl(home/'record.jsonl'))]

@@ -21,7 +21,7 @@ from interference_nb.data import Corpus, Stream, dev_batches
 from interference_nb.tokenizers import BOS, EOS
 from interference_nb.experiments import SCALES, Claim, RunSpec, run, small, verdicts
 from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evaluate,
-                                      evaluate_languages, finetune, predict, search, tune)
+                                      evaluate_languages, finetune, predict, tune)
 from interference_nb.meta_adapters import MetaConfig, MetaStep
 from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig
 from interference_nb.tasks import TaskData, read_data, task_spec
@@ -357,8 +357,8 @@ def test_a_search_compares_the_trials_best_epochs(monkeypatch):
         rows = [dict(epoch=k, f1=f, accuracy=0.) for k, f in enumerate(scores, 1)]
         return TaskModel(model, task_spec(task)), rows, int(np.argmax(scores)) + 1
     monkeypatch.setattr(import_module('interference_nb.finetune'), 'tune', trained)
-    found = search(untrained(), Words(), 'pos', Splits(), 'aa', ['aa', 'bb'], TUNE,
-                   dict(lr=tuple(dev)))
+    found = finetune(untrained(), Words(), 'pos', Splits(), 'aa', ['aa', 'bb'], TUNE,
+                     dict(lr=tuple(dev)))
     assert found['finetune']['lr'] == 2. and found['best_epoch'] == 2
     tuned, *_ = trained(untrained(), None, 'pos', None, None, replace(TUNE, lr=2.))
     for l in ('aa', 'bb'): assert found['scores'][l] == evaluate(tuned, rows_of(l, 'test'), l)
