@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATEMENTS', 'VERDICTS', 'ALIKE', 'LATEX', 'Difference', 'paired', 'difference', 'draws', 'resample', 'seeds_needed',
            'Claim', 'claims_about', 'judge', 'verdict', 'in_figures', 'verdict_table', 'findings', 'in_every_case',
-           'counts_of', 'not_run', 'comparison_table', 'markdown', 'text_table', 'latex']
+           'counts_of', 'not_run', 'mean_sd', 'comparison_table', 'markdown', 'text_table', 'latex']
 
 # %% ../nbs/07e_claims.ipynb #ab07e004
 import math, re, zlib
@@ -167,8 +167,11 @@ STATEMENTS = {
         Claim('{block}: with {third} a model transfers better to {language}', '{block} {lang}',
               'trilingual', 'joint', +1, '3.3'),),
     'corpus': (
-        Claim('{block}: {more} is better than {less} in {lang}', '{block} {lang}', '{more}',
-              '{less}', +1, '3.3'),),
+        Claim('{block}: mono is better than joint in {lang}', '{block} {lang}', 'mono', 'joint',
+              +1, '3.3'),),
+    'small corpus': (
+        Claim('{block}: joint is better than mono in {lang}', '{block} {lang}', 'joint', 'mono',
+              +1, '3.3'),),
     'English beside': (
         Claim('{block}: worse beside Russian than beside French', '{block} ru', 'joint', 'joint',
               -1, '3.3', '{block} fr'),
@@ -245,6 +248,8 @@ STATEMENTS = {
     'distance': (
         Claim('{of}: languages are less alike than in {near}', '{metric}', '{pair}', '{near}', -1,
               '{source}'),)}
+
+STATEMENTS['NLI'] = tuple(c for c in STATEMENTS['zero-shot'] if c.source != '3.3')  # of Table 6
 
 def claims_about(what: str,  # key of `STATEMENTS`
                  **names) -> tuple[Claim, ...]:  # what stands in braces there
@@ -339,6 +344,11 @@ def not_run(judged: pd.DataFrame) -> str:
     return f"Not run: {'; '.join(texts)}." if len(texts) else ''
 
 # %% ../nbs/07e_claims.ipynb #aa07e027
+def mean_sd(values: pd.Series, digits: int = 1) -> str:
+    "Write mean ± standard deviation over seeds."
+    spread = f' ±{values.std():.{digits}f}' if len(values) > 1 else ''
+    return f'{values.mean():.{digits}f}{spread}' if len(values) else '–'
+
 def comparison_table(numbers: pd.DataFrame,  # of `summarise`
                      baseline: str = 'joint') -> pd.DataFrame:  # of text
     "Write each system's scores and, below, their paired differences to the baseline."
@@ -350,8 +360,7 @@ def comparison_table(numbers: pd.DataFrame,  # of `summarise`
         own, scores, diffs = numbers.loc[system], [], []
         for c in columns:
             v, p = own[c].dropna(), paired(numbers, c, system, baseline)
-            spread = f' ±{v.std():.1f}' if len(v) > 1 else ''
-            scores.append(f'{v.mean():.1f}{spread}' if len(v) else '–')
+            scores.append(mean_sd(v))
             diffs.append(f'{p.delta:+.1f}' + f' ±{p.se:.1f}' * (p.n > 1) if p.n else '–')
         ratio = (seconds.loc[system] / seconds.loc[baseline]).mean() if baseline in seconds.index \
             else math.nan

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'TEXT', 'STUDIES', 'PAPER_SCALES', 'DISTANCE', 'EXHIBITS', 'FAMILIES',
-           'PAPER_ROW', 'PAPER_NOTE', 'LEGENDS', 'DEMO', 'CAUSES', 'Study', 'make_study', 'ColumnGroup', 'Exhibit',
-           'claims_on', 'claims_on_mono', 'claims_on_xlm', 'claims_of_three', 'claims_of_size', 'Evidence',
-           'loss_over_time', 'of_time', 'of_causes', 'of_gates', 'causes_of', 'near_to_far', 'prices',
-           'numbers_of_study', 'claims_on_pairs', 'probe_rows', 'gate_studies', 'run_of', 'has_data', 'cells',
-           'runs_of_cells', 'specs_of', 'choose', 'narrow', 'refused', 'check_records', 'gather', 'scores_of',
-           'with_means', 'values_of', 'resampled_of', 'Compared', 'compare_rows', 'best', 'over_shared', 'judged',
-           'cells_of', 'columns_after', 'score_table', 'difference_table', 'arrange', 'parts_of_page', 'caption',
-           'untested', 'power_note', 'origin', 'about_study', 'about_size', 'demo_page', 'numbers_of_demo',
-           'causes_page', 'numbers_of_causes', 'verdicts_by_pair', 'gradient_table', 'gate_table', 'loss_table',
-           'table_by_pair', 'runs_of_causes', 'runs_of_demo', 'draw_demo', 'draw_causes', 'write', 'write_figures',
-           'page_of_cells', 'page_of_statistics', 'write_index', 'run_study', 'run_missing', 'tell_failed', 'watching',
-           'latest', 'one_line', 'family', 'records_of', 'records_to_draw', 'family_page', 'family_table']
+           'STATES', 'KEY', 'PAPER_ROW', 'PAPER_NOTE', 'LEGENDS', 'DEMO', 'CAUSES', 'Study', 'make_study',
+           'ColumnGroup', 'Exhibit', 'statements', 'of_mono', 'of_systems', 'of_size', 'Evidence', 'loss_over_time',
+           'of_time', 'of_causes', 'of_gates', 'causes_of', 'near_to_far', 'prices', 'numbers_of_study',
+           'claims_on_pairs', 'probe_rows', 'gate_studies', 'draw_gates', 'run_of', 'has_data', 'cells',
+           'runs_of_cells', 'specs_of', 'choose', 'narrow', 'refused', 'check_records', 'gather', 'cells_of',
+           'mean_cell', 'resampled', 'numbers_of', 'compare_rows', 'best', 'over_shared', 'judged', 'sum_up',
+           'columns_after', 'score_table', 'difference_table', 'arrange', 'parts_of_page', 'caption', 'untested',
+           'power_note', 'origin', 'about_study', 'about_size', 'demo_page', 'numbers_of_demo', 'causes_page',
+           'numbers_of_causes', 'verdicts_by_pair', 'gradient_table', 'gate_table', 'loss_table', 'table_by_pair',
+           'runs_of_causes', 'runs_of_demo', 'draw_similarity', 'write', 'write_figures', 'page_of_cells',
+           'page_of_statistics', 'write_index', 'run_study', 'run_missing', 'tell_failed', 'watching', 'latest',
+           'one_line', 'family', 'records_of', 'records_to_draw', 'family_page', 'family_table']
 
 # %% ../nbs/07a_reproduce.ipynb #ef5fe051
 import itertools, math, sys, threading
@@ -43,7 +43,7 @@ from .records import (COLUMNS, Run, describe, gate_metrics, load, numbers_of_run
                                      summarise, text_name, unpack)
 from .claims import (ALIKE, VERDICTS, Claim, claims_about, comparison_table,
                                     counts_of, findings, in_every_case, judge, latex, markdown,
-                                    not_run, paired, resample, seeds_needed, verdict_table)
+                                    mean_sd, not_run, paired, resample, seeds_needed, verdict_table)
 
 # %% ../nbs/07a_reproduce.ipynb #61dd3dd0
 TARGETS = 'ar', 'fr', 'ru', 'hi', 'sw', 'te'    # English's partners [paper 3.2]
@@ -149,42 +149,34 @@ class Exhibit:
     rows: tuple[str, ...] = ()  # keys of `SYSTEMS`, or 'trilingual'
     claims: tuple[Claim, ...] = ()  # the paper's statements on the cells, and our controls
     baseline: str = 'joint'  # that the other rows are compared with
-    draw: Callable | None = None  # Evidence -> {file: function that makes its plot}
+    draw: Callable | None = None  # (Evidence, figures) -> {file: function that makes its plot}
     evidence: Callable | None = None  # Evidence -> numbers, claims: besides the cells
     runs: Callable | None = None  # (exhibit, study) -> runs; None: those of its cells
     write: Callable | None = None  # (Evidence, figures) -> parts of its page, {ending: other file}
     file: str = ''  # of its page; `name` if not given
 
 # %% ../nbs/07a_reproduce.ipynb #364f19f2
-def claims_on(group: ColumnGroup) -> tuple[Claim, ...]:
-    "State what the paper says of the systems in one group of columns."
-    found = claims_about(group.where, block=group.title)
-    if group.task == 'nli': found = tuple(c for c in found if c.source != '3.3')  # of Tables 2, 3
-    return (*(claims_on_mono(group) if group.where == 'within' else ()), *found)
+def statements(groups: Iterable[ColumnGroup],
+               *about: Callable,  # (group, partner) -> key of `claims.STATEMENTS`, or ''
+               ) -> tuple[Claim, ...]:
+    "Fill in what is said of columns; what is said of a whole group comes once."
+    names = lambda l: dict(lang=l, language=LANGUAGES.get(l), third=LANGUAGES.get(THIRD.get(l)))
+    return tuple(dict.fromkeys(
+        c for g in groups for key in about for l in g.partners if key(g, l)
+        for c in claims_about(key(g, l), block=g.title, **names(l))))
 
-def claims_on_mono(group: ColumnGroup) -> tuple[Claim, ...]:
-    "State that a language is better alone, but for Swahili. [paper 3.3]"
-    return tuple(c for l in group.partners for c in claims_about(
-        'mono' if l != 'sw' else 'mono, overfitting', block=group.title, lang=l,
-        language=LANGUAGES[l]))
+def of_mono(group: ColumnGroup, partner: str) -> str:
+    "A language is better alone, but for Swahili. [paper 3.3]"
+    return '' if group.where != 'within' else 'mono' if partner != 'sw' else 'mono, overfitting'
 
-def claims_on_xlm(group: ColumnGroup) -> tuple[Claim, ...]:
-    "State what Figure 1 says. [paper 3.3]"
-    return (*claims_on_mono(group), *(c for l in ('hi', 'te') for c in claims_about(
-        'xlm', block=group.title, lang=l, language=LANGUAGES[l])))
+def of_systems(group: ColumnGroup, partner: str) -> str:
+    "Parts of a language's own help within it and cost transfer; meta-learning helps. [paper 4.2]"
+    return 'NLI' if group.task == 'nli' else group.where
 
-def claims_of_three(group: ColumnGroup) -> tuple[Claim, ...]:
-    "State what a third, similar language does. [paper 3.3, Table 4]"
-    return tuple(c for l in group.partners for c in claims_about(
-        f'third {group.where}', block=group.title, lang=l, language=LANGUAGES[l],
-        third=LANGUAGES[THIRD[l]]))
-
-def claims_of_size(group: ColumnGroup) -> tuple[Claim, ...]:
-    "State what corpus size and distance do. [paper 3.3, Table 5]"
-    if group.english: return claims_about('English beside', block=group.title)
-    order = lambda l: ('joint', 'mono') if l.endswith('_l') else ('mono', 'joint')
-    return tuple(c for l in group.partners for c in claims_about(
-        'corpus', block=group.title, lang=l, more=order(l)[0], less=order(l)[1]))
+def of_size(group: ColumnGroup, partner: str) -> str:
+    "Corpus size and distance matter. [paper 3.3, Table 5]"
+    return ('English beside' if group.english else
+            'small corpus' if partner.endswith('_l') else 'corpus')
 
 # %% ../nbs/07a_reproduce.ipynb #3e0d01f0
 class Evidence(NamedTuple):
@@ -281,39 +273,6 @@ def claims_on_pairs(numbers: pd.DataFrame,  # of `causes_of`
         less_alike(f'gates{end}', f'gates raw cross{end}')
     return out
 
-# %% ../nbs/07a_reproduce.ipynb #aa07a001
-def draw_figure1(e: Evidence) -> dict[str, Callable]:
-    from interference_nb import figures
-    return dict(figure1=lambda: figures.plot_languages(e.table))
-
-def draw_figure2(e: Evidence) -> dict[str, Callable]:
-    from interference_nb import figures
-    return dict(figure2=lambda: figures.plot_perplexity(e.table, None,
-                                                        e.exhibit.groups[0].partners))
-
-def draw_figure3(e: Evidence) -> dict[str, Callable]:
-    from interference_nb import figures
-    return dict(figure3=lambda: figures.plot_conflict(probe_rows(e.folder, e.names)))
-
-def draw_figure4(e: Evidence) -> dict[str, Callable]:
-    from interference_nb import figures
-    def titled(plot, studies, title):
-        fig = plot(studies)
-        fig.suptitle(title, fontsize=9)
-        return fig
-    near, strong = {}, {}
-    for l in e.exhibit.groups[0].partners:
-        try: found = gate_studies(e.folder, f'en-{l}', e.names)
-        except InputError: continue             # its runs are not there
-        for l0, studies in found.items():
-            title = f'en-{l}, λ = {l0:g}'
-            near[f'figure4a-{l}-l{l0:g}'] = partial(titled, figures.plot_similarity, studies,
-                                                       title)
-            if l == e.exhibit.groups[0].partners[0]:
-                strong[f'figure4b-{l}-l{l0:g}'] = partial(titled, figures.plot_extremes,
-                                                             studies[0], f'{title}, first seed')
-    return near | strong | dict(figure4c=lambda: figures.plot_convergence(e.table))
-
 # %% ../nbs/07a_reproduce.ipynb #aa07a002
 def probe_rows(folder, names=None) -> dict[str, list[list[dict]]]:  # {'en-fr': rows of each seed}
     "Read the probes of a study, near pairs before distant ones."
@@ -335,6 +294,22 @@ def gate_studies(folder,
     if out: return dict(sorted(out.items()))
     raise InputError(f'no gates of {pair} under {folder}. Prune with `interference causes`.')
 
+def draw_gates(e: Evidence, figures) -> dict[str, Callable]:  # {file: function that makes its plot}
+    "Draw Figure 4: likeness of gates for each pair and lambda, extremes of the first, curves."
+    near, strong = {}, {}
+    def titled(plot, studies, title):
+        fig = plot(studies)
+        fig.suptitle(title, fontsize=9)
+        return fig
+    first, *_ = pairs = e.exhibit.groups[0].partners
+    for l in (l for l in pairs if f'en+{l}' in set(e.table['pair'][e.table['task'] == 'gates'])):
+        for l0, studies in gate_studies(e.folder, f'en-{l}', e.names).items():
+            title = f'en-{l}, λ = {l0:g}'
+            near[f'figure4a-{l}-l{l0:g}'] = partial(titled, figures.plot_similarity, studies, title)
+            if l == first: strong[f'figure4b-{l}-l{l0:g}'] = partial(
+                titled, figures.plot_extremes, studies[0], f'{title}, first seed')
+    return near | strong | dict(figure4c=partial(figures.plot_convergence, e.table))
+
 # %% ../nbs/07a_reproduce.ipynb #89bcbef9
 ALL = 'mono', 'joint', 'joint2x', 'joint6x', 'ffn', 'attn', 'adpt', 'share_adpt', 'meta_adpt'
 NO_SW = tuple(l for l in TARGETS if l != 'sw')
@@ -347,7 +322,6 @@ THREE = tuple(ColumnGroup(task, where, tuple(THIRD))
               for task in ('ner', 'pos') for where in ('within', 'zero-shot'))
 CUT = tuple(ColumnGroup(task, 'within', ('fr', 'ru', 'fr_l', 'ru_l'), english=english)
               for task in ('ner', 'pos') for english in (True, False))
-each = lambda claims, groups: tuple(c for g in groups for c in claims(g))
 
 # %% ../nbs/07a_reproduce.ipynb #7807a3e9
 EXHIBITS = {e.name: e for e in (
@@ -359,45 +333,50 @@ EXHIBITS = {e.name: e for e in (
             'of their own, plain or meta-learned, help?',
             'Mono is better than joint in every language but Swahili. Parts of their own help '
             'within a language and cost transfer. Meta-adapters are better in both (3.3, 4.2).',
-            TAGS, ALL, each(claims_on, TAGS)),
+            TAGS, ALL, statements(TAGS, of_mono, of_systems)),
     Exhibit('table3', 'Question answering (F1)', 'The same of TyDiQA-GoldP.',
-            'As in Table 2 (3.3, 4.2).', ANSWERS[:2], ALL, each(claims_on, ANSWERS[:2])),
+            'As in Table 2 (3.3, 4.2).', ANSWERS[:2], ALL,
+            statements(ANSWERS[:2], of_mono, of_systems)),
     Exhibit('table4', 'Three languages', 'Does a third, similar language ease interference? '
             '(joint: two languages.)',
             'Marathi beside Hindi, Kannada beside Telugu: as good within the language, better '
-            'at transfer (3.3).', THREE, ('joint', 'trilingual'), each(claims_of_three, THREE)),
+            'at transfer (3.3).', THREE, ('joint', 'trilingual'),
+            statements(THREE, lambda g, l: f'third {g.where}')),
     Exhibit('table5', 'Corpus size and distance', 'Does it take a large corpus to interfere, '
             'and is a distant language worse?',
             'English is worse beside Russian than beside French, and as good beside a small corpus '
             'as beside a large one. With little text joint is better than mono (3.3).',
-            CUT, ('mono', 'joint'), each(claims_of_size, CUT)),
+            CUT, ('mono', 'joint'), statements(CUT, of_size)),
     Exhibit('table6', 'Natural language inference (accuracy)', 'Do the treatments transfer from '
             'English on XNLI?', 'Meta-adapters are better than joint, plain adapters worse (4.2).',
-            INFERENCE, ALL[1:], each(claims_on, INFERENCE)),
+            INFERENCE, ALL[1:], statements(INFERENCE, of_systems)),
     Exhibit('table7', 'Question answering, F1 and exact match', 'Does Table 3 hold in both '
             'metrics?', 'The full results of Table 3 (App. C).', ANSWERS, ALL,
-            each(claims_on, ANSWERS)),
+            statements(ANSWERS, of_mono, of_systems)),
     Exhibit('figure1', 'Mono against joint', 'Do two languages get into each other\'s way?',
             'NER within a language: mono is better than joint in every language but Swahili, and '
             'better than XLM, a much larger model of 100 languages, in four of six, with Hindi '
             'and Telugu among them (2, 3.3).', TAGS[:1], ('mono', 'joint', 'xlm'),
-            claims_on_xlm(TAGS[0]), draw=draw_figure1),
+            statements(TAGS[:1], of_mono, lambda g, l: 'xlm' * (l in ('hi', 'te'))),
+            draw=lambda e, figures: dict(figure1=partial(figures.plot_languages, e.table))),
     Exhibit('figure2', 'Perplexity over training', 'When does a second language begin to help?',
             'At first mono has the lower perplexity. In Swahili, with little text, mono overfits '
             'and joint passes it; in Telugu it does not (3.3).',
-            (ColumnGroup('ppl', 'within', ('sw', 'te')),), ALL[:2], draw=draw_figure2,
-            evidence=of_time),
+            (ColumnGroup('ppl', 'within', ('sw', 'te')),), ALL[:2], evidence=of_time,
+            draw=lambda e, figures: dict(figure2=partial(
+                figures.plot_perplexity, e.table, None, e.exhibit.groups[0].partners))),
     Exhibit('figure3', 'Gradient conflict', 'Do languages pull shared weights apart?',
             'Gradients of two languages are less alike than of one, most of all early, where they '
             'point apart; Arabic more than French (3.3).',
-            (ColumnGroup('ppl', 'within', PROBED),), ALL[1:2], draw=draw_figure3,
-            evidence=of_causes),
+            (ColumnGroup('ppl', 'within', PROBED),), ALL[1:2], evidence=of_causes,
+            draw=lambda e, figures: dict(figure3=partial(
+                figures.plot_conflict, probe_rows(e.folder, e.names)))),
     Exhibit('figure4', 'Gates, and how fast adapters learn', 'Which parameters belong to one '
             'language, and does meta-learning ease training?',
             'Lower layers and attention are shared more; what Arabic prunes English keeps (3.3). '
             'Early on adapters learn slower than joint, meta-adapters faster (4.2).',
             (ColumnGroup('ppl', 'within', PROBED),), ('joint', 'adpt', 'meta_adpt'),
-            draw=draw_figure4, evidence=of_gates))}
+            draw=draw_gates, evidence=of_gates))}
 
 # %% ../nbs/07a_reproduce.ipynb #38041e9f
 FAMILIES = {
@@ -509,107 +488,98 @@ def gather(exhibit: Exhibit, study: Study, source, folder,
                     load(folder, names, whole=False), frozenset(failed))
 
 # %% ../nbs/07a_reproduce.ipynb #97c4f2ea
-def scores_of(e: Evidence) -> pd.DataFrame:  # a line for each cell and seed that has a score
-    "Find the score of each cell: row, group, partner, column, seed, run, train, test, value."
-    lines = [(row, g.title, p, f'{g.title} {p}', seed, spec.name, g.task, *g.languages(p),
-              g.measure, has_data(e.source, g, p))
-             for row, g, p in cells(e.exhibit) for seed in range(e.study.seeds)
-             if (spec := run_of(e.study, row, g, p, seed)) is not None]
-    key = ['run', 'task', 'train', 'test', 'metric']
-    asked = pd.DataFrame(lines, columns=['row', 'group', 'partner', 'column', 'seed', *key, 'data'])
-    return asked.merge(e.table[[*key, 'value']], on=key)
+STATES = 'no such cell', 'failed', 'not run', 'no data'  # why a cell is empty, what counts first
+KEY = ['run', 'task', 'train', 'test', 'metric']  # of a score in the table of records
 
-def with_means(scores: pd.DataFrame, exhibit: Exhibit, source) -> dict:  # {(row, seed): {column:
-    "Arrange scores by row and seed, with means over the languages that have data."  # value}}
-    out = {}
-    for s in scores.itertuples(): out.setdefault((s.row, s.seed), {})[s.column] = s.value
-    for g in exhibit.groups:
-        columns = [f'{g.title} {p}' for p in g.partners if has_data(source, g, p)]
-        for found in out.values():
-            if columns and set(columns) <= set(found):
-                found[f'{g.title} mean'] = np.mean([found[c] for c in columns], 0)
-    return out
+def cells_of(e: Evidence) -> pd.DataFrame:  # block, row, column, seed, state, value, resampled
+    "Look up what each cell asks for, seed by seed, and average over languages."
+    lines = []
+    for row, g, partner in cells(e.exhibit):
+        there = has_data(e.source, g, partner)
+        for seed in range(e.study.seeds):
+            spec = run_of(e.study, row, g, partner, seed)
+            state = ('no such cell' if spec is None else 'no data' if not there else
+                     'failed' if spec.name in e.failed else 'not run')
+            lines.append((g.title, row, partner, seed, state, spec and spec.name, g.task,
+                          *g.languages(partner), g.measure))
+    found = pd.DataFrame(lines, columns=['block', 'row', 'column', 'seed', 'state', *KEY]).merge(
+        e.table[[*KEY, 'value']], 'left', on=KEY)
+    found['resampled'] = pd.Series(resampled(found, e.folder), found.index, dtype=object)
+    means = [mean_cell(same) | dict(zip(('block', 'row', 'seed'), key, strict=True))
+             for key, same in found.groupby(['block', 'row', 'seed'], sort=False)]
+    return pd.concat([found, pd.DataFrame(means)], ignore_index=True) if means else found
 
-def values_of(e: Evidence) -> pd.DataFrame:  # index (system, seed), a column for each of the table
-    "Arrange the scores of an exhibit."
-    found = with_means(scores_of(e), e.exhibit, e.source)
-    index = pd.MultiIndex.from_tuples(found, names=['system', 'seed']) if found else pd.MultiIndex(
-        [[], []], [[], []], names=['system', 'seed'])
-    return pd.DataFrame(list(found.values()), index)
+def mean_cell(cells: pd.DataFrame) -> dict:  # column, state, task, value, resampled
+    "Average the languages of a group within a seed, if all that have data are there."
+    there = cells[cells['state'] != 'no data']
+    drawn = there['resampled'].dropna()
+    return dict(column='mean', state=min(cells['state'], key=STATES.index),
+                task=cells['task'].iloc[0],
+                value=there['value'].mean(skipna=False) if len(there) else math.nan,
+                resampled=np.mean(list(drawn), 0) if len(drawn) == len(there) > 0 else None)
 
-# %% ../nbs/07a_reproduce.ipynb #04d975dc
-def resampled_of(e: Evidence) -> dict:  # {(row, seed): {column: [1000] scores}}
-    "Score resampled sentences, cell by cell; none where no counts are kept."
-    scores = scores_of(e)
-    main = [t != 'ppl' and m == task_spec(t).metric
-            for t, m in zip(scores['task'], scores['metric'], strict=True)]
-    scores, found = scores[np.array(main, bool)], {}
-    counts = {n: read_counts(e.folder, n) for n in scores['run'].unique()}
-    for key, same in scores.groupby(['task', 'train', 'test']):
+def resampled(cells: pd.DataFrame, folder) -> list:  # of [1000] scores; None where there are none
+    "Score resampled test sentences for each cell whose run keeps counts."
+    main = {t: task_spec(t).metric for t in TASKS}
+    scored = cells[cells['value'].notna() & (cells['metric'] == cells['task'].map(main))]
+    counts, found = {r: read_counts(folder, r) for r in scored['run'].unique()}, {}
+    for key, same in scored.groupby(['task', 'train', 'test']):
         name, by_size = '/'.join(key), {}
-        for r in dict.fromkeys(same['run']):
-            if name in counts[r]: by_size.setdefault(len(counts[r][name]), []).append(r)
+        for r in (r for r in same['run'].unique() if name in counts[r]):
+            by_size.setdefault(len(counts[r][name]), []).append(r)
         for runs in by_size.values():
             drawn = resample([counts[r][name] for r in runs], name)
-            found |= {(name, r): s for r, s in zip(runs, drawn, strict=True)}
-    keys = ['/'.join(k) for k in scores[['task', 'train', 'test']].itertuples(index=False)]
-    drawn = [found.get(k) for k in zip(keys, scores['run'], strict=True)]
-    known = scores.assign(value=pd.Series(drawn, scores.index, dtype=object))
-    return with_means(known[[d is not None for d in drawn]], e.exhibit, e.source)
+            found |= {(r, *key): s for r, s in zip(runs, drawn, strict=True)}
+    keys = cells[['run', 'task', 'train', 'test']].itertuples(index=False, name=None)
+    return [found.get(k) if i in scored.index else None
+            for i, k in zip(cells.index, keys, strict=True)]
+
+def numbers_of(cells: pd.DataFrame,  # of `cells_of`
+               values: str = 'value') -> pd.DataFrame:  # index: row, seed; columns 'NER within ar'
+    "Arrange cells as `paired` takes them."
+    columns = cells['block'] + ' ' + cells['column']
+    return cells.assign(name=columns).pivot(index=['row', 'seed'], columns='name', values=values)
 
 # %% ../nbs/07a_reproduce.ipynb #cfc79d68
-class Compared(NamedTuple):
-    "What is known of the difference between two rows of a column."
-    pairs: int = 0  # seeds that have both
-    delta: float = math.nan  # mean over seeds
-    se: float = math.nan  # its standard error over seeds
-    p: float = math.nan  # of the paired t test, two-sided
-    low: float = math.nan  # 95% interval over resampled sentences
-    high: float = math.nan
-
-def compare_rows(numbers: pd.DataFrame, resampled: dict, column: str, row: str, other: str,
-                 ) -> Compared:
-    "Compare two rows over seeds and over sentences."
-    d = paired(numbers, column, row, other)
-    if not d.n: return Compared()
-    both = [found[column] - resampled[other, seed][column]
-            for (r, seed), found in resampled.items()
-            if r == row and column in found and column in resampled.get((other, seed), {})]
+def compare_rows(numbers: pd.DataFrame,  # of `numbers_of`
+                 drawn: pd.DataFrame,  # the same of resampled scores
+                 column: str, row: str, other: str) -> dict[str, float]:
+    "Compare two rows over seeds (t test) and over sentences (95% interval)."
+    d, none = paired(numbers, column, row, other), pd.Series(dtype=object)
+    a, b = (drawn.get(column, none).get(r, none).dropna() for r in (row, other))
+    both = [a[s] - b[s] for s in a.index.intersection(b.index)] if d.n else []
     low, high = np.percentile(np.mean(both, 0), [2.5, 97.5]) if both else (math.nan, math.nan)
-    return Compared(d.n, d.delta, d.se, d.p, float(low), float(high))
+    return dict(pairs=d.n, delta=d.delta, se=d.se, p=d.p, low=low, high=high)
 
-def best(numbers: pd.DataFrame, resampled: dict, column: str) -> str | None:
+def best(numbers: pd.DataFrame, drawn: pd.DataFrame, column: str) -> str | None:
     "Name the row that is better than every other one, over seeds and over sentences."
-    if column not in numbers: return None
     means = numbers[column].groupby(level=0, sort=False).mean().dropna()
     if len(means) < 2: return None
-    found = [compare_rows(numbers, resampled, column, means.idxmax(), r)
-             for r in means.index if r != means.idxmax()]
-    return means.idxmax() if all(c.p < .05 and c.low > 0 for c in found) else None
+    first = means.idxmax()
+    found = [compare_rows(numbers, drawn, column, first, r) for r in means.index.drop(first)]
+    return first if all(c['p'] < .05 and c['low'] > 0 for c in found) else None
 
 # %% ../nbs/07a_reproduce.ipynb #2ce1528a
 def over_shared(numbers: pd.DataFrame, claim: Claim, exhibit: Exhibit,
-                ) -> tuple[pd.DataFrame, Claim]:
+                ) -> tuple[pd.DataFrame, list[Claim]]:  # to `judge`
     "Take a mean over the languages that both rows have, where one of them lacks some."
     group = next((g for g in exhibit.groups if claim.metric == f'{g.title} mean'), None)
     rows = [claim.system, claim.baseline]
     if (group is None or paired(numbers, claim.metric, *rows).n
-        or not set(rows) <= set(numbers.index.get_level_values(0))): return numbers, claim
+        or not set(rows) <= set(numbers.index.get_level_values(0))): return numbers, [claim]
     columns = {f'{group.title} {p}': p for p in group.partners}
     own = numbers.loc[rows].reindex(columns=list(columns)).dropna(how='all')
-    seeds = own.index.get_level_values(1)
-    own = own[[set(rows) <= set(own.index.get_level_values(0)[seeds == s]) for s in seeds]]
+    own = own[own.groupby(level=1).transform('size') == len(set(rows))]     # seeds of both
     shared = [c for c in columns if len(own) and own[c].notna().all()]
-    if not shared: return numbers, claim
+    if not shared: return numbers, [claim]
     of = ', '.join(columns[c] for c in shared)
     return (own[shared].mean(axis=1).to_frame(claim.metric),
-            replace(claim, text=f'{claim.text} (mean of {of} only)'))
+            [replace(claim, text=f'{claim.text} (mean of {of} only)')])
 
-def judged(e: Evidence, numbers: pd.DataFrame | None = None) -> pd.DataFrame:  # of `judge`
+def judged(e: Evidence, cells: pd.DataFrame | None = None) -> pd.DataFrame:  # of `judge`
     "Hold an exhibit's statements against the records."
-    numbers = values_of(e) if numbers is None else numbers
-    found = [judge(n, [c]) for n, c in (over_shared(numbers, c, e.exhibit)
-                                        for c in e.exhibit.claims)]
+    numbers = numbers_of(cells_of(e) if cells is None else cells)
+    found = [judge(*over_shared(numbers, c, e.exhibit)) for c in e.exhibit.claims]
     if e.exhibit.evidence: found.append(judge(*e.exhibit.evidence(e)))
     return pd.concat(found, ignore_index=True) if found else judge(numbers, [])
 
@@ -622,40 +592,34 @@ PAPER_NOTE = ('Of the paper\'s Table 2 one row survives, of adapters, shared ada
               'survive).')
 
 # %% ../nbs/07a_reproduce.ipynb #ed9176e0
-def cells_of(e: Evidence) -> pd.DataFrame:  # a line a cell
-    "Work out every cell of an exhibit from the records."
-    numbers, resampled, lines = values_of(e), resampled_of(e), []
-    def state(row, group, partner):
-        if partner == 'mean':
-            every = {state(row, group, p) for p in group.partners}
-            return next(s for s in ('no such cell', 'failed', 'not run', 'no data') if s in every)
-        runs = [run_of(e.study, row, group, partner, s) for s in range(e.study.seeds)]
-        if runs[0] is None: return 'no such cell'
-        if not has_data(e.source, group, partner): return 'no data'
-        return 'failed' if any(r.name in e.failed for r in runs) else 'not run'
-    for group in e.exhibit.groups:
-        for partner in (*group.partners, *columns_after(group)):
-            column = f'{group.title} {partner}'
-            first = best(numbers, resampled, column) if group.task != 'ppl' else None
+def sum_up(e: Evidence, cells: pd.DataFrame) -> pd.DataFrame:  # cells: of `cells_of`; a line a cell
+    "Work out every cell of an exhibit: mean, spread, difference to the baseline, why it is empty."
+    lines, none = [], pd.DataFrame()
+    numbers, drawn = (numbers_of(cells, v) for v in ('value', 'resampled')) if len(cells) else (
+        none, none)
+    for g in e.exhibit.groups:
+        for column in (*g.partners, *columns_after(g)):
+            name = f'{g.title} {column}'
+            first = best(numbers, drawn, name) if g.task != 'ppl' else None
             for row in e.exhibit.rows:
-                v = numbers.get(column, pd.Series(dtype=float)).get(row, pd.Series(dtype=float))
-                v, status = v.dropna(), state(row, group, partner)
-                if len(v): status = '' if len(v) == e.study.seeds else (
+                own = cells[(cells['block'] == g.title) & (cells['column'] == column)
+                            & (cells['row'] == row)]
+                v, state = own['value'].dropna(), min(own['state'], key=STATES.index)
+                if len(v): state = '' if len(v) == e.study.seeds else (
                     f'{len(v)} of {e.study.seeds}'
-                    + ', failed' * (partner != 'mean' and status == 'failed'))
-                diff = (Compared() if row == e.exhibit.baseline else
-                        compare_rows(numbers, resampled, column, row, e.exhibit.baseline))
+                    + ', failed' * (column != 'mean' and state == 'failed'))
                 lines.append(dict(
-                    exhibit=e.exhibit.name, block=group.title, task=group.task, row=row,
-                    column=partner, n=len(v), mean=v.mean(), sd=v.std(), **diff._asdict(),
-                    best=row == first, state=status))
-    if not lines: return pd.DataFrame()
+                    exhibit=e.exhibit.name, block=g.title, task=g.task, row=row, column=column,
+                    n=len(v), mean=v.mean(), sd=v.std(),
+                    **compare_rows(numbers, drawn, name, row,
+                                   e.exhibit.baseline if row != e.exhibit.baseline else ''),
+                    best=row == first, state=state))
+    if not lines: return none
     table, whole = pd.DataFrame(lines), ('', 'no such cell', 'no data')
-    whole = table['state'].isin(whole).groupby([table['block'], table['column']]).transform('all')
-    place = table['row'].map({r: i for i, r in enumerate(e.exhibit.rows)})
-    return table.assign(best=table['best'] & whole, place=place,
-                        group=pd.factorize(table['block'])[0]).sort_values(
-        ['group', 'place'], kind='stable', ignore_index=True).drop(columns=['group', 'place'])
+    closed = table['state'].isin(whole).groupby([table['block'], table['column']]).transform('all')
+    order = {x: i for i, x in enumerate((*(g.title for g in e.exhibit.groups), *e.exhibit.rows))}
+    return table.assign(best=table['best'] & closed).sort_values(
+        ['block', 'row'], key=lambda c: c.map(order), kind='stable', ignore_index=True)
 
 def columns_after(group: ColumnGroup) -> tuple[str, ...]:
     "Give a group its mean, if that means something: of several languages, none of them twice."
@@ -728,9 +692,11 @@ LEGENDS = {
                 f'difference over seeds lies on one side of zero; "as good" shows if it lies '
                 f'within {ALIKE:g} points. Not corrected for the number of statements.'}
 
-def parts_of_page(e: Evidence, rows: pd.DataFrame, figures: list[str]) -> list[str]:  # Markdown
+def parts_of_page(e: Evidence, rows: pd.DataFrame,  # of `sum_up`
+                  found: pd.DataFrame,  # of `judged`
+                  figures: list[str]) -> list[str]:  # Markdown
     "Write an exhibit as a page: tables, what the paper says, verdicts, origin."
-    exhibit, found = e.exhibit, judged(e)
+    exhibit = e.exhibit
     heading = exhibit.name.replace('table', 'Table ').replace('figure', 'Figure ')
     parts = [f'# {heading}. {exhibit.title}', exhibit.question]
     parts += [f'![{caption(f)}]({f}.svg)' for f in figures]
@@ -760,7 +726,7 @@ def caption(file: str) -> str:
     name, _, price = file.partition('-l')
     return f'{name}, λ = {price}' if price else name
 
-def untested(rows: pd.DataFrame) -> str:  # rows: of `cells_of`
+def untested(rows: pd.DataFrame) -> str:  # rows: of `sum_up`
     "Say which columns could not be tested over sentences."
     known = rows[rows['pairs'] > 0].groupby(['block', 'column'], sort=False)['low'].count()
     blocks = {}
@@ -770,7 +736,7 @@ def untested(rows: pd.DataFrame) -> str:  # rows: of `cells_of`
     return f'Not tested, so never bold, for want of counts per sentence: {names}.'
 
 def power_note(baseline: str,  # that the rows are compared with
-               rows: pd.DataFrame) -> str:  # of `cells_of`
+               rows: pd.DataFrame) -> str:  # of `sum_up`
     "Say how many seeds would see two points at the spread of these records."
     known = rows[rows['se'].notna() & (rows['task'] != 'ppl')]
     if not len(known): return ''
@@ -865,9 +831,7 @@ def table_by_pair(numbers: pd.DataFrame, title: str,
     "Write means ± standard deviations over seeds; a percentage where the header says so."
     def show(pair, metric, percent):
         v = numbers.get(metric, pd.Series(dtype=float)).get(pair, pd.Series(dtype=float)).dropna()
-        if not len(v): return '–'
-        v, digits = v * (100 if percent else 1), 0 if percent else 2
-        return f'{v.mean():.{digits}f}' + (f' ±{v.std():.{digits}f}' if len(v) > 1 else '')
+        return mean_sd(100 * v, 0) if percent else mean_sd(v, 2)
     return pd.DataFrame([
         {title: pair + label} | {c: show(pair, m + end, '%' in c) for c, m in columns.items()}
         for pair in dict.fromkeys(numbers.index.get_level_values(0)) for label, end in lines])
@@ -888,23 +852,21 @@ def runs_of_demo(exhibit: Exhibit, study: Study) -> list[RunSpec]:
         raise InputError('a comparison needs two languages. Use --langs en,x3.')
     return plan(study.systems, study.pairs[0], study.seeds, study.scale, study.data, study.tasks)
 
-def draw_demo(e: Evidence) -> dict[str, Callable]:
-    from interference_nb import figures
-    return dict(figure=lambda: figures.plot_summary(load(e.folder, e.names)))
-
-def draw_causes(e: Evidence) -> dict[str, Callable]:
-    from interference_nb import figures
-    def similarity():
-        pair = causes_of(e.table).index[0][0]
-        return figures.plot_similarity(next(iter(gate_studies(e.folder, pair, e.names).values())))
-    return dict(conflict=lambda: figures.plot_conflict(probe_rows(e.folder, e.names)),
-                similarity=similarity)
+def draw_similarity(e: Evidence, figures):
+    "Draw how alike the gates of the first pair are, at the lightest lambda."
+    pair = causes_of(e.table).index[0][0]
+    return figures.plot_similarity(next(iter(gate_studies(e.folder, pair, e.names).values())))
 
 DEMO = Exhibit('demo', 'Systems side by side', 'Do two languages interfere, and what helps?', '',
-               draw=draw_demo, runs=runs_of_demo, file='table',
+               draw=lambda e, figures: dict(
+                   figure=partial(figures.plot_summary, e.folder, e.names)),
+               runs=runs_of_demo, file='table',
                write=lambda e, figures: ([demo_page(e.folder, e.names).strip()], {}))
 CAUSES = Exhibit('causes', 'Causes', 'Do gradients conflict, and whose are the parameters?', '',
-                 draw=draw_causes, runs=runs_of_causes, file='table',
+                 draw=lambda e, figures: dict(
+                     conflict=partial(figures.plot_conflict, probe_rows(e.folder, e.names)),
+                     similarity=partial(draw_similarity, e, figures)),
+                 runs=runs_of_causes, file='table',
                  write=lambda e, figures: ([causes_page(e.folder, e.names).strip()], {}))
 
 # %% ../nbs/07a_reproduce.ipynb #1566b26c
@@ -922,11 +884,11 @@ def write(exhibit: Exhibit, study: Study, source, folder,
 
 def write_figures(e: Evidence) -> list[str]:  # their names
     "Draw what the records are there for."
-    from interference_nb.figures import svg
+    from interference_nb import figures
     out = []
     if not e.exhibit.draw or not e.done: return out
-    for name, plot in e.exhibit.draw(e).items():
-        try: text = svg(plot(), f'{name}-' if e.exhibit.groups else '')
+    for name, plot in e.exhibit.draw(e, figures).items():
+        try: text = figures.svg(plot(), f'{name}-' if e.exhibit.groups else '')
         except InputError: continue             # its runs are not there
         (e.folder/f'{name}.svg').write_text(text, encoding='utf-8')
         out.append(name)
@@ -934,14 +896,15 @@ def write_figures(e: Evidence) -> list[str]:  # their names
 
 def page_of_cells(e: Evidence, figures: list[str]) -> tuple[list[str], dict[str, str]]:
     "Write an exhibit made of cells: the parts of its page, and {ending: text} of other files."
-    rows, files = cells_of(e), {}
+    cells, files = cells_of(e), {}
+    rows = sum_up(e, cells)
     if len(rows): files['csv'] = rows.round(6).to_csv(index=False, lineterminator='\n')
     if not e.exhibit.draw:
         tables = [latex(score_table(rows, title)) for title in rows['block'].unique()] if len(
             rows) else []
         files['tex'] = (f'% made by `interference reproduce {e.exhibit.name}`; mean $\\pm$ '
                         'standard deviation\n' + '\n\\par\\medskip\n'.join(tables))
-    return parts_of_page(e, rows, figures), files
+    return parts_of_page(e, rows, judged(e, cells), figures), files
 
 def page_of_statistics(e: Evidence) -> tuple[list[str], dict[str, str]]:
     "Count the text and the labelled rows. [paper Table 1]"
@@ -1096,25 +1059,18 @@ def family_table(table: pd.DataFrame) -> pd.DataFrame:  # of `load`; text
     "Lay scores out: a line for each system and its languages, means ± sd over seeds."
     main = {t: task_spec(t).metric for t in TASKS} | {'ppl': 'ppl'}
     rows = table[table['metric'] == table['task'].map(main)]
-    third = [test in pair.split('+')[2:] for test, pair in zip(rows['test'], rows['pair'],
-                                                               strict=True)]
-    ppl = np.where(rows['test'] == 'en', 'ppl English', np.where(third, 'ppl third', 'ppl partner'))
-    where = np.where(rows['train'] == rows['test'], ' within', ' zero-shot')
-    rows = rows.assign(metric=np.where(rows['task'] == 'ppl', ppl,
-                                       rows['task'].str.upper() + where))
-    by = ['system', 'model', 'pair']
-    seeds = rows.groupby([*by, 'metric', 'seed'])['value'].mean().groupby([*by, 'metric'])
-    found = seeds.agg(['mean', 'std', 'size'])
-    text = [f'{r.mean:.1f}' + (f' ±{r.std:.1f}' if r.size > 1 else '')
-            for r in found.itertuples()]
-    cells = pd.Series(text, found.index).unstack('metric').fillna('–')
-    columns = ['ppl English', 'ppl partner', 'ppl third',
-               *(f'{t.upper()} {w}' for t in TASKS for w in ('within', 'zero-shot'))]
-    cells = cells[[c for c in columns if c in cells]]
-    cells.insert(0, 'seeds', found.groupby(by)['size'].max().map(str))
-    cells = cells.reset_index()
-    cells['languages'] = [m if m == p else f'{m} of {p}'
-                          for m, p in zip(cells['model'], cells['pair'], strict=True)]
+    def column(r):
+        where = 'within' if r.train == r.test else 'zero-shot'
+        if r.task != 'ppl': return f'{r.task.upper()} {where}'
+        third = r.test in r.pair.split('+')[2:]
+        return f'ppl {"English" if r.test == "en" else "third" if third else "partner"}'
+    rows = rows.assign(column=list(map(column, rows.itertuples())), languages=[
+        r.model if r.model == r.pair else f'{r.model} of {r.pair}' for r in rows.itertuples()])
+    seeds = rows.groupby(['system', 'languages', 'column', 'seed'])['value'].mean()
+    found = seeds.groupby(['system', 'languages', 'column']).agg(mean_sd).unstack().fillna('–')
+    found.insert(0, 'seeds', rows.groupby(['system', 'languages'])['seed'].nunique().map(str))
+    order = ['seeds', 'ppl English', 'ppl partner', 'ppl third',
+             *(f'{t.upper()} {w}' for t in TASKS for w in ('within', 'zero-shot'))]
+    found = found[[c for c in order if c in found]].rename_axis(None, axis=1).reset_index()
     place = {s: i for i, s in enumerate(SYSTEMS)}
-    cells = cells.sort_values('system', key=lambda s: s.map(place), kind='stable')
-    return cells[['system', 'languages', 'seeds', *cells.columns[4:-1]]]
+    return found.sort_values('system', key=lambda s: s.map(place), kind='stable')
