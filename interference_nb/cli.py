@@ -23,14 +23,14 @@ from .data import corpus_statistics, statistics_table
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
                                    write_atomically)
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, complete, is_pretrained,
-                                         materials, open_run, prune_model, run, side_by_side,
-                                         text_of)
+                                         load_run_data, open_run, prune_model, run,
+                                         make_batches)
 import pandas as pd
 from .claims import text_table
 from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, gate_table,
                                        loss_table, make_study, numbers_of_study, run_study,
                                        specs_of, tell_failed, write_index)
-from .distributed import process_group, rank_and_world_size
+from .distributed import default_workers, process_group, rank_and_world_size
 from .finetune import FinetuneConfig, finetune
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
@@ -202,7 +202,7 @@ def prepare(cfg: PrepareConfig):
                     isolate_documents=cfg.rows == 'segments')
     scale = replace(paper, model=model,
                     train=replace(paper.train, temperature=cfg.temperature, rows=cfg.rows))
-    _, tokenizer, corpora = materials(spec_of(cfg, scale), cfg.out, workers=None)
+    _, tokenizer, corpora = load_run_data(spec_of(cfg, scale), cfg.out, workers=None)
     for lang, splits in corpora.items():
         sizes = '; '.join(f'{split} {c.n_tokens:,} tokens in {c.n_sentences:,} sentences'
                           for split, c in splits.items())
@@ -311,7 +311,7 @@ def probe_run(cfg: ProbeCommand) -> list[dict]:  # rows, also in the run's probe
     if cfg.repeats < 1: raise InputError(f'{cfg.repeats} probes see nothing. Use --repeats 20.')
     settings = ProbeConfig(n_batches=cfg.batches)
     spec, _, tokenizer, corpora, model = open_run(cfg.run, cfg.data)
-    feed, _ = text_of(spec, tokenizer, corpora)
+    feed, _ = make_batches(spec, tokenizer, corpora)
     probe = GradientProbe(settings, cfg.run/'probe')
     with progress_bar(cfg.repeats, 0, True) as bar:
         for i in range(cfg.repeats):
@@ -344,7 +344,7 @@ def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to p
     "Learn and compare gates; print tables, draw figures."
     from interference_nb import figures
     spec, _, tokenizer, corpora, model = open_run(cfg.run, cfg.data)
-    feed, dev = text_of(spec, tokenizer, corpora)
+    feed, dev = make_batches(spec, tokenizer, corpora)
     study = prune_model(model, feed, dev, cfg.prune, cfg.run/'prune', progress=True)
     JsonlLog(cfg.run/'prune'/'record.jsonl', keep=lambda row: False).write('gates', **study)
     numbers = numbers_of_study(study, spec.seed)
@@ -396,7 +396,7 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
     t0 = time.time()
     if cfg.dry_run or not cfg.write_only:
         print(f'{study.seeds} seed{"s" * (study.seeds > 1)} on {study.data}; records in {out}/\n')
-        workers = cfg.workers or side_by_side()
+        workers = cfg.workers or default_workers()
         print(plan_of(exhibits, study, source, out, workers), end='\n\n', flush=True)
     if cfg.dry_run: return out
     failed = run_study(study, exhibits, out, cfg.workers, executor_of(cfg, out), cfg.write_only)

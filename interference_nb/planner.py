@@ -36,7 +36,7 @@ from .adapters import MultilingualLM
 from .meta_adapters import MetaConfig
 from .experiments import (SYSTEMS, RunSpec, check_rows, checkpoint_size, cost,
                                          device, holds_all, make_step, matching_row, on_cpu,
-                                         sharing_data, sized, vocabulary)
+                                         sharing_data, with_vocabulary, vocabulary)
 
 # %% ../nbs/07c_planner.ipynb #32eab292
 KINDS = 'parameters', 'optimiser', 'gradients', 'copies', 'activations'
@@ -152,7 +152,8 @@ class StepSpec:
                device: str = 'cpu', processes: int = 1,  # as above
                **train):  # fields of the training config to change
         "Take the step of a run."
-        return cls(sized(spec), replace(spec.train, **train), spec.system, spec.langs, spec.meta,
+        return cls(with_vocabulary(spec), replace(spec.train, **train), spec.system, spec.langs,
+                   spec.meta,
                    device, processes)
 
     def build(self):  # -> step, sampler

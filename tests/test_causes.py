@@ -5,7 +5,8 @@ import torch
 from interference_nb.reproduce import (CAUSES, STUDIES, causes_page, numbers_of_causes,
                                        numbers_of_study)
 from interference_nb.files import InputError
-from interference_nb.experiments import SCALES, Scale, open_run, plan, prune_model, run, text_of
+from interference_nb.experiments import (SCALES, Scale, make_batches, open_run, plan,
+                                         prune_model, run)
 from interference_nb.gradient_probes import ProbeConfig
 from interference_nb.l0_pruning import Gates, PruneConfig
 from interference_nb.pretrain import TrainConfig
@@ -37,7 +38,7 @@ def test_three_languages_give_three_pairs(tmp_path):
     spec, = plan(['joint'], ('en', 'fr', 'ar'), 1, small(), tasks=())
     run(spec, tmp_path)
     spec, _, tokenizer, corpora, model = open_run(tmp_path/spec.name, 'toy')
-    study = prune_model(model, *text_of(spec, tokenizer, corpora), replace(SHORT, seeds=3),
+    study = prune_model(model, *make_batches(spec, tokenizer, corpora), replace(SHORT, seeds=3),
                         tmp_path/'gates')
     within = numbers_of_study(study, 0)['gates raw within (λ=1)']
     assert list(within.index) == [('en-fr', 0), ('en-ar', 0), ('fr-ar', 0)]
@@ -48,7 +49,7 @@ def test_gates_belong_to_their_weights(tmp_path):
     spec, = plan(['joint'], ('en', 'fr'), 1, small(), tasks=())
     run(spec, tmp_path)
     spec, _, tokenizer, corpora, model = open_run(tmp_path/spec.name, 'toy')
-    feed, dev = text_of(spec, tokenizer, corpora)
+    feed, dev = make_batches(spec, tokenizer, corpora)
     path = tmp_path/'gates'/'en-0.safetensors'
     def learned():
         prune_model(model, feed, dev, SHORT, tmp_path/'gates')

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from interference_nb.files import InputError, read_jsonl, run_lock
-from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, lessons, on_cpu, plan,
-                                         run, run_all, side_by_side)
+from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, finetuning_jobs, on_cpu,
+                                         plan, run, run_all)
+from interference_nb.distributed import default_workers
 from interference_nb.records import load
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig
@@ -79,26 +80,26 @@ def test_validation_stands_in_for_a_missing_test_set():
     "TyDiQA has none; NER needs one."
     spec, = plan(['joint'], ('en', 'x3'), 1, SCALES['toy'], tasks=('qa',))
     rows = Rows('train', 'validation')
-    assert lessons(spec, rows) == {('qa', l): ['en', 'x3'] for l in spec.langs}
+    assert finetuning_jobs(spec, rows) == {('qa', l): ['en', 'x3'] for l in spec.langs}
     with pytest.raises(InputError, match='no ner rows to test on'):
-        lessons(replace(spec, tasks=('ner',)), rows)
+        finetuning_jobs(replace(spec, tasks=('ner',)), rows)
 
 def test_an_empty_development_set_is_named_before_any_work():
     spec, = plan(['joint'], ('en', 'x3'), 1, SCALES['toy'], tasks=('pos',))
     with pytest.raises(InputError, match="train on in 'en', but its development set is empty"):
-        lessons(spec, Rows('train', 'test'))
+        finetuning_jobs(spec, Rows('train', 'test'))
 
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='no choice of cores here')
 def test_a_run_for_each_gpu_or_for_each_core_it_may_use(monkeypatch):
     "Kept to one core, as by a cluster's scheduler, a command runs one at a time."
     cores = os.sched_getaffinity(0)
-    assert side_by_side() == len(cores)
+    assert default_workers() == len(cores)
     try:
         os.sched_setaffinity(0, {min(cores)})
-        assert side_by_side() == 1
+        assert default_workers() == 1
     finally: os.sched_setaffinity(0, cores)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
-    assert side_by_side() == 4
+    assert default_workers() == 4
 
 def test_cost_counts_the_passes_of_the_meta_step():
     one, rests = (cost(RunSpec(s, ('en', 'fr'), ('en', 'fr'), 0, TINY, tasks=()))

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from interference_nb.adapters import MultilingualLM, load_model
 from interference_nb.data import Corpus, Stream, dev_batches
 from interference_nb.tokenizers import BOS, EOS
-from interference_nb.experiments import SCALES, RunSpec, run, small
+from interference_nb.experiments import SCALES, RunSpec, run, smoke_test_spec
 from interference_nb.claims import Claim, judge
 from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evaluate,
                                       evaluate_languages, finetune, predict, tune)
@@ -220,9 +220,10 @@ def restored(batch):
 @pytest.mark.parametrize('validation', ['train', 'held-out'])
 def test_reported_perplexity_is_of_the_test_text(tmp_path, validation):
     "Tokenise the test text by hand, mask it with the fixed masks, average over masked tokens."
-    spec = small(RunSpec('meta_adpt', ('en', 'x3'), ('en', 'x3'), 0, SCALES['toy'], tasks=(),
-                         meta=MetaConfig(estimator='first_order', validation=validation)),
-                 steps=2, data='toy')
+    spec = smoke_test_spec(RunSpec('meta_adpt', ('en', 'x3'), ('en', 'x3'), 0, SCALES['toy'],
+                                   tasks=(), meta=MetaConfig(estimator='first_order',
+                                                             validation=validation)),
+                           steps=2, data='toy')
     rows = run(spec, tmp_path)
     source = open_source('toy', seed=0)
     tokenizer = toy_tokenizer(source, spec.langs)

@@ -222,9 +222,9 @@ def test_rows_are_scaled_where_time_or_memory_is_short(monkeypatch):
 
 
 def test_text_is_counted_where_it_is_and_estimated_where_it_is_not(tmp_path):
-    from interference_nb.experiments import materials
+    from interference_nb.experiments import load_run_data
     spec = replace(TOY, max_sentences={'x3': 500})
-    materials(spec, tmp_path)
+    load_run_data(spec, tmp_path)
     ids = sum(p.stat().st_size for p in tmp_path.glob('data/*/*/*.ids'))
     assert plan_run(spec, seconds=0, folder=tmp_path).text.ids == ids
     assert plan_run(spec, seconds=0, folder=tmp_path/'else').text.ids == 0      # toy text is small
@@ -340,11 +340,11 @@ def test_text_of_another_vocabulary_is_not_there_yet(tmp_path):
     "What lies in the folder counts only if this run will read it."
     from interference_nb.data import prepare_corpus
     from interference_nb.tokenizers import WordTokenizer
-    from interference_nb.experiments import materials, vocabulary
+    from interference_nb.experiments import load_run_data, vocabulary
     source, place, tokenizer = vocabulary(TOY, tmp_path)
     prepare_corpus(source, TOY.pair, WordTokenizer(['a', 'b']), place)
     assert planner.text_size(TOY, tmp_path).held == 0
-    materials(TOY, tmp_path)
+    load_run_data(TOY, tmp_path)
     own = {e for e in place.glob('*/*.ids')}
     assert len(own) == 12
     assert 0 < planner.text_size(TOY, tmp_path).held < sum(e.stat().st_size for e in own)

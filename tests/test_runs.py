@@ -13,8 +13,8 @@ from interference_nb.data import (FolderSource, HubSource, check_room, disk_need
 from interference_nb.tokenizers import WordTokenizer
 from interference_nb.files import InputError, load_checkpoint, read_jsonl, run_lock
 from interference_nb.distributed import launch, rank_and_world_size
-from interference_nb.experiments import (SCALES, Scale, materials, plan, pretrain_all, ready, run,
-                                         run_all, small)
+from interference_nb.experiments import (SCALES, Scale, load_run_data, plan, pretrain_all, ready,
+                                         run, run_all, smoke_test_spec)
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig
 from interference_nb.reproduce import (FAMILIES, STUDIES, family, family_page, records_of)
@@ -169,7 +169,8 @@ def test_a_disk_too_small_is_told_before_it_starts(tmp_path, monkeypatch):
         prepare_corpus(source, ['en', 'sw'], tokenizer, tmp_path/'ids')
     assert not (tmp_path/'ids').exists()
     spec, = plan(['joint'], ('en', 'sw'), 1, SCALES['pocket'], tmp_path/'text')
-    with pytest.raises(InputError, match='the text of .* GB free'): materials(spec, tmp_path/'runs')
+    with pytest.raises(InputError, match='the text of .* GB free'):
+        load_run_data(spec, tmp_path/'runs')
     with pytest.raises(InputError, match='the checkpoint of joint-en.* GB free'):
         run(spec, tmp_path/'runs')
 
@@ -195,7 +196,7 @@ def test_families_are_the_runs_that_the_tables_ask_for():
 
 def test_small_is_the_same_run():
     for spec in family('all'):
-        tiny = small(spec)
+        tiny = smoke_test_spec(spec)
         keep = ('system', 'langs', 'pair', 'seed', 'tasks', 'meta')
         assert all(getattr(tiny, k) == getattr(spec, k) for k in keep)
         assert bool(tiny.probe) == bool(spec.probe) and len(tiny.prune) == len(spec.prune)
