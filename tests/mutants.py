@@ -421,7 +421,10 @@ def main():
         with ThreadPoolExecutor(args.workers) as pool:
             jobs = [pool.submit(trial, e) for e in edits]
             for i, job in enumerate(as_completed(jobs), 1):
-                edit, noticed, by = job.result()
+                try: edit, noticed, by = job.result()
+                except Exception:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
                 rows.append((edit, noticed, by))
                 left = (time.perf_counter() - began) / i * (len(edits) - i)
                 print(f'{i:3}/{len(edits)} {left / 60:5.1f} min left  {edit.notebook}: '
