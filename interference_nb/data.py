@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS', 'TASKS', 'HELD_OUT', 'HUB', 'HUB_REVISIONS',
            'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'ROWS', 'IDS_PER_BYTE', 'Source',
            'split_sentences', 'sampling_probabilities', 'cap_sentences', 'check_languages', 'train_tokenizer',
-           'FolderSource', 'split_of', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource',
+           'split_of', 'FolderSource', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource',
            'Corpus', 'check_rows', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch', 'Stream',
            'dev_batches', 'corpus_statistics', 'statistics_table']
 
@@ -184,6 +184,14 @@ def train_tokenizer(source: Source,        # where the text comes from
             for lang in langs for k in range(round(P[lang] * n)))
     return Tokenizer.train(draw, vocab_size, character_coverage=character_coverage, threads=workers)
 
+# %% ../nbs/00_data.ipynb #724fa794
+def split_of(document_id: str,       # the document's id
+             held_out: float = .01,  # share of 'validation', and of 'test'
+             ) -> str:               # 'train', 'validation' or 'test'
+    "Choose a document's split by a hash of its id."
+    u = zlib.crc32(str(document_id).encode()) / 2**32
+    return 'validation' if u < held_out else 'test' if u < 2 * held_out else 'train'
+
 # %% ../nbs/00_data.ipynb #d7deb723
 def _check_task(task: str) -> str:
     "Return the task if it is known."
@@ -292,14 +300,6 @@ TREEBANKS = dict(
 TYDIQA = dict(ar='arabic', en='english', ru='russian', sw='swahili', te='telugu')
 HUB_LANGUAGES = dict(ner=tuple(LANGUAGES), pos=tuple(TREEBANKS), qa=tuple(TYDIQA),
                      nli=('en', 'ar', 'fr', 'ru', 'hi', 'sw'))
-
-# %% ../nbs/00_data.ipynb #724fa794
-def split_of(document_id: str,       # the document's id
-             held_out: float = .01,  # share of 'validation', and of 'test'
-             ) -> str:               # 'train', 'validation' or 'test'
-    "Choose a document's split by a hash of its id."
-    u = zlib.crc32(str(document_id).encode()) / 2**32
-    return 'validation' if u < held_out else 'test' if u < 2 * held_out else 'train'
 
 # %% ../nbs/00_data.ipynb #83f8bc20
 def hub_row(task: str,           # 'ner', 'pos', 'qa' or 'nli'
