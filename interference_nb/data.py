@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS', 'TA
            'split_sentences', 'sampling_probabilities', 'cap_sentences', 'check_languages', 'train_tokenizer',
            'split_of', 'FolderSource', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource',
            'Corpus', 'check_rows', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch', 'Stream',
-           'dev_batches', 'corpus_statistics', 'statistics_table']
+           'dev_batches', 'corpus_statistics', 'statistics_cells', 'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
 import copy, functools, hashlib, heapq, json, re, sys, zlib
@@ -771,17 +771,19 @@ def corpus_statistics(source: Source,        # where the text comes from
     return [row | {'P': P[row['lang']]} | sizes(row['lang']) for row in rows]
 
 # %% ../nbs/00_data.ipynb #d99b6511
-def statistics_table(rows: list[dict],  # from corpus_statistics
-                     ) -> str:          # a Markdown table
-    "Lay the statistics out as a table [paper Table 1]."
+def statistics_cells(rows: list[dict],  # from corpus_statistics
+                     ) -> list[dict[str, str]]:  # the same as text: '1,234', '0.52', '20 / 5 / -'
+    "Write each number as a table shows it [paper Table 1]."
     def cell(key, value):
         if isinstance(value, tuple) and not any(value): return '-'
         if isinstance(value, tuple): return ' / '.join(f'{n:,}' if n else '-' for n in value)
         if isinstance(value, str): return value
         if key == 'bytes': return f'{value / 1e6:.2f}'
         return f'{value:.3f}' if key == 'P' else f'{value:,}'
-    heads = ['MB' if k == 'bytes' else k for k in rows[0]]
-    table = [heads] + [[cell(k, v) for k, v in row.items()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ['| ' + ' | '.join(c.ljust(w) for c, w in zip(row, widths)) + ' |' for row in table]
-    return '\n'.join([lines[0], '|' + '|'.join('-' * (w + 2) for w in widths) + '|', *lines[1:]])
+    return [{'MB' if k == 'bytes' else k: cell(k, v) for k, v in row.items()} for row in rows]
+
+def statistics_table(rows: list[dict],  # from corpus_statistics
+                     ) -> str:          # a Markdown table
+    "Lay the statistics out as a table [paper Table 1]."
+    from tabulate import tabulate
+    return tabulate(statistics_cells(rows), 'keys', 'pipe', disable_numparse=True)

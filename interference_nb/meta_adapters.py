@@ -336,7 +336,7 @@ def upgrade_meta(
 ) -> dict:          # fields of this version
     "Bring a stored config up to date: `rest` plain steps between two are `meta_every` rest + 1."
     new = {RENAMED.get(k, k): v for k, v in old.items() if k != 'rest'}
-    return new | dict(meta_every=old['rest'] + 1) if 'rest' in old else new
+    return dict(meta_every=old.get('rest', 0) + 1) | new        # the oldest had no `rest`
 
 # %% ../nbs/05_meta_adapters.ipynb #62e61770
 @lru_cache(64)                  # once a stream: a new one shuffles its whole text

@@ -7,7 +7,8 @@ __all__ = ['KINDS', 'RESERVE', 'ALONE', 'Memory', 'format_bytes', 'Ledger', 'Ste
            'UnitMatrices', 'fake_tensors', 'fake_processes', 'account', 'cached_account', 'count_memory',
            'measured_peak', 'memory_cells', 'TextSize', 'Plan', 'too_full', 'plan_run', 'memory_of', 'gpu', 'text_size',
            'time_steps', 'time_rows', 'few_rows', 'measured_step', 'plan_family', 'step_of', 'plan_table',
-           'about_plans', 'total_disk', 'plan_finetuning', 'disk', 'trials', 'plan_missing', 'pace', 'work_left']
+           'about_plans', 'total_disk', 'plan_finetuning', 'disk', 'trials', 'plan_missing', 'stored_rows', 'as_text',
+           'pace', 'work_left']
 
 # %% ../nbs/07c_planner.ipynb #11ca592e
 import contextlib, gc, itertools, json, math, os, subprocess, sys, tempfile, time, weakref
@@ -33,9 +34,9 @@ from .pretrain import (BatchSampler, TrainConfig, check_shares, prepare_model,
                                       run_info)
 from .adapters import MultilingualLM
 from .meta_adapters import MetaConfig
-from .experiments import (SYSTEMS, RunSpec, checkpoint_size, complete, cost,
-                                         device, held, held_gates, held_lesson, make_step, on_cpu,
-                                         sharing_data, sized, text_table, vocabulary)
+from .experiments import (SYSTEMS, RunSpec, check_rows, checkpoint_size, cost,
+                                         device, holds_all, make_step, matching_row, on_cpu,
+                                         sharing_data, sized, vocabulary)
 
 # %% ../nbs/07c_planner.ipynb #32eab292
 KINDS = 'parameters', 'optimiser', 'gradients', 'copies', 'activations'
@@ -567,7 +568,7 @@ def plan_table(plans: Iterable[Plan]) -> str:  # for the terminal
                 f'{max(p.memory.peak for p in some) / 1e9:.1f}',
                 'yes' if all(p.memory.peak <= p.room for p in some) else 'NO',
                 f'{max(p.memory.reduced for p in some) / 1e6:,.0f}', text, f'{kept / 1e9:.2f}']
-    said = text_table(['system', 'runs', 'steps', '1e9 tokens', 'hours', 'GB a process', 'fits',
+    said = as_text(['system', 'runs', 'steps', '1e9 tokens', 'hours', 'GB a process', 'fits',
                        'MB a step', 'text GB', 'checkpoints GB'],
                       [line(*item) for item in (*systems.items(), ('all', plans))])
     need, free = total_disk(plans)[2], plans[0].free
@@ -627,7 +628,7 @@ def plan_finetuning(specs: list[RunSpec],  # pretrained already
     lines = [line(name, parts[name], n)[1] for name, n in peaks.items()]
     every = [only(s, tasks=s.tasks, prune=s.prune) for s in specs]
     need, total = line('all', every, max(peaks.values()))
-    said = text_table(['', 'runs', 'plain steps', 'hours of a GPU', f'hours of {workers}',
+    said = as_text(['', 'runs', 'plain steps', 'hours of a GPU', f'hours of {workers}',
                        'GB a process', 'GB of trials'], [*lines, total])
     known = replace(plan, text=TextSize(0, 0, 0))
     short = f'PROBLEM  {too_full("a search", need, plan.free)} Or start fewer at once.'
@@ -654,7 +655,7 @@ def plan_missing(groups: dict[str, list[RunSpec]],  # {name of a line: its runs}
                  ) -> tuple[list[str], list[list[str]], str]:  # header, lines, note
     "Write the plan of groups of runs: those held, those missing, and what the missing ones take."
     runs = {s.name: s for some in groups.values() for s in some}
-    done = {name for name, s in runs.items() if complete(s, Path(folder)/name)}
+    done = {name for name, s in runs.items() if holds_all(s, stored_rows(s, folder))}
     measured = pace(runs.values(), folder)
     plain = next(replace(s, system='joint') for s in runs.values())
     seconds = measured or in_subprocess(time_rows, plain, .5)
@@ -672,6 +673,23 @@ def plan_missing(groups: dict[str, list[RunSpec]],  # {name of a line: its runs}
     header = ['', 'runs', 'held', 'missing', 'steps', 'hours', f'by {workers} workers', 'GB']
     return header, [line(*item) for item in groups.items()], note
 
+def stored_rows(
+    spec: RunSpec,
+    folder,  # of a study, packed or not
+) -> list[dict]:  # rows of its record, none if there is none
+    "Read a run's record. Raises `InputError` if it is of other settings."
+    from interference_nb.records import read_rows
+    return check_rows(spec, read_rows(folder, spec.name), Path(folder)/spec.name)
+
+def as_text(
+    header: list[str],
+    lines: list[list[str]],
+) -> str:
+    "Align a table for the terminal."
+    import pandas as pd
+    from interference_nb import claims
+    return claims.text_table(pd.DataFrame(lines, columns=header))
+
 def pace(specs: Iterable[RunSpec],
          folder,  # of their records
          ) -> float | None:  # seconds for a plain step; None: no run was finished on this machine
@@ -679,8 +697,8 @@ def pace(specs: Iterable[RunSpec],
     machine = lambda hardware: hardware.split(', ')[:2]
     here, seconds, work = machine(run_info()['hardware']), 0., 0.
     for spec in specs:
-        rows = complete(spec, Path(folder)/spec.name)
-        if not rows or machine(rows[0]['hardware']) != here: continue
+        rows = stored_rows(spec, folder)
+        if not holds_all(spec, rows) or machine(rows[0]['hardware']) != here: continue
         seconds += sum(r['wall_s'] for r in rows if r['kind'] in ('end', 'finetune', 'gates'))
         work += cost(spec)
     return seconds / work if work else None
@@ -689,10 +707,9 @@ def work_left(spec: RunSpec,
               folder,  # of its record
               ) -> float:  # plain steps, as `cost`
     "Estimate what a run's record lacks; raises `InputError` if it is of other settings."
-    rows = held(spec, Path(folder)/spec.name)
-    tasks = [t for t in spec.tasks if not all(any(held_lesson(t, l, r) for r in rows)
-                                              for l in spec.langs)]
-    prune = [p for p in spec.prune if not any(held_gates(p, r) for r in rows)]
+    rows = stored_rows(spec, folder)
+    tasks = [t for t in spec.tasks if not all(matching_row(rows, (t, l)) for l in spec.langs)]
+    prune = [p for p in spec.prune if not matching_row(rows, prune=p)]
     trained = max([r['step'] for r in rows if 'step' in r], default=0) / spec.train.steps
     todo = replace(spec, tasks=tuple(tasks), prune=tuple(prune))
     return cost(todo) - min(1, trained) * cost(replace(spec, tasks=(), prune=()))

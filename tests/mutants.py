@@ -270,11 +270,13 @@ EDITS = (
     # ---- experiments ----
     Edit('07_experiments', "dev_batches(corpora[l]['test'],", "dev_batches(corpora[l]['train'],",
          'perplexity of training text', oracle('test_reported_perplexity_is_of_the_test_text')),
-    Edit('07_experiments', 'sorted(c.sign * x for x in p.interval)', 'p.interval',
+    Edit('07e_claims', '(d.low > 0, d.high < 0) if sign > 0 else (d.high < 0, d.low > 0)',
+         '(d.low > 0, d.high < 0)',
          'verdicts that ignore the sign', oracle('test_verdicts_respect_the_sign')),
-    Edit('07_experiments', 'd.std(ddof=1)', 'd.std()', 'a standard error that is too small',
+    Edit('07e_claims', 'sem(d))', 'sem(d, ddof=0))', 'a standard error that is too small',
          prop('test_paired_is_scipys')),
-    Edit('07_experiments', 't.ppf(.975,', 't.ppf(.95,', 'a 90 percent interval',
+    Edit('07e_claims', 'confidence_interval(.95)', 'confidence_interval(.9)',
+         'a 90 percent interval',
          prop('test_paired_is_scipys')),
 )
 

@@ -2,7 +2,8 @@
 from dataclasses import replace
 import pytest
 import torch
-from interference_nb.causes import Study, causes_page, load_causes, of_one_study, plan_causes
+from interference_nb.reproduce import (CAUSES, STUDIES, causes_page, numbers_of_causes,
+                                       numbers_of_study)
 from interference_nb.files import InputError
 from interference_nb.experiments import SCALES, Scale, open_run, plan, prune_model, run, text_of
 from interference_nb.gradient_probes import ProbeConfig
@@ -22,15 +23,15 @@ def test_study_of_text(tmp_path, text_folder):
 
 def study_of_heads_and_rows(tmp_path, data):
     "From text to a page: one layer, gates on heads and rows; what cannot be measured is left out."
-    study = Study(small(n_layers=1), ProbeConfig(n_batches=1), (SHORT,), ())
-    spec, = plan_causes([('en', 'sw')], 1, study, data)
+    study = replace(STUDIES['causes-toy'], scale=small(n_layers=1), seeds=1, data=data,
+                    probe=ProbeConfig(n_batches=1), prune=(SHORT,), pairs=(('en', 'sw'),))
+    spec, = CAUSES.runs(CAUSES, study)
     rows = run(spec, tmp_path)
     sites = next(r for r in rows if r['kind'] == 'gates')['sites']
     assert {(s['dim'], s['n']) for s in sites} >= {(1, 2), (0, 128)}       # heads, and rows
-    metrics = load_causes(tmp_path)['en-sw'][0]
-    assert 'cosine cross' in metrics and all(v == v for v in metrics.values())
+    assert 'cosine cross' in numbers_of_causes(tmp_path).loc['en-sw', 0].dropna()
     page = causes_page(tmp_path)
-    assert '| en-sw |' in page and 'nan' not in page and str(tmp_path) not in page
+    assert '| en-sw ' in page and 'nan' not in page and str(tmp_path) not in page
 
 def test_three_languages_give_three_pairs(tmp_path):
     spec, = plan(['joint'], ('en', 'fr', 'ar'), 1, small(), tasks=())
@@ -38,10 +39,9 @@ def test_three_languages_give_three_pairs(tmp_path):
     spec, _, tokenizer, corpora, model = open_run(tmp_path/spec.name, 'toy')
     study = prune_model(model, *text_of(spec, tokenizer, corpora), replace(SHORT, seeds=3),
                         tmp_path/'gates')
-    pairs = of_one_study(study, 0)
-    assert list(pairs) == ['en-fr', 'en-ar', 'fr-ar']
-    values = [m[0]['gates raw within (λ=1)'] for m in pairs.values()]
-    assert len(set(values)) == 3            # each of its own two languages, not of all
+    within = numbers_of_study(study, 0)['gates raw within (λ=1)']
+    assert list(within.index) == [('en-fr', 0), ('en-ar', 0), ('fr-ar', 0)]
+    assert within.nunique() == 3            # each of its own two languages, not of all
 
 def test_gates_belong_to_their_weights(tmp_path):
     "Gates in a folder are learned anew when the weights or the settings are others."
@@ -69,6 +69,7 @@ def test_unfinished_run_is_not_opened(tmp_path):
 
 def test_toy_scale_is_the_demos():
     "The study and the demo train the same joint models."
-    spec, = plan_causes([('en', 'x3')], 1, Study(SCALES['toy'], ProbeConfig(), (), ()))
+    spec, = CAUSES.runs(CAUSES, replace(STUDIES['causes-toy'], seeds=1, prune=(),
+                                        pairs=(('en', 'x3'),)))
     joint, = plan(['joint'], ('en', 'x3'), 1, SCALES['toy'], tasks=())
     assert replace(spec, probe=None) == joint

@@ -6,7 +6,8 @@ import pytest
 import torch
 from interference_nb.files import InputError, read_jsonl, run_lock
 from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, lessons, on_cpu, plan,
-                                         read_scores, run, run_all, side_by_side)
+                                         run, run_all, side_by_side)
+from interference_nb.records import load
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig
 from interference_nb.transformer import ModelConfig
@@ -62,9 +63,9 @@ def test_no_checkpoint_repeats_the_pretraining_only(tmp_path):
 def test_half_done_additions_hide_nothing(tmp_path):
     spec, = specs(1)
     run(spec, tmp_path)
-    whole, path = read_scores(tmp_path), tmp_path/spec.name/'record.jsonl'
+    whole, path = load(tmp_path, whole=False), tmp_path/spec.name/'record.jsonl'
     path.write_text(''.join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert read_scores(tmp_path) == whole
+    assert load(tmp_path, whole=False).equals(whole) and not len(load(tmp_path))
 
 class Rows:
     name = 'some data'

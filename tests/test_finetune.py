@@ -134,12 +134,13 @@ def test_short_pieces_of_two_texts(task):
 
 def test_a_run_with_pairs(tmp_path):
     "From text to the numbers of a table."
-    from interference_nb.experiments import SCALES, load_results, plan, run
+    from interference_nb.experiments import SCALES, plan, run
+    from interference_nb.records import load, summarise
     from interference_nb.pretrain import TrainConfig
     scale = replace(SCALES['toy'], train=TrainConfig.toy(steps=20, warmup=5, eval_every=20),
                     finetune=dict(qa=CFG, nli=CFG))
     run(plan(['joint'], ('en', 'x3'), 1, scale, tasks=('qa', 'nli'))[0], tmp_path)
-    m = load_results(tmp_path)['joint'][0]
+    m = summarise(load(tmp_path)).loc['joint', 0]
     assert {'QA within', 'QA zero-shot', 'NLI within', 'NLI zero-shot'} < set(m)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from interference_nb.adapters import MultilingualLM, load_model
 from interference_nb.data import Corpus, Stream, dev_batches
 from interference_nb.tokenizers import BOS, EOS
-from interference_nb.experiments import SCALES, Claim, RunSpec, run, small, verdicts
+from interference_nb.experiments import SCALES, RunSpec, run, small
+from interference_nb.claims import Claim, judge
 from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evaluate,
                                       evaluate_languages, finetune, predict, tune)
 from interference_nb.meta_adapters import MetaConfig, MetaStep
@@ -385,8 +387,9 @@ def test_finetuning_clips():
 
 def made_up(differences):
     "Results of two systems over seeds, whose paired differences are given."
-    return dict(other={s: dict(m=10. + s + d) for s, d in enumerate(differences)},
-                joint={s: dict(m=10. + s) for s in range(len(differences))})
+    lines = [(system, s, 10. + s + d * (system == 'other')) for s, d in enumerate(differences)
+             for system in ('other', 'joint')]
+    return pd.DataFrame(lines, columns=['system', 'seed', 'm']).set_index(['system', 'seed'])
 
 
 TRUTH = [((1., 1.1, .9), +1, 'shows'), ((1., 1.1, .9), -1, 'the opposite shows'),
@@ -399,10 +402,10 @@ TRUTH = [((1., 1.1, .9), +1, 'shows'), ((1., 1.1, .9), -1, 'the opposite shows')
 def test_verdicts_respect_the_sign(differences, sign, verdict):
     "More than zero speaks for 'more' and against 'less'; all signs turned, all verdicts turn."
     claim = Claim('', 'm', 'other', 'joint', sign)
-    found, = verdicts(made_up(differences), (claim,))
-    assert found['verdict'] == verdict
+    found, = judge(made_up(differences), [claim])['verdict']
+    assert found == verdict
     opposite = {'shows': 'the opposite shows', 'the opposite shows': 'shows'}
-    turned, = verdicts(made_up(differences), (replace(claim, sign=-sign),))
-    assert turned['verdict'] == opposite.get(verdict, verdict)
-    mirrored, = verdicts(made_up([-d for d in differences]), (claim,))
-    assert mirrored['verdict'] == opposite.get(verdict, verdict)
+    turned, = judge(made_up(differences), [replace(claim, sign=-sign)])['verdict']
+    assert turned == opposite.get(verdict, verdict)
+    mirrored, = judge(made_up([-d for d in differences]), [claim])['verdict']
+    assert mirrored == opposite.get(verdict, verdict)

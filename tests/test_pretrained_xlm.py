@@ -8,7 +8,8 @@ transformers = pytest.importorskip('transformers')
 pytest.importorskip('sacremoses')
 
 from interference_nb import experiments
-from interference_nb.experiments import SCALES, RunSpec, System, for_tasks, read_scores, run
+from interference_nb.experiments import SCALES, RunSpec, System, for_tasks, run
+from interference_nb.records import load, summarise
 from interference_nb.finetune import FinetuneConfig, finetune
 from interference_nb.hub_models import HubEncoder, HubTokenizer, open_encoder
 from interference_nb.toy_languages import ToySource
@@ -54,9 +55,10 @@ def test_it_is_a_system(xlm, tmp_path, monkeypatch):
     spec = RunSpec('xlm', ('x3',), ('x3',), 0, scale, 'toy', ('ner',))
     rows = run(spec, tmp_path)
     assert [r['kind'] for r in rows] == ['start', 'finetune', 'done']
-    assert {(s.system, s.train, s.test) for s in read_scores(tmp_path)} == {('xlm', 'x3', 'x3')}
+    scores = load(tmp_path)[['system', 'train', 'test']].itertuples(index=False, name=None)
+    assert set(scores) == {('xlm', 'x3', 'x3')}
     assert run(spec, tmp_path) == rows
-    assert 'NER within' in experiments.load_results(tmp_path)['xlm'][0]
+    assert 'NER within' in summarise(load(tmp_path))
 
 
 def test_vocabulary_has_a_fingerprint(xlm, tmp_path):

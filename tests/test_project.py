@@ -64,7 +64,7 @@ def test_saved_outputs_are_fit_to_publish(notebooks):
 
 def test_bare_import_needs_torch_and_numpy_only():
     "The package and its components start light; what else they need waits until it is needed."
-    lib, drawing = ROOT / 'interference_nb', ('figures', 'causes', 'cli')
+    lib, drawing = ROOT / 'interference_nb', ('records', 'claims', 'reproduce', 'figures', 'cli')
     modules = [p.stem for p in lib.glob('[!_]*.py') if p.stem not in drawing]
     code = f'''
 import importlib, importlib.metadata, sys, time, torch, numpy
@@ -93,10 +93,9 @@ ONE_PAGE = sorted(p.name for p in (ROOT / 'records').iterdir() if (p / 'table.md
 
 @pytest.mark.parametrize('name', ONE_PAGE)
 def test_page_beside_records_is_what_they_say(name):
-    from interference_nb.causes import causes_page
-    from interference_nb.experiments import table_page
+    from interference_nb.reproduce import causes_page, demo_page
     page = (ROOT / 'records' / name / 'table.md').read_text(encoding='utf-8')
-    write = causes_page if name.startswith('causes') else table_page
+    write = causes_page if name.startswith('causes') else demo_page
     assert page == write(ROOT / 'records' / name)
 
 def test_tables_beside_records_are_what_they_say(tmp_path):

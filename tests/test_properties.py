@@ -5,6 +5,7 @@ from functools import cache
 from itertools import combinations_with_replacement, pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from interference_nb.data import (Corpus, Stream, cap_sentences, dev_batches, mask_tokens,
                                   parallel_map, sampling_probabilities, split_of, split_sentences)
 from interference_nb.tokenizers import MASK, SPECIALS
-from interference_nb.experiments import SCALES, SYSTEMS, RunSpec, paired
+from interference_nb.experiments import SCALES, SYSTEMS, RunSpec
+from interference_nb.claims import paired
 from interference_nb.tasks import (TaskData, count_spans, cut_between_words, span_f1, task_spec,
                                    windows, word_f1)
 from interference_nb.gradient_probes import eulerian_pair_order, gram, pcgrad, vaccine
@@ -444,13 +446,13 @@ def test_paired_is_scipys(values):
     from scipy.stats import ttest_rel
     a, b = (np.round([v[i] for v in values], 3) for i in (0, 1))
     assume(np.std(a - b) > 1e-6)
-    results = dict(one={s: dict(m=x) for s, x in enumerate(a)},
-                   other={s: dict(m=x) for s, x in enumerate(b)})
-    results['one'] = dict(reversed(results['one'].items())) | {99: dict(m=1e9)}     # nobody's pair
-    found, theirs = paired(results, 'm', 'one', 'other'), ttest_rel(a, b)
+    lines = [('one', 99, 1e9), *reversed([('one', s, x) for s, x in enumerate(a)]),
+             *(('other', s, x) for s, x in enumerate(b))]       # seed 99 is nobody's pair
+    numbers = pd.DataFrame(lines, columns=['system', 'seed', 'm']).set_index(['system', 'seed'])
+    found, theirs = paired(numbers, 'm', 'one', 'other'), ttest_rel(a, b)
     interval = theirs.confidence_interval(.95)
     assert found.n == len(values) and found.delta == pytest.approx((a - b).mean())
     assert found.delta / found.se == pytest.approx(theirs.statistic)
-    assert found.interval == pytest.approx((interval.low, interval.high))
-    low, high = found.interval
-    assert (low > 0 or high < 0) == (theirs.pvalue < .05)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(theirs.pvalue)
+    assert (found.low > 0 or found.high < 0) == (theirs.pvalue < .05)

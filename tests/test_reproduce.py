@@ -1,37 +1,43 @@
 "From an empty folder to tables, figures and verdicts, through the command; and where that fails."
-import csv
+import csv, json, re
 from dataclasses import replace
 import numpy as np
+import pandas as pd
 import pytest
-from interference_nb import reproduce
+from interference_nb import records, reproduce
 from interference_nb.cli import main
 from interference_nb.files import InputError
+from interference_nb.records import load
 from interference_nb.experiments import RunSpec, Scale, parameters, run_all, sized
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.gradient_probes import ProbeConfig
 from interference_nb.l0_pruning import PruneConfig
 from interference_nb.pretrain import TrainConfig
-from interference_nb.reproduce import EXHIBITS, SETTINGS, choose, page, specs_of, verdicts_of
+from interference_nb.claims import draws, judge, resample
+from interference_nb.reproduce import (EXHIBITS, STUDIES, choose, gather, page_of_cells,
+                                       specs_of)
 from interference_nb.toy_languages import open_source
 from interference_nb.transformer import ModelConfig
 
 MICRO = Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16),
               TrainConfig.toy(steps=10, warmup=2, eval_every=2),
               {'ner': FinetuneConfig.toy('ner', epochs=1, max_train=32, max_dev=16, max_eval=40)})
-TINY = replace(SETTINGS['toy'], scale=MICRO, data='toy', targets=('ar', 'sw'), tasks=('ner',),
+TINY = replace(STUDIES['toy'], scale=MICRO, data='toy', targets=('ar', 'sw'), tasks=('ner',),
                systems=('mono', 'joint'), seeds=1, probe=ProbeConfig(2, 1),
                prune=(PruneConfig(steps=4, warmup=1, batch_size=4),))
 
 @pytest.fixture
 def command(monkeypatch, capsys):
     "Run `interference reproduce` at a scale of nothing; give status and what it printed."
-    monkeypatch.setitem(SETTINGS, 'toy', TINY)
+    monkeypatch.setitem(STUDIES, 'toy', TINY)
     def run(*args):
         status = 0
         try: main(['reproduce', *map(str, args)])
         except SystemExit as e: status = e.code or 0
         return status, *capsys.readouterr()
     return run
+
+def cells_in(page): return re.sub(' +', ' ', page.read_text())     # whatever their width
 
 def test_all_exhibits_from_an_empty_folder(command, tmp_path):
     "Every exhibit is written; the second time nothing runs and the same is written."
@@ -66,7 +72,7 @@ def test_a_failed_run_stops_no_other(command, tmp_path):
     (tmp_path/'mono-sw-of-en+sw-0').touch()             # in the way of the run's folder
     status, said, err = command('table2', '--out', tmp_path, '--workers', 2)
     assert status == 2 and '1 of 4 runs failed' in err and 'mono-sw-of-en+sw-0' in err
-    table = (tmp_path/'table2.md').read_text()
+    table = cells_in(tmp_path/'table2.md')
     assert '| failed | failed |' in table
     assert (tmp_path/'joint-en+sw-0'/'sentences.safetensors').exists()
 
@@ -88,14 +94,14 @@ def test_bad_input_is_one_line(command, tmp_path, args, message):
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1
 
 def test_write_only_shows_what_is_there(command, tmp_path):
-    "A part of a study is written as such, nothing is run; other settings are refused."
+    "A part of a study is written as such, nothing is run; other studys are refused."
     ask = 'table2', '--out', tmp_path, '--systems', 'joint'
     assert command(*ask)[0] == 0
     status, _, err = command('all', '--seeds', 3, '--write-only', '--out', tmp_path)
     assert status == 0, err
     assert {p.parent.name for p in tmp_path.glob('*/record.jsonl')} == {'joint-en+ar-0',
                                                                          'joint-en+sw-0'}
-    table = (tmp_path/'table2.md').read_text()
+    table = cells_in(tmp_path/'table2.md')
     assert '(1 of 3)' in table and '| mono | not run | not run |' in table and 'nan' not in table
     assert '10 steps of' in table and '2 of 12 runs are complete' in table
     before = {p: p.read_bytes() for p in tmp_path.glob('*.md')}
@@ -103,7 +109,7 @@ def test_write_only_shows_what_is_there(command, tmp_path):
     assert status == 2 and 'another config' in err
     assert before == {p: p.read_bytes() for p in before}
 
-def test_a_record_of_other_settings_stops_no_other(command, tmp_path):
+def test_a_record_of_other_studys_stops_no_other(command, tmp_path):
     "Its run fails, none of its numbers is shown; where no record fits, nothing is begun."
     ask = 'table2', '--out', tmp_path, '--systems', 'joint', '--workers', 1
     assert command(*ask, '--targets', 'sw', '--steps', 8)[0] == 0
@@ -111,41 +117,53 @@ def test_a_record_of_other_settings_stops_no_other(command, tmp_path):
     assert status == 2 and 'another config' in err and not (tmp_path/'joint-en+ar-0').exists()
     assert command(*ask, '--targets', 'ar')[0] == 0
     status, said, err = command(*ask)
-    assert status == 2 and '1 of 2 runs failed' in err and 'hold other settings' in said
+    assert status == 2 and '1 of 2 runs failed' in err and 'hold other studys' in said
     with open(tmp_path/'table2.csv') as f: rows = list(csv.DictReader(f))
     assert {r['state'] for r in rows if r['column'] == 'sw'} == {'failed'}
     assert '1 of 2 runs are complete' in (tmp_path/'table2.md').read_text()
 
-def test_early_losses_are_weighted_by_steps(tmp_path, monkeypatch):
+def test_early_losses_are_weighted_by_steps(tmp_path):
     "Rows of both kinds count, by the steps that each covers; the pair's second language is held."
     def record(lang, *losses):
-        about = dict(system='joint', seed=0, pair=['en', lang])
-        rows = [dict(kind=k, step=s, loss=l, ppl={'en': 9., lang: 8.})
+        about = dict(system='joint', seed=0, langs=['en', lang], pair=['en', lang],
+                     max_sentences={})
+        rows = [dict(kind=k, step=s, passes=s, loss=l, ppl={'en': 9., lang: 8.})
                 for k, s, l in zip(('eval', 'step', 'eval', 'eval'), (0, 3, 4, 20), losses,
                                    strict=True)]
         del rows[0]['loss']
-        return [dict(kind='start', config=dict(run=about)), *rows]
-    records = [record('ar', 9., 4., 8., 1.), record('fr', 9., 4., 4., 1.)]
-    monkeypatch.setattr(reproduce, 'complete_records', lambda *_: records)
-    found = reproduce.losses_over_time(tmp_path, None)['joint'][0]
+        return [dict(kind='start', hardware='CPU', config=dict(run=about)), *rows]
+    for lang, losses in (('ar', (9., 4., 8., 1.)), ('fr', (9., 4., 4., 1.))):
+        home = tmp_path/f'joint-en+{lang}-0'
+        home.mkdir()
+        rows = [*record(lang, *losses), dict(kind='done', name=home.name)]
+        (home/'record.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    found = reproduce.loss_over_time(load(tmp_path)).loc['joint', 0]
     assert (found['training loss en+ar'], found['training loss en+fr']) == (5., 4.)
-    assert {k for k in found if k.startswith('loss')} == {
+    assert {k for k in found.index if k.startswith('loss')} == {
         f'loss {l} {when}' for l in ('ar', 'fr') for when in ('early', 'halfway', 'end')}
+
+def cells_of(monkeypatch, tmp_path, exhibit, study, values, resampled):
+    "Cells of made-up scores: {row: {seed: {column: value}}}, and the same of resampled ones."
+    flat = lambda found: {(r, s): v for r, seeds in found.items() for s, v in seeds.items()}
+    values = flat(values)
+    index = pd.MultiIndex.from_tuples(values, names=['system', 'seed'])
+    numbers = pd.DataFrame(list(values.values()), index)
+    monkeypatch.setattr(reproduce, 'values_of', lambda e: numbers)
+    monkeypatch.setattr(reproduce, 'resampled_of', lambda e: flat(resampled))
+    return reproduce.cells_of(gather(exhibit, study, open_source('toy'), tmp_path))
 
 def test_no_bold_beside_half_a_row_or_untested(tmp_path, monkeypatch):
     "A row with some of its seeds keeps its column open; a column without counts says so."
-    setting = replace(TINY, systems=('mono', 'joint'), seeds=3)
-    exhibit, = choose(['table2'], setting)
+    study = replace(TINY, systems=('mono', 'joint'), seeds=3)
+    exhibit, = choose(['table2'], study)
     column = 'NER within ar'
     def cells(seeds, counts=True):
         values = {'mono': {s: {column: 70. + s} for s in range(3)},
                   'joint': {s: {column: 60. + s} for s in range(seeds)}}
         resampled = {r: {s: {column: np.full(9, v)} for s in range(3)}
                      for r, v in (('mono', 70.), ('joint', 60.))} if counts else {}
-        monkeypatch.setattr(reproduce, 'values_of', lambda *_: values)
-        monkeypatch.setattr(reproduce, 'resampled_of', lambda *_: resampled)
-        return reproduce.cells_of(exhibit, setting, open_source('toy'), tmp_path)
-    bold = lambda rows: [r['row'] for r in rows if r['best']]
+        return cells_of(monkeypatch, tmp_path, exhibit, study, values, resampled)
+    bold = lambda rows: list(rows['row'][rows['best']])
     assert bold(cells(3)) == ['mono'] and bold(cells(2)) == [] and bold(cells(3, False)) == []
     assert reproduce.untested(cells(3)) == ''
     assert 'NER within: ar.' in reproduce.untested(cells(3, False))
@@ -169,9 +187,9 @@ def test_without_submitit_slurm_says_what_to_install(command, tmp_path, monkeypa
 def test_runs_through_submitit(tmp_path):
     "The same specs on another engine: jobs in processes that submitit starts."
     submitit = pytest.importorskip('submitit')
-    setting = replace(TINY, targets=('sw',), systems=('joint',))
+    study = replace(TINY, targets=('sw',), systems=('joint',))
     source = open_source('toy')
-    specs = specs_of(choose(['table2'], setting), setting, source)
+    specs = specs_of(choose(['table2'], study), study, source)
     executor = submitit.AutoExecutor(tmp_path/'jobs', cluster='local')
     executor.update_parameters(timeout_min=2)
     (spec, rows), = run_all(specs, tmp_path, executor=executor)
@@ -179,17 +197,14 @@ def test_runs_through_submitit(tmp_path):
 
 def test_no_best_where_a_row_is_missing(tmp_path, monkeypatch):
     "Bold needs every other row of its column, and those that lose in seeds and sentences."
-    setting = replace(TINY, systems=('mono', 'joint', 'ffn'), seeds=3)
-    exhibit, = choose(['table2'], setting)
+    study = replace(TINY, systems=('mono', 'joint', 'ffn'), seeds=3)
+    exhibit, = choose(['table2'], study)
     level = {'mono': 70., 'joint': 60., 'ffn': 50.}
     def bold(rows):
-        arranged = lambda v: {r: {s: {'NER within ar': v(r, s)} for s in range(3)} for r in rows}
-        values = dict.fromkeys(exhibit.rows, {}) | arranged(lambda r, s: level[r] + s)
-        resampled = arranged(lambda r, s: np.full(9, level[r]))
-        monkeypatch.setattr(reproduce, 'values_of', lambda *_: values)
-        monkeypatch.setattr(reproduce, 'resampled_of', lambda *_: resampled)
-        return [r['row'] for r in reproduce.cells_of(exhibit, setting, open_source('toy'), tmp_path)
-                if r['best']]
+        made = lambda v: {r: {s: {'NER within ar': v(r, s)} for s in range(3)} for r in rows}
+        found = cells_of(monkeypatch, tmp_path, exhibit, study, made(lambda r, s: level[r] + s),
+                         made(lambda r, s: np.full(9, level[r])))
+        return list(found['row'][found['best']])
     assert bold(['mono', 'joint', 'ffn']) == ['mono']
     assert bold(['mono', 'joint']) == []
 
@@ -200,47 +215,63 @@ def test_languages_without_rows_are_no_data(tmp_path):
         def count(self, task, lang, split):
             if (task, lang) == ('ner', 'te'): raise InputError('no rows')
             return 5
-    setting = replace(TINY, targets=('ar', 'hi', 'te'), systems=('joint',))
-    exhibits = choose(['table2', 'table4'], setting)
-    specs = specs_of(exhibits, setting, Little())
+    study = replace(TINY, targets=('ar', 'hi', 'te'), systems=('joint',))
+    exhibits = choose(['table2', 'table4'], study)
+    specs = specs_of(exhibits, study, Little())
     assert {s.name: s.tasks for s in specs} == {'joint-en+ar-0': ('ner',), 'joint-en+te-0': ()}
-    rows = reproduce.cells_of(exhibits[0], setting, Little(), tmp_path)
-    within = {r['column']: r['state'] for r in rows if r['block'] == 'NER within'}
+    rows = reproduce.cells_of(gather(exhibits[0], study, Little(), tmp_path))
+    within = dict(rows[rows['block'] == 'NER within'][['column', 'state']].itertuples(index=False))
     assert within == {'ar': 'not run', 'hi': 'no data', 'te': 'no data', 'mean': 'not run'}
 
 def test_the_hub_model_stands_in_figure_1_of_the_paper_scale():
-    figure = {name: choose(['figure1'], SETTINGS[name])[0] for name in ('toy', 'paper')}
+    figure = {name: choose(['figure1'], STUDIES[name])[0] for name in ('toy', 'paper')}
     assert figure['toy'].rows == ('mono', 'joint')
     assert figure['paper'].rows == ('mono', 'joint', 'xlm')
-    paper = SETTINGS['paper']
+    paper = STUDIES['paper']
     names = {s.name for s in specs_of([figure['paper']], paper, open_source('toy:pairs'))}
     assert 'xlm-hi-of-en+hi-2' in names
 
 def test_nothing_run_is_said_so(tmp_path):
     exhibit, = choose(['table2'], TINY)
-    source = open_source('toy')
-    rows = reproduce.cells_of(exhibit, TINY, source, tmp_path)
-    found = verdicts_of({}, exhibit.claims)
-    text = page(exhibit, TINY, rows, found, [], tmp_path,
-                specs_of([exhibit], TINY, source))
+    e = gather(exhibit, TINY, open_source('toy'), tmp_path)
+    text = '\n'.join(page_of_cells(e, [])[0])
     assert 'not run' in text and 'None of them has been run.' in text
-    assert {v['verdict'] for v in found} == {'not run'}
+    assert set(judge(reproduce.values_of(e), exhibit.claims)['verdict']) == {'not run'}
+
+def test_each_record_is_parsed_once(command, tmp_path, monkeypatch):
+    "Writing all pages parses a file once, however many pages show its run; packed studies too."
+    ask = 'table2', 'figure3', '--out', tmp_path, '--workers', 2
+    assert command(*ask)[0] == 0
+    parsed, read = [], records.read_jsonl
+    monkeypatch.setattr(records, 'read_jsonl', lambda path: parsed.append(path) or read(path))
+    records.parse.cache_clear()
+    records.table_of.cache_clear()
+    assert command('all', '--out', tmp_path, '--write-only')[0] == 0
+    logs = [p for p in tmp_path.glob('*/*.jsonl')]
+    assert sorted(parsed) == sorted(p.resolve() for p in logs) and len(logs) == 5
+    pages = {p: p.read_bytes() for p in tmp_path.glob('*.*')}
+    records.pack(tmp_path)
+    assert not list(tmp_path.glob('*/record.jsonl'))
+    assert command('all', '--out', tmp_path, '--write-only')[0] == 0
+    assert pages == {p: p.read_bytes() for p in pages} and len(parsed) == 5
+    assert command(*ask)[0] == 0                        # going on unpacks, and runs nothing again
+    assert sorted(tmp_path.glob('*/*.jsonl')) == sorted(logs)
 
 def test_resamples_agree_with_a_plain_loop():
     "F1 of resampled sentences, and the mean over languages, by hand."
     rng = np.random.default_rng(0)
     counts = [rng.integers(0, 5, (30, 2)) + [0, 5] for _ in range(2)]
-    fast = reproduce.resample(counts, 'ner/en/ar', 20)
+    fast = resample(counts, 'ner/en/ar', 20)
     for found, c in zip(fast, counts, strict=True):
         slow = [100 * sum(np.repeat(c[:, 0], w)) / sum(np.repeat(c[:, 1], w))
-                for w in reproduce.draws(30, 'ner/en/ar', 20).astype(int)]
+                for w in draws(30, 'ner/en/ar', 20).astype(int)]
         np.testing.assert_allclose(found, slow, rtol=1e-5)
 
 def test_each_paper_statement_has_a_place():
     "Every claim speaks of a column and of rows that its exhibit has."
     assert len(EXHIBITS) == 11
     for e in EXHIBITS.values():
-        columns = {f'{b.title} {p}' for b in e.blocks for p in (*b.partners, 'mean')}
+        columns = {f'{g.title} {p}' for g in e.groups for p in (*g.partners, 'mean')}
         for c in e.claims:
             assert {c.metric, c.against or c.metric} <= columns
             assert {c.system, c.baseline} <= set(e.rows)

@@ -17,7 +17,7 @@ from interference_nb.experiments import (SCALES, Scale, materials, plan, pretrai
                                          run_all, small)
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig
-from interference_nb.reproduce import (FAMILIES, SETTINGS, family, family_page, records_of)
+from interference_nb.reproduce import (FAMILIES, STUDIES, family, family_page, records_of)
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 
@@ -190,7 +190,7 @@ def test_the_hub_counts_its_copy_and_streaming_has_none(tmp_path, monkeypatch):
 def test_families_are_the_runs_that_the_tables_ask_for():
     every = sorted(s.name for s in family('all'))
     assert sorted(s.name for name in FAMILIES for s in family(name)) == every
-    assert all(s.scale.train.accumulate == 4 and s.scale == SETTINGS['paper'].scale
+    assert all(s.scale.train.accumulate == 4 and s.scale == STUDIES['paper'].scale
                for s in family('all'))
 
 def test_small_is_the_same_run():
