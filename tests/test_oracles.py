@@ -409,3 +409,15 @@ def test_verdicts_respect_the_sign(differences, sign, verdict):
     assert turned == opposite.get(verdict, verdict)
     mirrored, = judge(made_up([-d for d in differences]), [claim])['verdict']
     assert mirrored == opposite.get(verdict, verdict)
+
+
+ALIKE = [((.5, .6, .4), 'shows'), ((-.5, -.6, -.4), 'shows'), ((3., 3.1, 2.9), 'the opposite shows'),
+         ((-3., -3.1, -2.9), 'the opposite shows'), ((2., 2.1, 1.9), 'undecided'),
+         ((9., -9., .1), 'undecided'), ((0.,), 'undecided')]
+
+
+@pytest.mark.parametrize('differences, verdict', ALIKE)
+def test_as_good_means_within_two_points_either_way(differences, verdict):
+    "A difference that shows may still be small, and one that does not show may still be large."
+    found, = judge(made_up(differences), [Claim('', 'm', 'other', 'joint', 0)])['verdict']
+    assert found == verdict
