@@ -241,14 +241,14 @@ def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict
     "Pretrain, prune and finetune one of our models; all but the first process leave when trained."
     source, tokenizer, corpora = data
     meta = SYSTEMS[spec.system].meta and (spec.meta or SYSTEMS[spec.system].meta)
-    feed, dev = text_of(spec, tokenizer, corpora, meta)
-    model = pretrained(spec, home, source, tokenizer, corpora, feed, dev, meta, progress)
+    sampler, dev = text_of(spec, tokenizer, corpora, meta)
+    model = pretrained(spec, home, source, tokenizer, corpora, sampler, dev, meta, progress)
     if rank_and_world_size()[0]: return None
     record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     for prune in spec.prune:
         if not matching_row(record.rows, prune=prune):
             folder = home/f'gates-{config_hash(asdict(prune))}'
-            record.write('gates', **prune_model(model, feed, dev, prune, folder, progress))
+            record.write('gates', **prune_model(model, sampler, dev, prune, folder, progress))
     return teach(spec, home, model, tokenizer, source, record, progress)
 
 def run_hub(spec: RunSpec, home: Path, progress: bool) -> list[dict]:
@@ -271,7 +271,7 @@ def teach(spec: RunSpec, home: Path, model, tokenizer, source, record: JsonlLog,
     record.write('done', name=spec.name)
     return record.rows
 
-def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed: BatchSampler,
+def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, sampler: BatchSampler,
                dev: dict[str, list], meta: MetaConfig | None, progress: bool):  # -> model
     "Give the run's pretrained model: from its checkpoint, else trained, from where it was cut."
     at, system, cfg = home/'checkpoint.safetensors', SYSTEMS[spec.system], spec.train
@@ -286,7 +286,7 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, feed
                  source=source.name, revision=revision,
                  sentences={l: corpora[l]['train'].n_sentences for l in spec.langs})
     probe = [GradientProbe(spec.probe, home)] if spec.probe else []
-    train(model, feed, cfg, dev, step, probe, home, about, progress,
+    train(model, sampler, cfg, dev, step, probe, home, about, progress,
           at_end=lambda model: dict(held_out=held_out_report(model, corpora, dev, tokenizer)))
     before = home/'record-before.jsonl'
     if before.exists() and not rank_and_world_size()[0]: keep_lessons(before, home/'record.jsonl')
@@ -366,9 +366,10 @@ def text_of(spec: RunSpec, tokenizer, corpora: dict,
                                  tokenizer.vocab_size, cfg.mask_prob)
     streams = lambda split: {l: stream(corpora[l][split]) for l in spec.langs}
     apart = meta and meta.validation == 'held-out'
-    feed = BatchSampler(streams('train'), cfg, streams('validation') if apart else None, device())
+    sampler = BatchSampler(streams('train'), cfg,
+                           streams('validation') if apart else None, device())
     # the test split: a meta step may be validated on the other one
-    return feed, {l: dev_batches(corpora[l]['test'], 64, cfg.seq_len, tokenizer.vocab_size,
+    return sampler, {l: dev_batches(corpora[l]['test'], 64, cfg.seq_len, tokenizer.vocab_size,
                                  cfg.mask_prob, n_batches=8) for l in spec.langs}
 
 def open_run(home, data: str):  # folder of a run, and what it was pretrained on -> spec, source,
@@ -397,17 +398,17 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
     model = load_model(home/'checkpoint.safetensors', tokenizer, device=device())
     return spec, source, tokenizer, corpora, model
 
-def prune_model(model, feed: BatchSampler,
+def prune_model(model, sampler: BatchSampler,
                 dev: dict[str, list],  # {language: held-out batches}
                 cfg: PruneConfig,
                 folder,  # for the gates; those that it holds are not learned again
                 progress: bool = False) -> dict:  # what `prune_study` returns
     "Learn gates of a frozen model for each language and compare them. [paper 3.1, Fig. 4]"
     def loss_of(lang):
-        s = feed.streams[lang]
+        s = sampler.streams[lang]
         own = Stream(s.corpus, cfg.batch_size, s.seq_len, s.seed, s.vocab_size, s.mask_prob,
                      'prune')
-        return lambda k: model.loss(own.batch(k).to(feed.device))
+        return lambda k: model.loss(own.batch(k).to(sampler.device))
     path = lambda lang, seed: Path(folder)/f'{lang}-{seed}.safetensors'
     about = json.loads(json.dumps(dict(config=asdict(cfg), model=weights_hash(model)[:12])))
     def done(lang, seed):
@@ -418,7 +419,7 @@ def prune_model(model, feed: BatchSampler,
         gates.about |= about
         gates.save(path(lang, seed))
     start = time.perf_counter()
-    study = prune_study(model, {l: loss_of(l) for l in feed.langs},
+    study = prune_study(model, {l: loss_of(l) for l in sampler.langs},
                         lambda lang: perplexity(model, dev[lang]), cfg,
                         progress=progress, done=done, keep=keep)
     return study | dict(wall_s=round(time.perf_counter() - start, 3))

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from .data import LANGUAGES, TASKS, corpus_statistics, statistics_cells
+from .data import LANGUAGES, TASK_COLUMNS, corpus_statistics, statistics_cells
 from .files import InputError, read_jsonl
 from .toy_languages import open_source
 from .distributed import rank_and_world_size
@@ -59,7 +59,7 @@ class Study:
     data: str | None  # what `open_source` understands; None: the user has to name it
     targets: tuple[str, ...] = TARGETS  # English's partners
     systems: tuple[str, ...] = OURS  # rows to show, of those that an exhibit has
-    tasks: tuple[str, ...] = tuple(TASKS)  # tasks to show
+    tasks: tuple[str, ...] = tuple(TASK_COLUMNS)  # tasks to show
     seeds: int = 3  # how many
     family: str = 'all'  # or key of `FAMILIES`: its runs only
     small: dict[str, int] = field(default_factory=dict)  # sentences of a language cut short: 'fr_l'
@@ -115,7 +115,7 @@ PAPER_SCALES = 'toy', 'mini', 'paper'  # of the paper's tables and figures
 @dataclass(frozen=True)
 class ColumnGroup:
     "Columns of a table: one task in one setting, a column for each of English's partners."
-    task: str  # key of `TASKS`, or 'ppl'
+    task: str  # key of `TASK_COLUMNS`, or 'ppl'
     where: str  # 'within' language, or 'zero-shot' from English
     partners: tuple[str, ...]  # 'fr_l': French cut short
     metric: str = ''  # the task's main one if not given
@@ -450,7 +450,7 @@ def specs_of(exhibits: Iterable[Exhibit], study: Study, source) -> list[RunSpec]
     for e in exhibits:
         for spec in e.runs(e, study) if e.runs else runs_of_cells(e, study, source):
             asked = found.get(spec.name, spec).tasks + spec.tasks
-            found[spec.name] = replace(spec, tasks=tuple(t for t in TASKS if t in asked))
+            found[spec.name] = replace(spec, tasks=tuple(t for t in TASK_COLUMNS if t in asked))
     return [s for s in found.values() if keep(s)]
 
 # %% ../nbs/07a_reproduce.ipynb #44880dff
@@ -462,7 +462,7 @@ def choose(names: Iterable[str],  # of exhibits, or 'all'
     for what, given, known in (('table or figure', names, [*EXHIBITS, 'all']),
                                ('target', study.targets, TARGETS),
                                ('system', study.systems, list(SYSTEMS)),
-                               ('task', study.tasks, list(TASKS)),
+                               ('task', study.tasks, list(TASK_COLUMNS)),
                                ('family', [study.family], ['all', *FAMILIES])):
         if not given: raise InputError(f'no {what}. Use some of {", ".join(known)}.')
         if unknown := [x for x in given if x not in known]:
@@ -951,11 +951,12 @@ def page_of_statistics(e: Evidence) -> tuple[list[str], dict[str, str]]:
     for l, n in ((l, n) for l, n in small.items() if l in langs):
         cut, = corpus_statistics(source, [l], max_sentences={l: n})
         rows.append(cut | dict(lang=f'{l}_l', language=f'{cut["language"]}, cut')
-                    | dict.fromkeys(TASKS, ()))
+                    | dict.fromkeys(TASK_COLUMNS, ()))
     for r in rows: del r['P']
     table, splits = pd.DataFrame(statistics_cells(rows)), ('train', 'validation', 'test')
-    numbers = pd.DataFrame([{k: v for k, v in r.items() if k not in TASKS} | {
-        f'{t} {s}': n or 0 for t in TASKS for s, n in zip(splits, r[t] or (0, 0, 0), strict=True)}
+    numbers = pd.DataFrame([{k: v for k, v in r.items() if k not in TASK_COLUMNS} | {
+        f'{t} {s}': n or 0 for t in TASK_COLUMNS
+        for s, n in zip(splits, r[t] or (0, 0, 0), strict=True)}
             for r in rows])
     parts = [f'# Table 1. {e.exhibit.title}', e.exhibit.question, markdown(table, 'left'),
              'Rows of a task: train / validation / test. "_l": cut short, as in Table 5.',
@@ -1094,7 +1095,7 @@ def family_page(name: str, records) -> str:  # Markdown
 
 def family_table(table: pd.DataFrame) -> pd.DataFrame:  # of `load`; text
     "Lay scores out: a line for each system and its languages, means ± sd over seeds."
-    main = {t: task_spec(t).metric for t in TASKS} | {'ppl': 'ppl'}
+    main = {t: task_spec(t).metric for t in TASK_COLUMNS} | {'ppl': 'ppl'}
     rows = table[table['metric'] == table['task'].map(main)]
     third = [test in pair.split('+')[2:] for test, pair in zip(rows['test'], rows['pair'],
                                                                strict=True)]
@@ -1109,7 +1110,7 @@ def family_table(table: pd.DataFrame) -> pd.DataFrame:  # of `load`; text
             for r in found.itertuples()]
     cells = pd.Series(text, found.index).unstack('metric').fillna('–')
     columns = ['ppl English', 'ppl partner', 'ppl third',
-               *(f'{t.upper()} {w}' for t in TASKS for w in ('within', 'zero-shot'))]
+               *(f'{t.upper()} {w}' for t in TASK_COLUMNS for w in ('within', 'zero-shot'))]
     cells = cells[[c for c in columns if c in cells]]
     cells.insert(0, 'seeds', found.groupby(by)['size'].max().map(str))
     cells = cells.reset_index()

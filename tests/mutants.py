@@ -200,7 +200,7 @@ EDITS = (
          "a gradient on top of the one before the last", PROBES),
     Edit('04_gradient_probes', "s.independent_stream('probe')", 's',
          'a probe of the training batches', PROBES),
-    Edit('04_gradient_probes', '            g *= feed.p[lang]\n', '',
+    Edit('04_gradient_probes', '            g *= sampler.p[lang]\n', '',
          'combined gradients do not weigh languages as sampling does', PROBES),
     # ---- meta_adapters ----
     Edit('05_meta_adapters', 'self.losses(batches), self.losses(val), beta,',
@@ -219,7 +219,7 @@ EDITS = (
          'the finite difference has another dropout than the inner step', META),
     Edit('05_meta_adapters', "if self.meta.order == 'meta first':",
          "if self.meta.order != 'meta first':", 'lines 6 and 7 of Algorithm 1 swapped', META[:1]),
-    Edit('05_meta_adapters', 'if l not in own]', 'if l in feed.langs]',
+    Edit('05_meta_adapters', 'if l not in own]', 'if l in sampler.langs]',
          "the language's own validation loss is not left out", META[:1]),
     Edit('05_meta_adapters', 'torch._foreach_add(self.direct, self.second_order)',
          'self.direct', 'the second-order term is left out', META[:1]),

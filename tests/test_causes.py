@@ -48,10 +48,10 @@ def test_gates_belong_to_their_weights(tmp_path):
     spec, = plan(['joint'], ('en', 'fr'), 1, small(), tasks=())
     run(spec, tmp_path)
     spec, _, tokenizer, corpora, model = open_run(tmp_path/spec.name, 'toy')
-    feed, dev = text_of(spec, tokenizer, corpora)
+    sampler, dev = text_of(spec, tokenizer, corpora)
     path = tmp_path/'gates'/'en-0.safetensors'
     def learned():
-        prune_model(model, feed, dev, SHORT, tmp_path/'gates')
+        prune_model(model, sampler, dev, SHORT, tmp_path/'gates')
         return path.stat().st_mtime_ns, Gates.load(path).flat()
     first, again = learned(), learned()
     assert first[0] == again[0]

@@ -97,12 +97,12 @@ def test_meta_step_is_algorithm_1(choices):
     beta, lr = .3, .5
     step = MetaStep(model, CFG, MetaConfig(beta=beta, estimator='exact', **choices))
     descent(step)
-    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
-    val = feed.validation = {l: Watched(s) for l, s in feed.validation.items()}
-    i, (train,) = feed.lang(0), feed.train(0)
+    sampler = BatchSampler({l: stream(l) for l in LANGS}, CFG)
+    val = sampler.validation = {l: Watched(s) for l, s in sampler.validation.items()}
+    i, (train,) = sampler.lang(0), sampler.train(0)
     leaf = lambda params: {n: p.detach().clone().requires_grad_() for n, p in params.items()}
     theta, phi = leaf(model.theta), {l: leaf(own) for l, own in model.phi.items()}
-    out = step(0, feed, lr)
+    out = step(0, sampler, lr)
 
     # theta' = theta - beta dL_train(theta, phi_i) / dtheta, a function of phi_i too (Eq. 4)
     g = torch.autograd.grad(alone.loss(theta, phi[i], train), theta.values(), create_graph=True)
@@ -127,24 +127,24 @@ def test_meta_step_is_algorithm_1(choices):
 
 def test_validation_batches_are_not_the_training_batches():
     "Both come from the training text, but no row of one meets the same hidden tokens in the other."
-    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
+    sampler = BatchSampler({l: stream(l) for l in LANGS}, CFG)
     for l in LANGS:
-        a, b = feed.streams[l].batch(0), feed.validation[l].batch(0)
+        a, b = sampler.streams[l].batch(0), sampler.validation[l].batch(0)
         assert a.lang == b.lang == l and not torch.equal(restored(a), restored(b))
 
 
 def test_after_the_shared_update_the_meta_step_takes_another_batch():
     "Shared first: theta has just followed its batch, on which an inner step would see nothing."
     model, seen = apart(MultilingualLM(ModelConfig.toy(60), LANGS, 'adpt')), []
-    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
+    sampler = BatchSampler({l: stream(l) for l in LANGS}, CFG)
     meta = MetaConfig(order='shared first', estimator='first_order')
     step, loss = MetaStep(model, CFG, meta), model.loss
     model.loss = lambda batch: (seen.append(batch), loss(batch))[1]
-    step(0, feed, .1)
+    step(0, sampler, .1)
     shared, inner, *val = seen
     rows = [tuple(restored(b).flatten().tolist()) for b in seen]
-    assert rows[0] == tuple(restored(feed.train(0)[0]).flatten().tolist())
-    assert inner.lang == shared.lang == feed.lang(0) and [b.lang for b in val] == list(LANGS)
+    assert rows[0] == tuple(restored(sampler.train(0)[0]).flatten().tolist())
+    assert inner.lang == shared.lang == sampler.lang(0) and [b.lang for b in val] == list(LANGS)
     assert len(set(rows)) == len(rows) == 5
 
 
@@ -170,9 +170,9 @@ def test_pretraining_steps_clip(meta):
     model = apart(MultilingualLM(ModelConfig.toy(60, dropout=0.), LANGS, 'adpt').double())
     step = MetaStep(model, cfg, meta) if meta else JointStep(model, cfg)
     descent(step)
-    feed = BatchSampler({l: stream(l) for l in LANGS}, cfg)
-    val = feed.validation = {l: Watched(s) for l, s in feed.validation.items()}
-    own, (batch,), named = feed.lang(0), feed.train(0), dict(model.named_parameters())
+    sampler = BatchSampler({l: stream(l) for l in LANGS}, cfg)
+    val = sampler.validation = {l: Watched(s) for l, s in sampler.validation.items()}
+    own, (batch,), named = sampler.lang(0), sampler.train(0), dict(model.named_parameters())
     phi = [n for n in model.phi[own]] if meta else []
     before = {n: p.detach().clone() for n, p in named.items()}
     expected = dict(before)
@@ -180,7 +180,7 @@ def test_pretraining_steps_clip(meta):
         g = clipped(gradients(loss, [copied[n] for n in names]), cfg.clip)
         expected.update({n: expected[n] - lr * d for n, d in zip(names, g, strict=True)})
     copied = dict((twin := copy.deepcopy(model)).named_parameters())
-    step(0, feed, lr)
+    step(0, sampler, lr)
     if meta:                        # phi first, by the validation losses; beta leaves theta alone
         move(phi, sum(twin.loss(val[l].given[0]) for l in LANGS) / len(LANGS))
         twin.load_state_dict(expected)
@@ -197,12 +197,12 @@ def test_pretraining_steps_clip(meta):
 def test_languages_are_drawn_with_the_temperature(T, mixed):
     sizes, n = dict(aa=1000, bb=100, cc=10), 6000
     cfg = replace(CFG, steps=n // 3 if mixed else n, accumulate=3, temperature=T, mixed=mixed)
-    feed = BatchSampler({l: Stream(text(l, s), 4, 16, 0, 60) for l, s in sizes.items()}, cfg)
+    sampler = BatchSampler({l: Stream(text(l, s), 4, 16, 0, 60) for l, s in sizes.items()}, cfg)
     if mixed:                       # what a batch holds, not what a table says
         few = range(60)
-        drawn = [b.lang for k in few for b in feed.train(k)]
-        assert drawn == [feed.langs[i] for i in feed.order[few].flat]
-    drawn = np.array(feed.langs)[feed.order].ravel()
+        drawn = [b.lang for k in few for b in sampler.train(k)]
+        assert drawn == [sampler.langs[i] for i in sampler.order[few].flat]
+    drawn = np.array(sampler.langs)[sampler.order].ravel()
     assert len(drawn) == n
     powers = {l: s ** (1 / T) for l, s in sizes.items()}
     for l in sizes:
