@@ -127,11 +127,12 @@ def library(job):
         ids = np.random.default_rng(i).integers(5, job.vocab_size, 2**21)
         corpus = Corpus(ids.astype(np.uint16), lang, 'train', 1, 1)
         return Stream(corpus, job.batch_size, job.seq_len, 0, job.vocab_size)
-    feed = BatchSampler({l: stream(i, l) for i, l in enumerate(job.langs)}, cfg, device=job.device)
+    sampler = BatchSampler({l: stream(i, l) for i, l in enumerate(job.langs)}, cfg,
+                           device=job.device)
     model = MultilingualLM(config(job), job.langs, job.variant).to(job.device).train()
     prepare_model(model, cfg)
     take = MetaStep(model, cfg, meta) if meta else JointStep(model, cfg)
-    def step(k): take(k + 1, feed, 1e-4)        # not step 0, where the meta step logs more
+    def step(k): take(k + 1, sampler, 1e-4)        # not step 0, where the meta step logs more
     step.passes = lambda: take.passes
     counted = StepSpec(config(job), replace(cfg, precision=job.precision),
                        'meta_adpt' if meta else job.variant, tuple(job.langs), meta, job.device)

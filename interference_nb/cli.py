@@ -311,11 +311,11 @@ def probe_run(cfg: ProbeCommand) -> list[dict]:  # rows, also in the run's probe
     if cfg.repeats < 1: raise InputError(f'{cfg.repeats} probes see nothing. Use --repeats 20.')
     settings = ProbeConfig(n_batches=cfg.batches)
     spec, _, tokenizer, corpora, model = open_run(cfg.run, cfg.data)
-    feed, _ = make_batches(spec, tokenizer, corpora)
+    sampler, _ = make_batches(spec, tokenizer, corpora)
     probe = GradientProbe(settings, cfg.run/'probe')
     with progress_bar(cfg.repeats, 0, True) as bar:
         for i in range(cfg.repeats):
-            probe(i * settings.every, model, feed)
+            probe(i * settings.every, model, sampler)
             bar.update(1)
     print(text_table(probe_table(probe.rows)))
     own = f'{spec.langs[0]}-{spec.langs[0]}'
@@ -344,8 +344,8 @@ def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to p
     "Learn and compare gates; print tables, draw figures."
     from interference_nb import figures
     spec, _, tokenizer, corpora, model = open_run(cfg.run, cfg.data)
-    feed, dev = make_batches(spec, tokenizer, corpora)
-    study = prune_model(model, feed, dev, cfg.prune, cfg.run/'prune', progress=True)
+    sampler, dev = make_batches(spec, tokenizer, corpora)
+    study = prune_model(model, sampler, dev, cfg.prune, cfg.run/'prune', progress=True)
     JsonlLog(cfg.run/'prune'/'record.jsonl', keep=lambda row: False).write('gates', **study)
     numbers = numbers_of_study(study, spec.seed)
     print(text_table(gate_table(numbers)), text_table(loss_table(numbers)), sep='\n\n', end='\n\n')

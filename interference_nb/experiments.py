@@ -395,17 +395,17 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
     model = load_model(home/'checkpoint.safetensors', tokenizer, device=device())
     return spec, source, tokenizer, corpora, model
 
-def prune_model(model, feed: BatchSampler,
+def prune_model(model, sampler: BatchSampler,
                 dev: dict[str, list],  # {language: held-out batches}
                 cfg: PruneConfig,
                 folder,  # for the gates; those that it holds are not learned again
                 progress: bool = False) -> dict:  # what `prune_study` returns
     "Learn gates of a frozen model for each language and compare them. [paper 3.1, Fig. 4]"
     def loss_of(lang):
-        s = feed.streams[lang]
+        s = sampler.streams[lang]
         own = Stream(s.corpus, cfg.batch_size, s.seq_len, s.seed, s.vocab_size, s.mask_prob,
                      'prune')
-        return lambda k: model.loss(own.batch(k).to(feed.device))
+        return lambda k: model.loss(own.batch(k).to(sampler.device))
     path = lambda lang, seed: Path(folder)/f'{lang}-{seed}.safetensors'
     about = json.loads(json.dumps(dict(config=asdict(cfg), model=weights_hash(model)[:12])))
     def done(lang, seed):
@@ -416,7 +416,7 @@ def prune_model(model, feed: BatchSampler,
         gates.about |= about
         gates.save(path(lang, seed))
     start = time.perf_counter()
-    study = prune_study(model, {l: loss_of(l) for l in feed.langs},
+    study = prune_study(model, {l: loss_of(l) for l in sampler.langs},
                         lambda lang: perplexity(model, dev[lang]), cfg,
                         progress=progress, done=done, keep=keep)
     return study | dict(wall_s=round(time.perf_counter() - start, 3))

@@ -146,45 +146,45 @@ class GradientProbe:
         self,
         k: int,         # step that was just taken
         model,          # has `theta` and `loss(batch)`
-        feed: BatchSampler,     # of the run: languages, streams, device
+        sampler: BatchSampler,     # of the run: languages, streams, device
         out=None,       # what the step returned; not used
     ):
         "Measure the model after step k; weights, `.grad`s and random numbers stay as they are."
-        if self.record is None: self.start(k, feed)
+        if self.record is None: self.start(k, sampler)
         if k % self.cfg.every: return
         device = next(iter(model.theta.values())).device
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-            seed_step(feed.cfg.seed, 2**32 + k)         # dropout of its own
-            cos = cosines(model.theta, self.losses(k, model, feed, device), feed.langs,
+            seed_step(sampler.cfg.seed, 2**32 + k)         # dropout of its own
+            cos = cosines(model.theta, self.losses(k, model, sampler, device), sampler.langs,
                           average=mean_over_processes)
         cos = {pair: {g: round(c, 5) for g, c in row.items()} for pair, row in cos.items()}
         self.record.write('probe', step=k, passes=self.passes, cos=cos)
 
-    def losses(self, k, model, feed, device) -> Callable:
+    def losses(self, k, model, sampler, device) -> Callable:
         "Return what draws the losses of a gradient; several processes share its batches."
-        amp, n = Precision(feed.cfg.precision, device), self.cfg.n_batches
+        amp, n = Precision(sampler.cfg.precision, device), self.cfg.n_batches
         scale = 2.**12 if amp.name == 'float16' else 1. # keeps small numbers; a cosine has no scale
         def loss(stream, i):
-            with amp.autocast(): return model.loss(stream.batch(i).to(feed.device)) * scale
+            with amp.autocast(): return model.loss(stream.batch(i).to(sampler.device)) * scale
         def draw(lang, turn):
             first = (k // self.cfg.every * self.turns + turn) * n
-            mine = range(first + feed.rank, first + n, feed.world)
+            mine = range(first + sampler.rank, first + n, sampler.world)
             self.passes += n            # of all processes
             return [lambda i=i: loss(self.streams[lang], i) for i in mine]
         return draw
 
-    def start(self, k, feed):
+    def start(self, k, sampler):
         "Open the record; rows of a killed run from step k on are measured again."
-        check_shares(self.cfg.n_batches, feed.world, 'n_batches')
-        if len(feed.langs) < 2:
-            raise InputError(f'a probe compares languages, but this run has only {feed.langs[0]}. '
-                             'Probe a run of two or more.')
-        self.streams = {l: s.independent_stream('probe') for l, s in feed.streams.items()}
-        self.turns = len(eulerian_pair_order(feed.langs))
-        path = Path(self.folder)/'probe.jsonl' if self.folder and feed.rank == 0 else None
+        check_shares(self.cfg.n_batches, sampler.world, 'n_batches')
+        if len(sampler.langs) < 2:
+            raise InputError('a probe compares languages, but this run has only '
+                             f'{sampler.langs[0]}. Probe a run of two or more.')
+        self.streams = {l: s.independent_stream('probe') for l, s in sampler.streams.items()}
+        self.turns = len(eulerian_pair_order(sampler.langs))
+        path = Path(self.folder)/'probe.jsonl' if self.folder and sampler.rank == 0 else None
         self.record = JsonlLog(path, keep=lambda r: k > 0 and r.get('step', -1) < k)
         if self.record.rows: same_config(asdict(self.cfg), self.record.rows[0]['config'], path, ())
-        else: self.record.write('start', config=asdict(self.cfg), langs=list(feed.langs))
+        else: self.record.write('start', config=asdict(self.cfg), langs=list(sampler.langs))
         if self.rows: self.passes = self.rows[-1]['passes']
 
 # %% ../nbs/04_gradient_probes.ipynb #3d95446a
@@ -313,20 +313,20 @@ class CombinedStep(JointStep):
     def __call__(
         self,
         k: int,         # step, from 0
-        feed: BatchSampler,     # draws batches of every language
+        sampler: BatchSampler,     # draws batches of every language
         lr: float,      # rate of the optimiser
     ) -> dict:          # {'loss': mean, weighted by P}
         "Take step k; phi_i follows its own gradient. Raises `InputError` if languages differ."
-        batches, loss, own = feed.batches_by_language(k), 0., []
+        batches, loss, own = sampler.batches_by_language(k), 0., []
         if set(batches) != set(self.model.langs):
-            raise InputError(f'the model knows {", ".join(self.model.langs)}, the feed brings '
+            raise InputError(f'the model knows {", ".join(self.model.langs)}, the sampler brings '
                              f'{", ".join(batches)}. Give both the same languages.')
         for g, lang in zip(self.G.zero_(), self.model.langs):
             with gradients_into(self.theta, g): value = self.backward(batches[lang])
             phi = [p.grad for p in self.phi[lang] if p.grad is not None]
-            if phi: torch._foreach_mul_(phi, feed.p[lang])
-            g *= feed.p[lang]
-            loss, own = loss + feed.p[lang] * value, own + phi
+            if phi: torch._foreach_mul_(phi, sampler.p[lang])
+            g *= sampler.p[lang]
+            loss, own = loss + sampler.p[lang] * value, own + phi
         mean_over_processes([self.G, *own])
         combined = self.combine(self.G, np.random.default_rng([self.cfg.seed, k]))
         with gradients_into(self.theta, combined): self.update('all', lr, average=False)

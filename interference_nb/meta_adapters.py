@@ -378,27 +378,27 @@ class MetaStep(JointStep):
     def __call__(
         self,
         k: int,         # step, from 0
-        feed: BatchSampler,     # draws the batches
+        sampler: BatchSampler,     # draws the batches
         lr: float,      # rate of both optimisers
     ) -> dict:          # {'loss'}; of a meta step also 'val_loss' and, now and then, 'ratio'
         "Take step k: line 6 then line 7 of Algorithm 1, or the other way round."
-        self.check(feed)
-        own, batches = feed.langs_at(k), feed.train(k)
+        self.check(sampler)
+        own, batches = sampler.langs_at(k), sampler.train(k)
         if k % self.meta.meta_every: return dict(loss=self.update_shared(own, batches, lr))
         if self.meta.order == 'meta first':
-            out = self.update_specific(k, feed, own, batches, lr)
+            out = self.update_specific(k, sampler, own, batches, lr)
             return dict(loss=self.update_shared(own, batches, lr)) | out
         loss = self.update_shared(own, batches, lr)
-        batches = [resampled_stream(feed.streams[b.lang]).batch(i).to(feed.device)
-                   for i, b in zip(feed.shard_indices(k), batches, strict=True)]
-        return dict(loss=loss) | self.update_specific(k, feed, own, batches, lr)
+        batches = [resampled_stream(sampler.streams[b.lang]).batch(i).to(sampler.device)
+                   for i, b in zip(sampler.shard_indices(k), batches, strict=True)]
+        return dict(loss=loss) | self.update_specific(k, sampler, own, batches, lr)
 
-    def update_specific(self, k, feed, own, batches, lr) -> dict:
+    def update_specific(self, k, sampler, own, batches, lr) -> dict:
         "Move phi of the step's languages along the hypergradient [paper Eq. 3]."
         meta, phi, s = self.meta, [p for l in own for p in self.phi[l]], self.scale()
-        langs = self.val_langs(feed, k)
-        at = lambda k: feed.indices(self.val_langs(feed, k), k) if k < self.cfg.steps else []
-        val = feed.validation_batches(at(k), at(k + meta.meta_every))
+        langs = self.val_langs(sampler, k)
+        at = lambda k: sampler.indices(self.val_langs(sampler, k), k) if k < self.cfg.steps else []
+        val = sampler.validation_batches(at(k), at(k + meta.meta_every))
         beta = (lr if meta.beta is None else meta.beta) / s     # losses times s, beta over s:
         with self.amp.autocast():                               # the hypergradient times s
             h = hypergradient(self.theta, phi, self.losses(batches), self.losses(val), beta,
@@ -433,32 +433,33 @@ class MetaStep(JointStep):
         for p, g in zip(params, grads, strict=True): p.grad = g
         self.update(name, lr, average)
 
-    def val_langs(self, feed, k) -> list[str]:
+    def val_langs(self, sampler, k) -> list[str]:
         "Name the languages whose validation losses a step takes; drawn alike by all processes."
-        own = feed.langs_at(k) if self.meta.exclude_own_language else ()
-        langs, n = [l for l in feed.langs if l not in own], self.meta.sampled_languages
+        own = sampler.langs_at(k) if self.meta.exclude_own_language else ()
+        langs, n = [l for l in sampler.langs if l not in own], self.meta.sampled_languages
         if n is None or n >= len(langs): return langs
         drawn = np.random.default_rng([self.cfg.seed, 104729, k]).choice(len(langs), n, False)
         return [langs[i] for i in sorted(drawn)]
 
-    def check(self, feed):
-        "Raise `InputError` for a feed that does not fit the settings."
+    def check(self, sampler):
+        "Raise `InputError` for a sampler that does not fit the settings."
         meta = self.meta
-        if missing := [l for l in feed.langs if not self.phi.get(l)]:
+        if missing := [l for l in sampler.langs if not self.phi.get(l)]:
             raise InputError(f"the model has no parameters of its own for {', '.join(missing)}. "
                              "Add the language to the model.")
-        held_out = any(feed.validation[l].corpus is not feed.streams[l].corpus for l in feed.langs)
+        held_out = any(sampler.validation[l].corpus is not s.corpus
+                       for l, s in sampler.streams.items())
         if held_out != (meta.validation == 'held-out'):
             raise InputError(
-                f"validation is {meta.validation!r}, but the feed draws validation batches "
+                f"validation is {meta.validation!r}, but the sampler draws validation batches "
                 f"from {'a held-out split' if held_out else 'the training text'}. "
                 "Change the setting, or what BatchSampler is given as held_out.")
-        if meta.exclude_own_language and len(feed.langs) < 2:
+        if meta.exclude_own_language and len(sampler.langs) < 2:
             raise InputError("exclude_own_language leaves no validation loss with one language. "
                              "Train on two, or switch it off.")
-        if (meta.sampled_languages or 0) > len(feed.langs):
+        if (meta.sampled_languages or 0) > len(sampler.langs):
             raise InputError(f"sampled_languages is {meta.sampled_languages}, but there are "
-                             f"{len(feed.langs)} languages. Draw fewer, or leave it at None.")
+                             f"{len(sampler.langs)} languages. Draw fewer, or leave it at None.")
 
     def describe(self) -> dict:
         "Name the step and its settings, for records and checkpoints."

@@ -174,9 +174,9 @@ class StepSpec:
             opt.zero_grad()
         streams = lambda: {l: SameBatch(self.random_batch(l)) for l in self.langs}
         apart = getattr(step, 'meta', None) and step.meta.validation == 'held-out'
-        feed = BatchSampler(streams(), cfg, streams() if apart else None)
-        feed.device = self.device           # and no thread that draws ahead: it would not count
-        return step, feed
+        sampler = BatchSampler(streams(), cfg, streams() if apart else None)
+        sampler.device = self.device        # and no thread that draws ahead: it would not count
+        return step, sampler
 
     def random_batch(self, lang: str) -> Batch:
         "Make a batch of the run's shape."
@@ -288,15 +288,15 @@ def count_memory(step: StepSpec, fused: bool) -> Memory:
     ledger = Ledger(block=512 if on_gpu else 1, numbers=False)
     with fake_tensors(), fake_processes(step.processes), ledger, UnitMatrices():
         ledger.born = 'copies'
-        taken, feed = replace(step, device='cpu').build()
+        taken, sampler = replace(step, device='cpu').build()
         states = [s for opt in taken.optimizers.values() for s in opt.state.values()]
-        batches = [b.one for part in (feed.streams, feed.validation) for b in part.values()]
+        batches = [b.one for part in (sampler.streams, sampler.validation) for b in part.values()]
         ledger.begin(parameters=list(taken.model.parameters()),
                      optimiser=[t for s in states for t in s.values()],
                      activations=[t for b in batches for t in (b.tokens, b.positions, b.targets)])
         before, steps = traffic.bytes, cycle(taken)
         if on_gpu: GpuKernels(fused).serve(taken.model)
-        for k in steps: taken(k, feed, step.train.lr)
+        for k in steps: taken(k, sampler, step.train.lr)
         return replace(ledger.memory(), reduced=(traffic.bytes - before) // len(steps))
 
 # %% ../nbs/07c_planner.ipynb #7efd0d0c
@@ -304,8 +304,8 @@ def measured_peak(step: StepSpec) -> int:  # bytes
     "Take the same step for real and ask the allocator."
     gc.collect()
     def take():
-        taken, feed = step.build()
-        for k in cycle(taken): taken(k, feed, step.train.lr)
+        taken, sampler = step.build()
+        for k in cycle(taken): taken(k, sampler, step.train.lr)
     if step.device == 'cuda':
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -487,13 +487,13 @@ def time_steps(step: StepSpec,  # taken by one process, with all its batches
                threads: int | None = None,  # of the CPU; None: as they are
                ) -> float:  # seconds
     "Measure what a step takes: the median, after one to warm up."
-    taken, feed = step.build()
+    taken, sampler = step.build()
     before, times = torch.get_num_threads(), []
     torch.set_num_threads(threads or before)
     try:
         while len(times) < 2 or sum(times[1:]) < seconds:
             start = time.perf_counter()
-            for k in cycle(taken): taken(k, feed, step.train.lr)
+            for k in cycle(taken): taken(k, sampler, step.train.lr)
             if step.device == 'cuda': torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
     finally: torch.set_num_threads(before)

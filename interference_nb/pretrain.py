@@ -262,10 +262,10 @@ class JointStep:
         self.optimizers = {'all': make_adam(model.parameters(), cfg)}
         self.amp = Precision(cfg.precision, next(model.parameters()).device)
 
-    def __call__(self, k: int, feed: BatchSampler, lr: float,
+    def __call__(self, k: int, sampler: BatchSampler, lr: float,
                  ) -> dict:     # {'loss': mean over the batches}
         "Take step k."
-        loss = self.backward(feed.train(k))
+        loss = self.backward(sampler.train(k))
         if self.cfg.mixed: self.fill()
         self.update('all', lr)
         return dict(loss=loss)
@@ -359,11 +359,11 @@ def run_info() -> dict:
 
 # %% ../nbs/01a_pretrain.ipynb #f0def4f6
 def train(model,  # has `loss(batch)`, `cfg` and `langs`
-          feed: BatchSampler,  # deals the batches
+          sampler: BatchSampler,  # deals the batches
           cfg: TrainConfig,  # sizes, schedule and seed
           dev: dict[str, list[Batch]],  # {language: held-out batches}; see `dev_batches`
           step=None,  # the plug-in; `JointStep(model, cfg)` by default
-          callbacks=(),  # each called after a step as f(k, model, feed, out)
+          callbacks=(),  # each called after a step as f(k, model, sampler, out)
           folder=None,  # where record and checkpoint go; nowhere by default
           about: dict | None = None,  # what else identifies the run: tokenizer, data, variant
           progress: bool = True,  # a text bar with the time left
@@ -373,7 +373,7 @@ def train(model,  # has `loss(batch)`, `cfg` and `langs`
     "Train to `cfg.steps`, resuming exactly where a killed run left its checkpoint. [paper 3.2]"
     step = step or JointStep(model, cfg)
     prepare_model(model, cfg)
-    log = RunLog(model, step, cfg, feed, dev, folder, about)
+    log = RunLog(model, step, cfg, sampler, dev, folder, about)
     last = min(cfg.steps, stop_at or cfg.steps)
     if log.first in (0, cfg.steps): log.evaluate(log.first)    # no rows at the end: resumed
     model.train()
@@ -381,10 +381,10 @@ def train(model,  # has `loss(batch)`, `cfg` and `langs`
           progress_bar(cfg.steps, log.first, progress and log.main) as bar):
         for k in range(log.first, last):
             seed_step(cfg.seed, k)
-            out = step(k, feed, learning_rate(k, cfg))
+            out = step(k, sampler, learning_rate(k, cfg))
             log.pending.append(out)
             with log.timer_paused():
-                for f in callbacks: f(k, model, feed, out)
+                for f in callbacks: f(k, model, sampler, out)
             done = k + 1
             if done % cfg.eval_every == 0 or done == cfg.steps:
                 bar.set_postfix_str(log.evaluate(done))
@@ -487,9 +487,9 @@ def upgraded(config):  # a stored config or a part of one, as JSON gives it
 
 class RunLog:
     "The bookkeeping of one run: its record, its checkpoint, where it resumes."
-    def __init__(self, model, step, cfg, feed, dev, folder, about):
-        self.model, self.step, self.cfg, self.feed, self.dev = model, step, cfg, feed, dev
-        self.main, self.first = feed.rank == 0, 0
+    def __init__(self, model, step, cfg, sampler, dev, folder, about):
+        self.model, self.step, self.cfg, self.sampler, self.dev = model, step, cfg, sampler, dev
+        self.main, self.first = sampler.rank == 0, 0
         self.pending, self.settled = [], []     # what steps returned: on the device, then as floats
         self.spent, self.since = np.zeros(2), clocks()   # on training: wall and processor seconds
         self.reduced = -traffic.bytes
@@ -501,7 +501,7 @@ class RunLog:
         self.passes = step.passes       # of all processes, when this one began
         self.check_start()
         self.record = self.open_record(folder)
-        here = dict(world=feed.world, precision=step.amp.name)
+        here = dict(world=sampler.world, precision=step.amp.name)
         if not self.rows:
             self.record.write('start', config=self.config, config_hash=config_hash(self.config),
                               **here, **run_info())
@@ -545,8 +545,8 @@ class RunLog:
 
     def check_start(self):
         "Refuse processes that do not belong together."
-        if rank_and_world_size() != (self.feed.rank, self.feed.world):
-            raise InputError('the feed was made outside of this group of processes. '
+        if rank_and_world_size() != (self.sampler.rank, self.sampler.world):
+            raise InputError('the sampler was made outside of this group of processes. '
                              'Make it inside the function that they run.')
         starts = all_gather(torch.tensor(self.first)).tolist()
         if len(set(starts)) > 1:
@@ -579,9 +579,9 @@ class RunLog:
     def so_far(self, done) -> dict:
         "Sum up the work of the first `done` steps."
         wall, cpu = (self.spent + clocks() - self.since).round(3).tolist()
-        passes = self.passes + self.feed.world * (self.step.passes - self.passes)
+        passes = self.passes + self.sampler.world * (self.step.passes - self.passes)
         out = dict(step=done, wall_s=wall, cpu_s=cpu, passes=passes)
-        if self.feed.world > 1: out['reduced_mb'] = (self.reduced + traffic.bytes) / 1e6
+        if self.sampler.world > 1: out['reduced_mb'] = (self.reduced + traffic.bytes) / 1e6
         return out
 
     def sync_metrics(self, done):

@@ -114,10 +114,10 @@ def unpack(folder) -> list[str]:  # names of the runs
 
 def read_counts(folder, run: str) -> dict[str, np.ndarray]:  # {'task/train/test': [n,2] float16}
     "Read what a run got right, sentence by sentence; the columns' sums divide to its main score."
-    file = stored(Path(folder)).get(run, {}).get(COUNTS)
-    if file is None: return {}
-    if isinstance(file, Path): return {k: t.numpy() for k, t in load_checkpoint(file)[0].items()}
-    return {k: np.array(v, np.float16).T for k, v in file[0].items()}
+    path, packed = Path(folder)/run/COUNTS, Path(folder)/PACKED
+    if path.exists(): return {k: t.numpy() for k, t in load_checkpoint(path)[0].items()}
+    lines = parsed(packed).get(run, {}).get(COUNTS, [{}]) if packed.exists() else [{}]
+    return {k: np.array(v, np.float16).T for k, v in lines[0].items()}
 
 # %% ../nbs/07d_records.ipynb #aa07d017
 def gradient_metrics(rows: list[dict],  # of a probe

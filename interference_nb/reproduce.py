@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from .data import LANGUAGES, TASKS, corpus_statistics, statistics_cells
+from .data import LANGUAGES, TASK_COLUMNS, corpus_statistics, statistics_cells
 from .files import InputError, read_jsonl
 from .toy_languages import open_source
 from .distributed import rank_and_world_size
@@ -59,7 +59,7 @@ class Study:
     data: str | None  # what `open_source` understands; None: the user has to name it
     targets: tuple[str, ...] = TARGETS  # English's partners
     systems: tuple[str, ...] = OURS  # rows to show, of those that an exhibit has
-    tasks: tuple[str, ...] = tuple(TASKS)  # tasks to show
+    tasks: tuple[str, ...] = tuple(TASK_COLUMNS)  # tasks to show
     seeds: int = 3  # how many
     family: str = 'all'  # or key of `FAMILIES`: its runs only
     small: dict[str, int] = field(default_factory=dict)  # sentences of a language cut short: 'fr_l'
@@ -115,7 +115,7 @@ PAPER_SCALES = 'toy', 'mini', 'paper'  # of the paper's tables and figures
 @dataclass(frozen=True)
 class ColumnGroup:
     "Columns of a table: one task in one setting, a column for each of English's partners."
-    task: str  # key of `TASKS`, or 'ppl'
+    task: str  # key of `TASK_COLUMNS`, or 'ppl'
     where: str  # 'within' language, or 'zero-shot' from English
     partners: tuple[str, ...]  # 'fr_l': French cut short
     metric: str = ''  # the task's main one if not given
@@ -429,7 +429,7 @@ def specs_of(exhibits: Iterable[Exhibit], study: Study, source) -> list[RunSpec]
     for e in exhibits:
         for spec in e.runs(e, study) if e.runs else runs_of_cells(e, study, source):
             asked = found.get(spec.name, spec).tasks + spec.tasks
-            found[spec.name] = replace(spec, tasks=tuple(t for t in TASKS if t in asked))
+            found[spec.name] = replace(spec, tasks=tuple(t for t in TASK_COLUMNS if t in asked))
     return [s for s in found.values() if keep(s)]
 
 # %% ../nbs/07a_reproduce.ipynb #44880dff
@@ -441,7 +441,7 @@ def choose(names: Iterable[str],  # of exhibits, or 'all'
     for what, given, known in (('table or figure', names, [*EXHIBITS, 'all']),
                                ('target', study.targets, TARGETS),
                                ('system', study.systems, list(SYSTEMS)),
-                               ('task', study.tasks, list(TASKS)),
+                               ('task', study.tasks, list(TASK_COLUMNS)),
                                ('family', [study.family], ['all', *FAMILIES])):
         if not given: raise InputError(f'no {what}. Use some of {", ".join(known)}.')
         if unknown := [x for x in given if x not in known]:
@@ -491,7 +491,9 @@ def gather(exhibit: Exhibit, study: Study, source, folder,
 STATES = 'no such cell', 'failed', 'not run', 'no data'  # why a cell is empty, what counts first
 KEY = ['run', 'task', 'train', 'test', 'metric']  # of a score in the table of records
 
-def cells_of(e: Evidence) -> pd.DataFrame:  # block, row, column, seed, state, value, resampled
+def cells_of(e: Evidence,
+             sentences: bool = False,  # score resampled test sentences, too
+             ) -> pd.DataFrame:  # block, row, column, seed, state, value, resampled
     "Look up what each cell asks for, seed by seed, and average over languages."
     lines = []
     for row, g, partner in cells(e.exhibit):
@@ -504,7 +506,8 @@ def cells_of(e: Evidence) -> pd.DataFrame:  # block, row, column, seed, state, v
                           *g.languages(partner), g.measure))
     found = pd.DataFrame(lines, columns=['block', 'row', 'column', 'seed', 'state', *KEY]).merge(
         e.table[[*KEY, 'value']], 'left', on=KEY)
-    found['resampled'] = pd.Series(resampled(found, e.folder), found.index, dtype=object)
+    drawn = resampled(found, e.folder) if sentences else None
+    found['resampled'] = pd.Series(drawn, found.index, dtype=object)
     means = [mean_cell(same) | dict(zip(('block', 'row', 'seed'), key, strict=True))
              for key, same in found.groupby(['block', 'row', 'seed'], sort=False)]
     return pd.concat([found, pd.DataFrame(means)], ignore_index=True) if means else found
@@ -520,7 +523,7 @@ def mean_cell(cells: pd.DataFrame) -> dict:  # column, state, task, value, resam
 
 def resampled(cells: pd.DataFrame, folder) -> list:  # of [1000] scores; None where there are none
     "Score resampled test sentences for each cell whose run keeps counts."
-    main = {t: task_spec(t).metric for t in TASKS}
+    main = {t: task_spec(t).metric for t in TASK_COLUMNS}
     scored = cells[cells['value'].notna() & (cells['metric'] == cells['task'].map(main))]
     counts, found = {r: read_counts(folder, r) for r in scored['run'].unique()}, {}
     for key, same in scored.groupby(['task', 'train', 'test']):
@@ -896,7 +899,7 @@ def write_figures(e: Evidence) -> list[str]:  # their names
 
 def page_of_cells(e: Evidence, figures: list[str]) -> tuple[list[str], dict[str, str]]:
     "Write an exhibit made of cells: the parts of its page, and {ending: text} of other files."
-    cells, files = cells_of(e), {}
+    cells, files = cells_of(e, sentences=True), {}
     rows = sum_up(e, cells)
     if len(rows): files['csv'] = rows.round(6).to_csv(index=False, lineterminator='\n')
     if not e.exhibit.draw:
@@ -914,11 +917,12 @@ def page_of_statistics(e: Evidence) -> tuple[list[str], dict[str, str]]:
     for l, n in ((l, n) for l, n in small.items() if l in langs):
         cut, = corpus_statistics(source, [l], max_sentences={l: n})
         rows.append(cut | dict(lang=f'{l}_l', language=f'{cut["language"]}, cut')
-                    | dict.fromkeys(TASKS, ()))
+                    | dict.fromkeys(TASK_COLUMNS, ()))
     for r in rows: del r['P']
     table, splits = pd.DataFrame(statistics_cells(rows)), ('train', 'validation', 'test')
-    numbers = pd.DataFrame([{k: v for k, v in r.items() if k not in TASKS} | {
-        f'{t} {s}': n or 0 for t in TASKS for s, n in zip(splits, r[t] or (0, 0, 0), strict=True)}
+    numbers = pd.DataFrame([{k: v for k, v in r.items() if k not in TASK_COLUMNS} | {
+        f'{t} {s}': n or 0 for t in TASK_COLUMNS
+        for s, n in zip(splits, r[t] or (0, 0, 0), strict=True)}
             for r in rows])
     parts = [f'# Table 1. {e.exhibit.title}', e.exhibit.question, markdown(table, 'left'),
              'Rows of a task: train / validation / test. "_l": cut short, as in Table 5.',
@@ -1057,7 +1061,7 @@ def family_page(name: str, records) -> str:  # Markdown
 
 def family_table(table: pd.DataFrame) -> pd.DataFrame:  # of `load`; text
     "Lay scores out: a line for each system and its languages, means ± sd over seeds."
-    main = {t: task_spec(t).metric for t in TASKS} | {'ppl': 'ppl'}
+    main = {t: task_spec(t).metric for t in TASK_COLUMNS} | {'ppl': 'ppl'}
     rows = table[table['metric'] == table['task'].map(main)]
     def column(r):
         where = 'within' if r.train == r.test else 'zero-shot'
@@ -1070,7 +1074,7 @@ def family_table(table: pd.DataFrame) -> pd.DataFrame:  # of `load`; text
     found = seeds.groupby(['system', 'languages', 'column']).agg(mean_sd).unstack().fillna('–')
     found.insert(0, 'seeds', rows.groupby(['system', 'languages'])['seed'].nunique().map(str))
     order = ['seeds', 'ppl English', 'ppl partner', 'ppl third',
-             *(f'{t.upper()} {w}' for t in TASKS for w in ('within', 'zero-shot'))]
+             *(f'{t.upper()} {w}' for t in TASK_COLUMNS for w in ('within', 'zero-shot'))]
     found = found[[c for c in order if c in found]].rename_axis(None, axis=1).reset_index()
     place = {s: i for i, s in enumerate(SYSTEMS)}
     return found.sort_values('system', key=lambda s: s.map(place), kind='stable')

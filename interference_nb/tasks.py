@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .data import NER_LABELS, NLI_LABELS, UPOS_LABELS
-from .data import TASKS as COLUMNS
+from .data import TASK_COLUMNS
 from .files import InputError
 
 # %% ../nbs/06b_tasks.ipynb #e6266610
@@ -129,7 +129,7 @@ def clean_tags(
     spec: TaskSpec,         # whose labels are allowed
 ) -> dict:                  # 'tokens' and 'labels'; multiword tokens ('_') are left out
     "Check a row of a tagging task; raises `InputError` for labels that the task does not know."
-    words, labels = (row[c] for c in COLUMNS[spec.data])
+    words, labels = (row[c] for c in TASK_COLUMNS[spec.data])
     if len(words) != len(labels):
         raise InputError(f'{len(words)} words with {len(labels)} labels in a row of {spec.name}: '
                          f'{words[:6]}. Give each word one label.')

@@ -21,8 +21,8 @@ from zlib import crc32
 
 import numpy as np
 
-from .data import (SPLITS, TASKS, UPOS_LABELS, FolderSource, HubSource, Source,
-                                  check_languages)
+from .data import (SPLITS, TASK_COLUMNS, UPOS_LABELS, FolderSource, HubSource,
+                                  Source, check_languages)
 from .tokenizers import WordTokenizer
 from .files import InputError
 
@@ -678,8 +678,8 @@ class ToySource(Source):
 
     def examples(self, task: str, lang: str, split: str) -> list[dict]:
         "Return labelled rows in the hub's schema; those of validation and test are translations."
-        if task not in TASKS:
-            raise InputError(f"unknown task {task!r}. Choose from: {', '.join(TASKS)}.")
+        if task not in TASK_COLUMNS:
+            raise InputError(f"unknown task {task!r}. Choose from: {', '.join(TASK_COLUMNS)}.")
         label, s = dict(ner=_ner, pos=_pos, nli=_nli, qa=_qa)[task], self.speakers.get(lang)
         v = self._uniforms(task, lang, split, shared=split != 'train')
         rows = filter(None, (label(s, m, v) for m in self.meanings(split, lang)))
@@ -688,7 +688,7 @@ class ToySource(Source):
 
     def count(self, task: str, lang: str, split: str) -> int:
         "Count labelled rows without making them; 0 for an unknown task or language."
-        if task not in TASKS or lang not in self.languages: return 0
+        if task not in TASK_COLUMNS or lang not in self.languages: return 0
         return self.n_labelled if split == 'train' else self.n_eval
 
     def meanings(self, split: str, lang: str = 'en') -> Iterator[Meaning]:

@@ -232,10 +232,10 @@ def killed_while_saving(home, folder):
             (home/'again').touch()
     run(home, folder, cfg=SHORT)
 
-def disturbed(k, model, feed, out):
+def disturbed(k, model, sampler, out):
     "Kill rank 1 in the first life of this run; in the second, grow slow."
     folder = Path(sys.argv[2])
-    if k == 17 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and feed.rank == 1:
+    if k == 17 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and sampler.rank == 1:
         (folder/'killed').touch()
         die()
     if k == 40: (folder/'late').touch()

@@ -74,13 +74,13 @@ def test_adam_by_hand():
 
 def test_a_step_follows_the_mean_of_its_batches():
     cfg = replace(CFG, accumulate=3)
-    model, feed = model_of().double(), feed_of(cfg)
+    model, sampler = model_of().double(), feed_of(cfg)
     step, before = JointStep(model, cfg), [p.detach().clone() for p in model.parameters()]
     descent(step)
-    batches = feed.train(0)
+    batches = sampler.train(0)
     loss = sum(model.loss(b) for b in batches) / 3
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    assert float(step(0, feed, .5)['loss']) == pytest.approx(loss.item())
+    assert float(step(0, sampler, .5)['loss']) == pytest.approx(loss.item())
     for p, old, g in zip(model.parameters(), before, grads, strict=True):
         torch.testing.assert_close(p.detach(), old if g is None else old - .5 * g)
 
@@ -290,25 +290,25 @@ def test_a_combined_step_weighs_languages_as_sampling_does():
     cfg = replace(CFG, temperature=1.)
     model = model_of().double()
     sizes = dict(zip(LANGS, (60, 30, 10)))
-    feed = BatchSampler({l: stream(l, cfg, n_sentences=sizes[l]) for l in LANGS}, cfg)
-    loss = sum(sizes[l] / 100 * model.loss(feed.batches_by_language(0)[l][0]) for l in LANGS)
+    sampler = BatchSampler({l: stream(l, cfg, n_sentences=sizes[l]) for l in LANGS}, cfg)
+    loss = sum(sizes[l] / 100 * model.loss(sampler.batches_by_language(0)[l][0]) for l in LANGS)
     before = [p.detach().clone() for p in model.parameters()]
     grads = torch.autograd.grad(loss, list(model.parameters()))
     step = CombinedStep(model, cfg, 'mean')
     descent(step)
-    assert float(step(0, feed, .5)['loss']) == pytest.approx(loss.item())
+    assert float(step(0, sampler, .5)['loss']) == pytest.approx(loss.item())
     for p, old, g in zip(model.parameters(), before, grads, strict=True):
         torch.testing.assert_close(p.detach(), old - .5 * g)
 
 
 def test_a_probe_looks_at_new_batches_that_training_does_not_see(monkeypatch):
-    model, feed, seen = model_of(), feed_of(CFG), []
+    model, sampler, seen = model_of(), feed_of(CFG), []
     loss = model.loss
     model.loss = lambda batch: (seen.append(batch.tokens), loss(batch))[1]
     probe = GradientProbe(ProbeConfig(every=2, n_batches=2))
-    for k in range(4): probe(k, model, feed)
+    for k in range(4): probe(k, model, sampler)
     assert len(probe.rows) == 2 and len(seen) > 20
-    training = [feed.streams[l].batch(k).tokens for l in LANGS for k in range(30)]
+    training = [sampler.streams[l].batch(k).tokens for l in LANGS for k in range(30)]
     flat = [tuple(t.flatten().tolist()) for t in (*seen, *training)]
     assert len(set(flat)) == len(flat)
 

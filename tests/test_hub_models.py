@@ -136,12 +136,12 @@ def test_idle_adapters_stay_where_they_are(data):
     streams, V = data
     model = build('xmod', V)
     cfg = settings()
-    step, feed = JointStep(model, cfg), BatchSampler(streams, cfg)
-    k = next(k for k in range(1, 6) if feed.lang(k) != feed.lang(0))
-    idle = feed.lang(0)                     # has momentum from step 0
-    step(0, feed, 1e-2)
+    step, sampler = JointStep(model, cfg), BatchSampler(streams, cfg)
+    k = next(k for k in range(1, 6) if sampler.lang(k) != sampler.lang(0))
+    idle = sampler.lang(0)                  # has momentum from step 0
+    step(0, sampler, 1e-2)
     before = flat(model.phi[idle].values())
-    step(k, feed, 1e-2)
+    step(k, sampler, 1e-2)
     assert torch.equal(flat(model.phi[idle].values()), before)
 
 

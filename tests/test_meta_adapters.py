@@ -163,21 +163,21 @@ def little_run(cfg, meta, device='cpu'):
 
 def steps(cfg, meta):
     "Take some steps; return weights and passes."
-    model, step, feed = little_run(cfg, meta)
+    model, step, sampler = little_run(cfg, meta)
     for k in range(cfg.steps):
         seed_step(cfg.seed, k)
-        step(k, feed, .1)
+        step(k, sampler, .1)
     return flat(model.parameters()).detach(), step.passes
 
 
 def overflow():
     "Take a step in which the last process overflows; tell whether weights moved, and the scale."
-    model, step, feed = little_run(CFG, MetaConfig())
+    model, step, sampler = little_run(CFG, MetaConfig())
     step.amp.name, step.amp.scaler = 'float16', torch.amp.GradScaler('cpu', init_scale=256.)
     loss, before = model.loss, flat(model.parameters()).detach()
     rank, world = rank_and_world_size()
     if rank == world - 1: model.loss = lambda batch: loss(batch) * 1e38
-    step(1, feed, .1)
+    step(1, sampler, .1)
     return not torch.equal(flat(model.parameters()), before), step.amp.scaler.get_scale()
 
 
@@ -216,10 +216,11 @@ def test_settings_mean_the_same_in_two_processes(tmp_path):
 
 def test_second_streams_are_made_once():
     "A stream shuffles its whole text when it begins: not at every step."
-    _, step, feed = little_run(CFG, MetaConfig(order='shared first'))
-    feed.streams = {l: Counted(s) for l, s in feed.streams.items()}
-    for k in range(CFG.steps): step(k, feed, .1)
-    assert sum(s.forks for s in feed.streams.values()) == len(set(map(feed.lang, range(CFG.steps))))
+    _, step, sampler = little_run(CFG, MetaConfig(order='shared first'))
+    sampler.streams = {l: Counted(s) for l, s in sampler.streams.items()}
+    for k in range(CFG.steps): step(k, sampler, .1)
+    trained = set(map(sampler.lang, range(CFG.steps)))
+    assert sum(s.forks for s in sampler.streams.values()) == len(trained)
 
 
 @pytest.mark.parametrize('choices', [{}, dict(meta_every=3), dict(sampled_languages=2),
@@ -227,16 +228,16 @@ def test_second_streams_are_made_once():
 def test_validation_batches_are_drawn_ahead(choices):
     "As on a GPU: only the first ones while a step waits, and none that no step asks for."
     cfg = replace(CFG, steps=9)
-    _, step, feed = little_run(cfg, MetaConfig(**choices))
+    _, step, sampler = little_run(cfg, MetaConfig(**choices))
     due = [(l, i) for k in range(0, cfg.steps, step.meta.meta_every)
-           for l in step.val_langs(feed, k) for i in feed.shard_indices(k)]
+           for l in step.val_langs(sampler, k) for i in sampler.shard_indices(k)]
     drawn = []
-    feed.validation = {l: Watched(s, drawn) for l, s in feed.validation.items()}
-    with ThreadPoolExecutor(1) as feed._ahead:
-        for k in range(cfg.steps): step(k, feed, .1)
+    sampler.validation = {l: Watched(s, drawn) for l, s in sampler.validation.items()}
+    with ThreadPoolExecutor(1) as sampler._ahead:
+        for k in range(cfg.steps): step(k, sampler, .1)
     assert [which for which, _ in drawn] == due
     waited = sum(thread is threading.current_thread() for _, thread in drawn)
-    assert waited == len(step.val_langs(feed, 0)) * cfg.accumulate
+    assert waited == len(step.val_langs(sampler, 0)) * cfg.accumulate
 
 
 class Watched:
@@ -262,6 +263,6 @@ class Counted:
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_a_step_waits_for_no_number(name):
     "The device without numbers cannot give one: a step goes through if it never asks."
-    _, step, feed = little_run(CFG, MetaConfig(estimator=name), 'meta')
-    assert step(1, feed, .1)['loss'].is_meta
-    with pytest.raises(RuntimeError): step(0, feed, .1)         # the ratio is measured here
+    _, step, sampler = little_run(CFG, MetaConfig(estimator=name), 'meta')
+    assert step(1, sampler, .1)['loss'].is_meta
+    with pytest.raises(RuntimeError): step(0, sampler, .1)         # the ratio is measured here

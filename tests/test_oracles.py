@@ -6,6 +6,7 @@ a perplexity of training text, a sampling temperature or a gradient clipping lef
 that ignores the sign of its statement, a development set read from the test split.
 """
 import copy
+import json
 import math
 from dataclasses import replace
 from importlib import import_module
@@ -26,6 +27,7 @@ from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evalua
                                       evaluate_languages, finetune, predict, tune)
 from interference_nb.meta_adapters import MetaConfig, MetaStep
 from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig
+from interference_nb.records import load, summarise
 from interference_nb.tasks import TaskData, read_data, task_spec
 from interference_nb.toy_languages import open_source, toy_tokenizer
 from interference_nb.transformer import ModelConfig
@@ -95,12 +97,12 @@ def test_meta_step_is_algorithm_1(choices):
     beta, lr = .3, .5
     step = MetaStep(model, CFG, MetaConfig(beta=beta, estimator='exact', **choices))
     descent(step)
-    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
-    val = feed.validation = {l: Watched(s) for l, s in feed.validation.items()}
-    i, (train,) = feed.lang(0), feed.train(0)
+    sampler = BatchSampler({l: stream(l) for l in LANGS}, CFG)
+    val = sampler.validation = {l: Watched(s) for l, s in sampler.validation.items()}
+    i, (train,) = sampler.lang(0), sampler.train(0)
     leaf = lambda params: {n: p.detach().clone().requires_grad_() for n, p in params.items()}
     theta, phi = leaf(model.theta), {l: leaf(own) for l, own in model.phi.items()}
-    out = step(0, feed, lr)
+    out = step(0, sampler, lr)
 
     # theta' = theta - beta dL_train(theta, phi_i) / dtheta, a function of phi_i too (Eq. 4)
     g = torch.autograd.grad(alone.loss(theta, phi[i], train), theta.values(), create_graph=True)
@@ -125,24 +127,24 @@ def test_meta_step_is_algorithm_1(choices):
 
 def test_validation_batches_are_not_the_training_batches():
     "Both come from the training text, but no row of one meets the same hidden tokens in the other."
-    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
+    sampler = BatchSampler({l: stream(l) for l in LANGS}, CFG)
     for l in LANGS:
-        a, b = feed.streams[l].batch(0), feed.validation[l].batch(0)
+        a, b = sampler.streams[l].batch(0), sampler.validation[l].batch(0)
         assert a.lang == b.lang == l and not torch.equal(restored(a), restored(b))
 
 
 def test_after_the_shared_update_the_meta_step_takes_another_batch():
     "Shared first: theta has just followed its batch, on which an inner step would see nothing."
     model, seen = apart(MultilingualLM(ModelConfig.toy(60), LANGS, 'adpt')), []
-    feed = BatchSampler({l: stream(l) for l in LANGS}, CFG)
+    sampler = BatchSampler({l: stream(l) for l in LANGS}, CFG)
     meta = MetaConfig(order='shared first', estimator='first_order')
     step, loss = MetaStep(model, CFG, meta), model.loss
     model.loss = lambda batch: (seen.append(batch), loss(batch))[1]
-    step(0, feed, .1)
+    step(0, sampler, .1)
     shared, inner, *val = seen
     rows = [tuple(restored(b).flatten().tolist()) for b in seen]
-    assert rows[0] == tuple(restored(feed.train(0)[0]).flatten().tolist())
-    assert inner.lang == shared.lang == feed.lang(0) and [b.lang for b in val] == list(LANGS)
+    assert rows[0] == tuple(restored(sampler.train(0)[0]).flatten().tolist())
+    assert inner.lang == shared.lang == sampler.lang(0) and [b.lang for b in val] == list(LANGS)
     assert len(set(rows)) == len(rows) == 5
 
 
@@ -168,9 +170,9 @@ def test_pretraining_steps_clip(meta):
     model = apart(MultilingualLM(ModelConfig.toy(60, dropout=0.), LANGS, 'adpt').double())
     step = MetaStep(model, cfg, meta) if meta else JointStep(model, cfg)
     descent(step)
-    feed = BatchSampler({l: stream(l) for l in LANGS}, cfg)
-    val = feed.validation = {l: Watched(s) for l, s in feed.validation.items()}
-    own, (batch,), named = feed.lang(0), feed.train(0), dict(model.named_parameters())
+    sampler = BatchSampler({l: stream(l) for l in LANGS}, cfg)
+    val = sampler.validation = {l: Watched(s) for l, s in sampler.validation.items()}
+    own, (batch,), named = sampler.lang(0), sampler.train(0), dict(model.named_parameters())
     phi = [n for n in model.phi[own]] if meta else []
     before = {n: p.detach().clone() for n, p in named.items()}
     expected = dict(before)
@@ -178,7 +180,7 @@ def test_pretraining_steps_clip(meta):
         g = clipped(gradients(loss, [copied[n] for n in names]), cfg.clip)
         expected.update({n: expected[n] - lr * d for n, d in zip(names, g, strict=True)})
     copied = dict((twin := copy.deepcopy(model)).named_parameters())
-    step(0, feed, lr)
+    step(0, sampler, lr)
     if meta:                        # phi first, by the validation losses; beta leaves theta alone
         move(phi, sum(twin.loss(val[l].given[0]) for l in LANGS) / len(LANGS))
         twin.load_state_dict(expected)
@@ -195,12 +197,12 @@ def test_pretraining_steps_clip(meta):
 def test_languages_are_drawn_with_the_temperature(T, mixed):
     sizes, n = dict(aa=1000, bb=100, cc=10), 6000
     cfg = replace(CFG, steps=n // 3 if mixed else n, accumulate=3, temperature=T, mixed=mixed)
-    feed = BatchSampler({l: Stream(text(l, s), 4, 16, 0, 60) for l, s in sizes.items()}, cfg)
+    sampler = BatchSampler({l: Stream(text(l, s), 4, 16, 0, 60) for l, s in sizes.items()}, cfg)
     if mixed:                       # what a batch holds, not what a table says
         few = range(60)
-        drawn = [b.lang for k in few for b in feed.train(k)]
-        assert drawn == [feed.langs[i] for i in feed.order[few].flat]
-    drawn = np.array(feed.langs)[feed.order].ravel()
+        drawn = [b.lang for k in few for b in sampler.train(k)]
+        assert drawn == [sampler.langs[i] for i in sampler.order[few].flat]
+    drawn = np.array(sampler.langs)[sampler.order].ravel()
     assert len(drawn) == n
     powers = {l: s ** (1 / T) for l, s in sizes.items()}
     for l in sizes:
@@ -410,3 +412,49 @@ def test_verdicts_respect_the_sign(differences, sign, verdict):
     assert turned == opposite.get(verdict, verdict)
     mirrored, = judge(made_up([-d for d in differences]), [claim])['verdict']
     assert mirrored == opposite.get(verdict, verdict)
+
+
+ALIKE = [((.5, .6, .4), 'shows'), ((-.5, -.6, -.4), 'shows'),
+         ((3., 3.1, 2.9), 'the opposite shows'), ((-3., -3.1, -2.9), 'the opposite shows'),
+         ((2., 2.1, 1.9), 'undecided'), ((9., -9., .1), 'undecided'), ((0.,), 'undecided')]
+
+
+@pytest.mark.parametrize('differences, verdict', ALIKE)
+def test_as_good_means_within_two_points_either_way(differences, verdict):
+    "A difference that shows may still be small, and one that does not show may still be large."
+    found, = judge(made_up(differences), [Claim('', 'm', 'other', 'joint', 0)])['verdict']
+    assert found == verdict
+
+
+# ---- what a table says of records ----
+
+def write_run(folder, langs, system, seed, ppl, f1):
+    "Write a run's record by hand; f1: {(task, trained in, tested in): percent}."
+    about = dict(system=system, langs=langs, pair=['en', 'fr'], seed=seed, max_sentences={},
+                 format=2)
+    rows = [dict(kind='start', config=dict(run=about), hardware='CPU'),
+            dict(kind='eval', step=5, passes=10, ppl={l: 99. for l in langs}, loss=1.),
+            dict(kind='end', step=10, passes=20, cpu_s=30., wall_s=70., ppl=ppl)]
+    for task, train in dict.fromkeys(k[:2] for k in f1):
+        scores = {l: dict(f1=f, accuracy=1.) for (*of, l), f in f1.items() if of == [task, train]}
+        rows.append(dict(kind='finetune', task=task, train_lang=train, scores=scores, wall_s=1.))
+    home = folder/f'{system}-{"+".join(langs)}-{seed}'
+    home.mkdir()
+    lines = [json.dumps(row) for row in (*rows, dict(kind='done'))]
+    (home/'record.jsonl').write_text('\n'.join(lines) + '\n')
+
+
+def test_a_table_averages_what_it_says(tmp_path):
+    "Within: tested where trained; zero-shot: elsewhere; the loss is the mean log perplexity."
+    f1 = {('ner', 'en', 'en'): 80., ('ner', 'en', 'fr'): 30., ('ner', 'fr', 'fr'): 60.,
+          ('ner', 'fr', 'en'): 20., ('pos', 'en', 'en'): 90., ('pos', 'en', 'fr'): 50.}
+    write_run(tmp_path, ['en', 'fr'], 'joint', 3, dict(en=8., fr=2.), f1)
+    write_run(tmp_path, ['en'], 'mono', 3, dict(en=4.), {('ner', 'en', 'en'): 70.})
+    write_run(tmp_path, ['fr'], 'mono', 3, dict(fr=16.), {('ner', 'fr', 'fr'): 40.})
+    found = summarise(load(tmp_path))
+    joint, mono = (found.loc[(system, 3)].dropna().to_dict() for system in ('joint', 'mono'))
+    assert joint == pytest.approx({
+        'NER within': 70., 'NER zero-shot': 25., 'POS within': 90., 'POS zero-shot': 50.,
+        'ppl en': 8., 'ppl fr': 2., 'loss': math.log(4), 's/step': 3., 'passes/step': 2.})
+    assert mono == pytest.approx({'NER within': 55., 'ppl en': 4., 'ppl fr': 16.,
+                                  'loss': math.log(8), 's/step': 3., 'passes/step': 2.})

@@ -55,28 +55,28 @@ def weights(model): return torch.cat([p.detach().reshape(-1) for p in model.para
 def some_steps(toy, kind):
     "Take steps of one kind; return the weights, the losses and the bytes of each step."
     cfg = MIXED if kind.startswith('mixed') else CFG
-    model, feed = start(toy, cfg, kind == 'mixed_vectors')
+    model, sampler = start(toy, cfg, kind == 'mixed_vectors')
     step, losses, sent = plain_descent(KINDS[kind](model, cfg)), [], []
     for k in range(STEPS):
         seed_step(cfg.seed, k)
         traffic.reset()
-        out = step(k, feed, .1)
+        out = step(k, sampler, .1)
         sent.append((traffic.calls, traffic.bytes))
         losses.append(all_gather(torch.stack([torch.as_tensor(x) for x in out.values()])).mean(0))
     return weights(model), torch.cat(losses), sent
 
 def probed(toy, folder):
-    model, feed = start(toy, CFG)
+    model, sampler = start(toy, CFG)
     probe = GradientProbe(ProbeConfig(n_batches=4), folder)
-    probe(0, model, feed)
+    probe(0, model, sampler)
     assert probe.passes == 4 * 4
     return torch.tensor([list(c.values()) for c in probe.rows[0]['cos'].values()]).flatten()
 
 def trained(toy, folder, **kw):
-    model, feed = start(toy, CFG)
+    model, sampler = start(toy, CFG)
     V, corpora = toy
     dev = {l: dev_batches(corpora[l]['validation'], 32, 32, V) for l in LANGS}
-    train(model, feed, CFG, dev, plain_descent(JointStep(model, CFG)), folder=folder,
+    train(model, sampler, CFG, dev, plain_descent(JointStep(model, CFG)), folder=folder,
           callbacks=[GradientProbe(ProbeConfig(every=2, n_batches=4))], progress=False, **kw)
     return weights(model)
 
@@ -119,10 +119,10 @@ def test_number_of_processes_changes_nothing(runs, kind):
 
 def test_languages_met_on_some_ranks_only(toy):
     "What `mixed` went through above: a language that a rank has no batch of, but others have."
-    _, feed = start(toy, MIXED)
-    feed.world = 4
-    for feed.rank in range(4): assert len({b.lang for b in feed.train(0)}) == 1
-    assert feed.langs_at(0) == LANGS
+    _, sampler = start(toy, MIXED)
+    sampler.world = 4
+    for sampler.rank in range(4): assert len({b.lang for b in sampler.train(0)}) == 1
+    assert sampler.langs_at(0) == LANGS
 
 def test_probe_and_loop_agree_too(runs):
     "Cosines, weights and the record's losses, also of a run that went from two processes to four."
@@ -146,7 +146,7 @@ def test_probe_and_loop_agree_too(runs):
 
 def test_bytes_reduced(runs, toy):
     "A step reduces each gradient that it needs once: one message here, as they fit one bucket."
-    model, feed = start(toy, CFG)
+    model, sampler = start(toy, CFG)
     size = lambda part: 4 * sum(p.numel() for p in part.values())
     theta, own = size(model.theta), size(model.phi['en'])
     both = len(start(toy, MIXED)[1].langs_at(0))            # languages of a mixed step
@@ -199,12 +199,12 @@ def test_compiled_blocks_change_rounding_only(toy, monkeypatch):
     usual = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda m: usual(m, backend='aot_eager'))
     def taken(cfg):
-        model, feed = start(toy, cfg)
+        model, sampler = start(toy, cfg)
         names = list(model.state_dict())
         pretrain.prepare_model(model, cfg)
         assert list(model.state_dict()) == names
         step = plain_descent(MetaStep(model, cfg))
-        for k in range(4): step(k, feed, .1)
+        for k in range(4): step(k, sampler, .1)
         return weights(model)
     torch._dynamo.reset()
     frames = torch._dynamo.utils.counters['frames']

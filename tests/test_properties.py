@@ -184,7 +184,7 @@ def test_workers_keep_the_order(n, workers):
 # ---- who takes which batch ----
 
 @cache
-def feed(accumulate, mixed=False, steps=12):
+def sampler(accumulate, mixed=False, steps=12):
     cfg = TrainConfig.toy(steps=steps, accumulate=accumulate, batch_size=2, seq_len=8, mixed=mixed)
     return BatchSampler({l: Stream(corpus(200, l), 2, 8, 0, 6000) for l in ('aa', 'bb')}, cfg)
 
@@ -192,7 +192,7 @@ def feed(accumulate, mixed=False, steps=12):
 @given(a=st.integers(1, 6), b=st.integers(1, 6), turns=st.integers(1, 5))
 def test_shards_are_a_partition_for_any_number_of_processes(a, b, turns):
     "No batch is taken twice and none left out, by whichever number divides a step."
-    dealer, world = feed(a * b), b
+    dealer, world = sampler(a * b), b
     one, shards = {}, []
     for t in range(turns): one[t] = set(dealer.shard_indices(t))
     assert sorted(i for own in one.values() for i in own) == list(range(turns * a * b))
@@ -208,7 +208,7 @@ def test_shards_are_a_partition_for_any_number_of_processes(a, b, turns):
 @pytest.mark.parametrize('mixed', [False, True])
 def test_processes_share_a_step_and_languages_run_on(mixed):
     "Two processes take together what one takes alone; each language's batches come in order."
-    dealer, seen = feed(2, mixed), {'aa': [], 'bb': []}
+    dealer, seen = sampler(2, mixed), {'aa': [], 'bb': []}
     key = lambda b: (b.lang, tuple(b.tokens.flatten().tolist()))
     for k in range(dealer.cfg.steps):
         dealer.rank, dealer.world = 0, 1
