@@ -102,8 +102,7 @@ def test_tables_beside_records_are_what_they_say(tmp_path):
     from interference_nb.cli import main
     folder, made = ROOT / 'records' / 'reproduce-toy', tmp_path / 'toy'
     made.mkdir()
-    for run in folder.iterdir():
-        if run.is_dir(): (made / run.name).symlink_to(run)
+    shutil.copy(folder / 'records.jsonl.xz', made)
     main(['reproduce', 'all', '--scale', 'toy', '--write-only', '--out', str(made)])
     pages = sorted(folder.glob('*.md'))
     assert len(pages) == 12

@@ -11,7 +11,8 @@ from interference_nb import cli, data
 from interference_nb.data import (FolderSource, HubSource, check_room, disk_needed, prepare_corpus,
                                   train_tokenizer)
 from interference_nb.tokenizers import WordTokenizer
-from interference_nb.files import InputError, load_checkpoint, read_jsonl, run_lock
+from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_jsonl, run_lock
+from interference_nb.records import read_rows
 from interference_nb.distributed import launch, rank_and_world_size
 from interference_nb.experiments import (SCALES, Scale, load_run_data, plan, pretrain_all, ready,
                                          run, run_all, smoke_test_spec)
@@ -236,9 +237,9 @@ def test_a_family_shows_what_its_records_hold(name, tmp_path):
     (tmp_path/'reproduce-paper').mkdir()
     for run_name in there['toy'][1]:
         own = re.sub(r'(fr|ru)600', r'\g<1>100000', run_name)
-        shutil.copytree(ROOT/'records'/'reproduce-toy'/run_name, tmp_path/'reproduce-paper'/own)
-        path = tmp_path/'reproduce-paper'/own/'record.jsonl'
-        path.write_text(path.read_text().replace(f'"name": "{run_name}"', f'"name": "{own}"'))
+        rows = read_rows(ROOT/'records'/'reproduce-toy', run_name)
+        log = JsonlLog(tmp_path/'reproduce-paper'/own/'record.jsonl')
+        for row in [*rows[:-1], dict(kind='done', name=own)]: log.write(**row)
     page = family_page(name, tmp_path)
     n = len(family(name))
     assert f'{n} of {n} runs are complete at the scale of the paper.' in page
