@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SYSTEM_COLOURS', 'LANGUAGE_COLOURS', 'GREYS', 'ACCENTS', 'SHOWN', 'PAIR_COLOURS', 'colour', 'language_colour',
-           'new_axes', 'read_curves', 'over_seeds', 'draw_curves', 'plot_curves', 'held_out', 'plot_perplexity', 'gaps',
-           'plot_sizes', 'plot_convergence', 'of_pairs', 'scores_of', 'plot_languages', 'plot_transfer', 'label_points',
-           'both_ways', 'seed_means', 'on_targets', 'comparable', 'plot_differences', 'describe_differences',
-           'plot_summary', 'plot_conflict', 'plot_groups', 'plot_similarity', 'plot_extremes', 'plot_overlap',
-           'plot_pruned', 'svg', 'slider', 'live', 'shapes', 'MetaStepByHand', 'meta_by_hand', 'plot_meta_step',
-           'plot_distance', 'plot_variants', 'plot_hard_concrete', 'plot_memory']
+           'new_axes', 'read_curves', 'over_seeds', 'plot_curves', 'held_out', 'plot_perplexity', 'gaps', 'plot_sizes',
+           'plot_convergence', 'of_pairs', 'scores_of', 'plot_languages', 'plot_transfer', 'label_points', 'seed_means',
+           'on_targets', 'plot_differences', 'describe_differences', 'plot_summary', 'plot_conflict', 'plot_groups',
+           'plot_similarity', 'plot_extremes', 'plot_overlap', 'plot_pruned', 'svg', 'slider', 'live', 'shapes',
+           'MetaStepByHand', 'meta_by_hand', 'plot_meta_step', 'plot_distance', 'plot_variants', 'plot_hard_concrete',
+           'plot_memory']
 
 # %% ../nbs/08_figures.ipynb #6e715aa5
 import io, math, re
@@ -101,7 +101,7 @@ def over_seeds(curves: pd.DataFrame,  # of `read_curves`
     show = (at > 0) & (at <= (max_step or np.inf))
     return at[show], loss[:, show]
 
-def draw_curves(curves: pd.DataFrame, ax, x: str = 'step', max_step: float | None = None,
+def _draw_curves(curves: pd.DataFrame, ax, x: str = 'step', max_step: float | None = None,
                 nats: bool = False):  # draw the loss, not the perplexity
     "Draw a curve for each system: mean ± standard deviation over seeds."
     show = np.asarray if nats else np.exp
@@ -126,7 +126,7 @@ def plot_curves(folder,
     "Draw held-out perplexity over training, means over languages: ± sd over seeds."
     fig, ax = (ax.figure, ax) if ax else new_axes()
     curves = read_curves(folder, names)
-    draw_curves(curves[curves['system'].isin(tuple(systems)) & (curves['text'] != 'train')], ax, x,
+    _draw_curves(curves[curves['system'].isin(tuple(systems)) & (curves['text'] != 'train')], ax, x,
                 max_step)
     ax.set_ylabel('held-out perplexity')
     ax.legend(frameon=False, fontsize=8)
@@ -157,7 +157,7 @@ def plot_perplexity(folder, names=None,
     if axes is None: _, axes = new_axes(1, len(langs), width=1 + 2.4 * len(langs), height=2.8)
     for ax, lang in zip(np.atleast_1d(axes), langs, strict=True):
         own = curves[curves['text'] == lang]
-        draw_curves(own, ax, max_step=max_step)
+        _draw_curves(own, ax, max_step=max_step)
         n = own['sentences'].iloc[0]
         ax.set_title(lang if n != n else f'{lang}, {n:,.0f} sentences', fontsize=9)
     np.atleast_1d(axes)[0].set_ylabel('held-out perplexity')
@@ -214,7 +214,7 @@ def plot_convergence(folder, names=None,
     last = curves[curves['system'] != 'meta_adpt'][x].max()
     max_step = max_step or last / 3
     fig, ax = (ax.figure, ax) if ax else new_axes()
-    draw_curves(curves, ax, x, max_step, nats=True)
+    _draw_curves(curves, ax, x, max_step, nats=True)
     ax.set(xlim=(0, max_step), ylabel=f"{'held-out' if held_out else 'training'} loss, nats")
     ax.legend(frameon=False, fontsize=8)
     return fig
@@ -285,7 +285,7 @@ def plot_transfer(scores: pd.DataFrame, task: str = 'ner',
                   ax=None) -> Figure:
     "Draw zero-shot over within-language scores, ± standard errors. [paper Tables 2, 3 and 6]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=4)
-    right, up = both_ways(scores, task, langs, source)
+    right, up = _both_ways(scores, task, langs, source)
     home = f'in {source}' if task == 'nli' and source else 'within language'
     both = right.index.unique('system').intersection(up.index.unique('system'))
     right, up = (seed_means(found[found.index.get_level_values('system').isin(both)])
@@ -320,7 +320,7 @@ def label_points(ax, points: dict):  # {system: (x, y)}
         ax.annotate(system, points[system], xytext=spot, textcoords='offset points',
                     color=colour(system), fontsize=8)
 
-def both_ways(scores: pd.DataFrame, task: str, langs=None, source: str | None = None,
+def _both_ways(scores: pd.DataFrame, task: str, langs=None, source: str | None = None,
               ) -> tuple[pd.DataFrame, pd.DataFrame]:  # of `scores_of`: within; zero-shot
     "Take a task's scores both ways; NLI is taught in the source language only. [paper 3.2]"
     taught = [source] if task == 'nli' and source else langs
@@ -336,14 +336,14 @@ def on_targets(scores: pd.DataFrame, tasks: Iterable[str], langs: Iterable[str],
                ) -> pd.DataFrame:  # percent; index: system, seed; columns 'NER within', ...
     "Average scores over the same languages in every system, as `plot_differences` takes them."
     found = {f'{task.upper()} {where}': seed_means(own) for task in tasks for where, own in
-             zip(('within', 'zero-shot'), both_ways(scores, task, langs, source), strict=True)}
+             zip(('within', 'zero-shot'), _both_ways(scores, task, langs, source), strict=True)}
     order = dict.fromkeys(s for own in found.values() for s in own.index.unique('system'))
     return pd.DataFrame(found).reindex(list(order), level='system')
 
 # %% ../nbs/08_figures.ipynb #2fd7379a
 SHOWN = ('NER within', 'NER zero-shot', 'POS zero-shot')     # POS within is near its ceiling
 
-def comparable(results: pd.DataFrame, metrics: Iterable[str] = SHOWN,
+def _comparable(results: pd.DataFrame, metrics: Iterable[str] = SHOWN,
                baseline: str = 'joint') -> list[str]:
     "List the metrics in which some system can be compared with the baseline."
     others = [s for s in results.index.unique(0) if s != baseline]
@@ -354,7 +354,7 @@ def plot_differences(results: pd.DataFrame,  # of `on_targets` or `summarise`
                      baseline: str = 'joint', axes=None) -> Figure:
     "Draw paired differences to the baseline with their 95% intervals, a panel for each metric."
     systems = [s for s in results.index.unique(0) if s != baseline][::-1]
-    metrics = comparable(results, metrics, baseline)
+    metrics = _comparable(results, metrics, baseline)
     if not metrics:
         raise InputError(f"no metric to compare with '{baseline}'. "
                          'Does the record hold it and another system?')
@@ -394,7 +394,7 @@ def plot_summary(folder, names=None) -> Figure:
         plot_curves(table, x, ax=ax)
     axes[0, 1].get_legend().remove(); axes[0, 1].set_ylabel('')
     plot_transfer(table, ax=axes[0, 2])
-    shown = comparable(results)
+    shown = _comparable(results)
     if shown: plot_differences(results, axes=axes[1, :len(shown)])
     for ax in axes[1, len(shown):]: ax.remove()
     return fig

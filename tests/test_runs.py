@@ -174,12 +174,12 @@ def test_a_disk_too_small_is_told_before_it_starts(tmp_path, monkeypatch):
         run(spec, tmp_path/'runs')
 
 def test_the_hub_counts_its_copy_and_streaming_has_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'resolve_revision', lambda *a: ('c0ffee', True))
-    monkeypatch.setattr(data, 'hub_size', lambda *a: (10**9, 3 * 10**9))
+    monkeypatch.setattr(data, '_resolve_revision', lambda *a: ('c0ffee', True))
+    monkeypatch.setattr(data, '_hub_size', lambda *a: (10**9, 3 * 10**9))
     row, = disk_needed(HubSource(), ['sw'], tmp_path)
     assert row['copy'] == 3 * 10**9 and 0 < row['ids'] < row['text'] == 10**9
     check_room([row], tmp_path)
-    monkeypatch.setattr(data, 'hub_size', lambda *a: (10**15, 10**15))
+    monkeypatch.setattr(data, '_hub_size', lambda *a: (10**15, 10**15))
     twice = disk_needed(HubSource(), ['sw'], tmp_path) * 2
     with pytest.raises(InputError, match='the text of sw takes'): check_room(twice, tmp_path)
     with pytest.raises(InputError, match='streaming=True'):
