@@ -273,11 +273,30 @@ EDITS = (
     Edit('07e_claims', '(d.low > 0, d.high < 0) if sign > 0 else (d.high < 0, d.low > 0)',
          '(d.low > 0, d.high < 0)',
          'verdicts that ignore the sign', oracle('test_verdicts_respect_the_sign')),
+    Edit('07e_claims', '-ALIKE < d.low and d.high < ALIKE', 'd.low < 0 < d.high',
+         'what does not differ significantly is called alike',
+         oracle('test_as_good_means_within_two_points_either_way')),
+    Edit('07e_claims', 'd.low > ALIKE or d.high < -ALIKE', 'd.low > 0 or d.high < 0',
+         'what differs significantly is called unlike, however little',
+         oracle('test_as_good_means_within_two_points_either_way')),
+    Edit('07e_claims', "a.align(b, join='inner')", "a.align(b, join='left', fill_value=0.)",
+         'seeds that one of two systems lacks', prop('test_paired_is_scipys')),
     Edit('07e_claims', 'sem(d))', 'sem(d, ddof=0))', 'a standard error that is too small',
          prop('test_paired_is_scipys')),
     Edit('07e_claims', 'confidence_interval(.95)', 'confidence_interval(.9)',
-         'a 90 percent interval',
-         prop('test_paired_is_scipys')),
+         'a 90 percent interval', prop('test_paired_is_scipys')),
+    Edit('07d_records', "scores['train'] == scores['test'], ' within'",
+         "scores['train'] != scores['test'], ' within'", 'zero-shot scores called within-language',
+         oracle('test_a_table_averages_what_it_says')),
+    Edit('07d_records', "ends.assign(metric='loss', value=np.log(ends['value']))",
+         "ends.assign(metric='loss')", 'a mean perplexity called loss',
+         oracle('test_a_table_averages_what_it_says')),
+    Edit('07d_records', "if start['hardware'].startswith('CPU')", "if not start['hardware']",
+         'a shared machine counts the time of others',
+         oracle('test_a_table_averages_what_it_says')),
+    Edit('07_experiments', "f'{self.system}{meta}-{self.model}", "f'{self.system}-{self.model}",
+         'runs with other meta steps share a folder',
+         prop('test_what_differs_is_told_apart_by_name')),
 )
 
 
@@ -423,7 +442,10 @@ def main():
         with ThreadPoolExecutor(args.workers) as pool:
             jobs = [pool.submit(trial, e) for e in edits]
             for i, job in enumerate(as_completed(jobs), 1):
-                edit, noticed, by = job.result()
+                try: edit, noticed, by = job.result()
+                except Exception:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
                 rows.append((edit, noticed, by))
                 left = (time.perf_counter() - began) / i * (len(edits) - i)
                 print(f'{i:3}/{len(edits)} {left / 60:5.1f} min left  {edit.notebook}: '

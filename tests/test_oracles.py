@@ -6,6 +6,7 @@ a perplexity of training text, a sampling temperature or a gradient clipping lef
 that ignores the sign of its statement, a development set read from the test split.
 """
 import copy
+import json
 import math
 from dataclasses import replace
 from importlib import import_module
@@ -26,6 +27,7 @@ from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evalua
                                       evaluate_languages, finetune, predict, tune)
 from interference_nb.meta_adapters import MetaConfig, MetaStep
 from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig
+from interference_nb.records import load, summarise
 from interference_nb.tasks import TaskData, read_data, task_spec
 from interference_nb.toy_languages import open_source, toy_tokenizer
 from interference_nb.transformer import ModelConfig
@@ -409,3 +411,49 @@ def test_verdicts_respect_the_sign(differences, sign, verdict):
     assert turned == opposite.get(verdict, verdict)
     mirrored, = judge(made_up([-d for d in differences]), [claim])['verdict']
     assert mirrored == opposite.get(verdict, verdict)
+
+
+ALIKE = [((.5, .6, .4), 'shows'), ((-.5, -.6, -.4), 'shows'),
+         ((3., 3.1, 2.9), 'the opposite shows'), ((-3., -3.1, -2.9), 'the opposite shows'),
+         ((2., 2.1, 1.9), 'undecided'), ((9., -9., .1), 'undecided'), ((0.,), 'undecided')]
+
+
+@pytest.mark.parametrize('differences, verdict', ALIKE)
+def test_as_good_means_within_two_points_either_way(differences, verdict):
+    "A difference that shows may still be small, and one that does not show may still be large."
+    found, = judge(made_up(differences), [Claim('', 'm', 'other', 'joint', 0)])['verdict']
+    assert found == verdict
+
+
+# ---- what a table says of records ----
+
+def write_run(folder, langs, system, seed, ppl, f1):
+    "Write a run's record by hand; f1: {(task, trained in, tested in): percent}."
+    about = dict(system=system, langs=langs, pair=['en', 'fr'], seed=seed, max_sentences={},
+                 format=2)
+    rows = [dict(kind='start', config=dict(run=about), hardware='CPU'),
+            dict(kind='eval', step=5, passes=10, ppl={l: 99. for l in langs}, loss=1.),
+            dict(kind='end', step=10, passes=20, cpu_s=30., wall_s=70., ppl=ppl)]
+    for task, train in dict.fromkeys(k[:2] for k in f1):
+        scores = {l: dict(f1=f, accuracy=1.) for (*of, l), f in f1.items() if of == [task, train]}
+        rows.append(dict(kind='finetune', task=task, train_lang=train, scores=scores, wall_s=1.))
+    home = folder/f'{system}-{"+".join(langs)}-{seed}'
+    home.mkdir()
+    lines = [json.dumps(row) for row in (*rows, dict(kind='done'))]
+    (home/'record.jsonl').write_text('\n'.join(lines) + '\n')
+
+
+def test_a_table_averages_what_it_says(tmp_path):
+    "Within: tested where trained; zero-shot: elsewhere; the loss is the mean log perplexity."
+    f1 = {('ner', 'en', 'en'): 80., ('ner', 'en', 'fr'): 30., ('ner', 'fr', 'fr'): 60.,
+          ('ner', 'fr', 'en'): 20., ('pos', 'en', 'en'): 90., ('pos', 'en', 'fr'): 50.}
+    write_run(tmp_path, ['en', 'fr'], 'joint', 3, dict(en=8., fr=2.), f1)
+    write_run(tmp_path, ['en'], 'mono', 3, dict(en=4.), {('ner', 'en', 'en'): 70.})
+    write_run(tmp_path, ['fr'], 'mono', 3, dict(fr=16.), {('ner', 'fr', 'fr'): 40.})
+    found = summarise(load(tmp_path))
+    joint, mono = (found.loc[(system, 3)].dropna().to_dict() for system in ('joint', 'mono'))
+    assert joint == pytest.approx({
+        'NER within': 70., 'NER zero-shot': 25., 'POS within': 90., 'POS zero-shot': 50.,
+        'ppl en': 8., 'ppl fr': 2., 'loss': math.log(4), 's/step': 3., 'passes/step': 2.})
+    assert mono == pytest.approx({'NER within': 55., 'ppl en': 4., 'ppl fr': 16.,
+                                  'loss': math.log(8), 's/step': 3., 'passes/step': 2.})
