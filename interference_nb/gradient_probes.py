@@ -275,7 +275,9 @@ class PCGrad(Mean):
 
 class GradientVaccine(Mean):
     "Keep gradients as similar as they usually are, layer by layer [Wang et al. 2021]."
-    def __init__(self, K, sizes):
+    def __init__(self, K,  # number of languages
+                 sizes,  # weights in each group
+                 ):
         super().__init__(K, sizes)
         self.memory = dict(target=torch.zeros(len(sizes), K, K, dtype=torch.float64))
 

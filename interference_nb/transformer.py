@@ -139,7 +139,8 @@ def attend(
 # %% ../nbs/01_transformer.ipynb #fff5b000
 class Attention(nn.Module):
     "Mix information between positions, H heads at a time [paper sec. 3.2]."
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig,  # sizes of the model
+                 ):
         super().__init__()
         self.n_heads, self.head_dim, self.p = cfg.n_heads, cfg.head_width, cfg.attention_dropout
         inner = self.n_heads * self.head_dim                # 504 at paper scale, not 512
@@ -160,7 +161,8 @@ REACH = 16      # distances beyond it count as it
 
 class RelativeBias(nn.Module):
     "Hold a number for each head and distance, added to attention scores [@eq-relative]."
-    def __init__(self, n_heads: int):
+    def __init__(self, n_heads: int,  # H
+                 ):
         super().__init__()
         h, distance = torch.arange(n_heads)[:, None], torch.arange(-REACH, REACH + 1)
         wanted = (1 + h % 4 // 2) * (h % 2 * 2 - 1)         # -1, 1, -2, 2, and from the start
@@ -178,7 +180,8 @@ class RelativeBias(nn.Module):
 # %% ../nbs/01_transformer.ipynb #e0cfa1ac
 class FeedForward(nn.Module):
     "Transform each position by itself: wide, GELU, narrow [paper sec. 3.2]."
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig,  # sizes of the model
+                 ):
         super().__init__()
         self.inner, self.out = nn.Linear(cfg.dim, cfg.ffn_dim), nn.Linear(cfg.ffn_dim, cfg.dim)
 
@@ -191,7 +194,8 @@ class FeedForward(nn.Module):
 # %% ../nbs/01_transformer.ipynb #b9c60c65
 class Block(nn.Module):
     "Add attention, normalise, add feed-forward, normalise; adapters may sit on either."
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig,  # sizes of the model
+                 ):
         super().__init__()
         self.attention, self.ffn = Attention(cfg), FeedForward(cfg)
         self.norm1, self.norm2 = (nn.LayerNorm(cfg.dim, eps=1e-12) for _ in range(2))
@@ -216,7 +220,8 @@ class Block(nn.Module):
 # %% ../nbs/01_transformer.ipynb #1497cb1f
 class Vector(nn.Module):
     "One learned vector: the embedding of one language."
-    def __init__(self, dim: int):
+    def __init__(self, dim: int,  # D
+                 ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(dim) * dim ** -.5)
 
@@ -227,7 +232,9 @@ class Vector(nn.Module):
 # %% ../nbs/01_transformer.ipynb #302965a7
 class MaskedLM(nn.Module):
     "Encode tokens and score the masked ones [paper sec. 3.2]."
-    def __init__(self, cfg: ModelConfig, langs: tuple[str, ...] = ()):
+    def __init__(self, cfg: ModelConfig,  # sizes of the model
+                 langs: tuple[str, ...] = (),  # language codes; empty: any
+                 ):
         super().__init__()
         self.cfg, self.langs = cfg, tuple(langs)
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
@@ -268,7 +275,9 @@ class MaskedLM(nn.Module):
             else: x = block(x, mask, lang, None, bias)
         return top(x, mask, lang, rows, bias)
 
-    def isolate(self, tokens, mask):    # -> mask [B,1,T,T], positions [B,T]
+    def isolate(self, tokens,  # [B,T] token ids
+                mask,  # of padding, as for `Attention`, or None
+                ):  # mask [B,1,T,T], positions [B,T]
         "Hide the documents of a row from one another and count positions from each one's `<s>`."
         first, t = tokens == BOS, torch.arange(tokens.shape[1], device=tokens.device)
         document = first.cumsum(1)                                  # [B,T]
