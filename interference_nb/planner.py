@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KINDS', 'RESERVE', 'ALONE', 'Memory', 'format_bytes', 'Ledger', 'StepSpec', 'SameBatch', 'cycle', 'GpuKernels',
            'UnitMatrices', 'fake_tensors', 'fake_processes', 'account', 'cached_account', 'count_memory',
-           'measured_peak', 'memory_cells', 'TextSize', 'Plan', 'too_full', 'plan_run', 'memory_of', 'gpu', 'text_size',
-           'time_steps', 'time_rows', 'few_rows', 'measured_step', 'plan_family', 'step_of', 'plan_table',
-           'about_plans', 'total_disk', 'plan_finetuning', 'disk', 'trials', 'plan_missing', 'stored_rows', 'as_text',
-           'pace', 'work_left']
+           'measured_peak', 'memory_cells', 'as_text', 'TextSize', 'Plan', 'too_full', 'plan_run', 'memory_of', 'gpu',
+           'text_size', 'time_steps', 'time_rows', 'few_rows', 'measured_step', 'plan_family', 'step_of', 'plan_table',
+           'about_plans', 'total_disk', 'plan_finetuning', 'disk', 'trials', 'plan_missing', 'stored_rows', 'pace',
+           'work_left']
 
 # %% ../nbs/07c_planner.ipynb #11ca592e
 import contextlib, gc, itertools, json, math, os, subprocess, sys, tempfile, time, weakref
@@ -315,6 +315,13 @@ def memory_cells(memories: dict[str, Memory]) -> tuple[list[str], list[list[str]
     return ['', *KINDS, 'peak, GB'], [
         [name, *(f'{n / 1e9:.2f}' for n in (*(getattr(m, k) for k in KINDS), m.peak))]
         for name, m in memories.items()]
+
+def as_text(header: list[str],
+            lines: list[list[str]]) -> str:
+    "Align a table for the terminal."
+    import pandas as pd
+    from interference_nb import claims
+    return claims.text_table(pd.DataFrame(lines, columns=header))
 
 # %% ../nbs/07c_planner.ipynb #b1778197
 RESERVE = 1e9   # bytes of a GPU that CUDA and NCCL take themselves
@@ -680,15 +687,6 @@ def stored_rows(
     "Read a run's record. Raises `InputError` if it is of other settings."
     from interference_nb.records import read_rows
     return check_rows(spec, read_rows(folder, spec.name), Path(folder)/spec.name)
-
-def as_text(
-    header: list[str],
-    lines: list[list[str]],
-) -> str:
-    "Align a table for the terminal."
-    import pandas as pd
-    from interference_nb import claims
-    return claims.text_table(pd.DataFrame(lines, columns=header))
 
 def pace(specs: Iterable[RunSpec],
          folder,  # of their records
