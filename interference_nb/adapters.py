@@ -35,7 +35,10 @@ class Adapter(nn.Module):
         self.up = nn.Linear(bottleneck, dim, bias=False)
         nn.init.zeros_(self.up.weight)              # identity until trained
 
-    def forward(self, z: Tensor, lang=None) -> Tensor:      # [B,T,D] -> [B,T,D]
+    def forward(self, z: Tensor,  # [B,T,D]
+                lang=None,  # not used: a caller picks the module
+                ) -> Tensor:  # [B,T,D]
+        "Add the correction to a sub-layer's output."
         h = F.gelu(self.down(z))                    # Eq. 6  [B,T,R]
         return self.up(h) + z                       # Eq. 7  [B,T,D]
 
@@ -47,7 +50,7 @@ VARIANTS = tuple(SLOTS)     # the paper's names; which places of a block each on
 
 # %% ../nbs/02_adapters.ipynb #0d64350d
 def make_module(
-    cfg: ModelConfig,
+    cfg: ModelConfig,       # sizes of the model
     slot: str,              # the name of a slot in `Block`
 ) -> nn.Module:             # freshly initialised
     "Make a new module for one slot of a block."
@@ -60,7 +63,7 @@ class MultilingualLM(MaskedLM):
     "Share an encoder, except what `variant` gives to each language [paper sec. 3.3; App. B]."
     def __init__(
         self,
-        cfg: ModelConfig,
+        cfg: ModelConfig,           # sizes, as for `MaskedLM`
         langs: tuple[str, ...],     # K language codes
         variant: str = 'joint',     # one of `VARIANTS`
     ):
@@ -158,7 +161,7 @@ def parameter_groups(
 
 # %% ../nbs/02_adapters.ipynb #6b0b15f0
 def parameter_table(
-    cfg: ModelConfig,
+    cfg: ModelConfig,           # sizes of the model
     langs: tuple[str, ...],     # K language codes
 ) -> list[dict]:                # a row per variant: parameters shared, per language, in all, ratio
     "Count parameters of every variant [paper sec. 3.3; App. B]."
@@ -175,7 +178,7 @@ def parameter_table(
 # %% ../nbs/02_adapters.ipynb #6476e703
 def save_model(
     path,                                   # of the file to write
-    model: MultilingualLM,
+    model: MultilingualLM,                  # in any variant
     tokenizer_fingerprint: str | None = None,   # `tokenizer.fingerprint`: which subwords ids mean
     **about,                                # plain values to keep with it: data, steps, scores
 ):
@@ -190,7 +193,7 @@ def load_model(
     path,                                   # from `save_model`, or a training checkpoint
     tokenizer=None,                         # the tokenizer it will be used with; checked if given
     cfg: ModelConfig | None = None,         # the config that it must have; None: any
-    device: str = 'cpu',
+    device: str = 'cpu',                    # where its tensors go
 ) -> MultilingualLM:                        # in evaluation mode
     "Rebuild a model from its file; raises `InputError` for what does not fit, naming it."
     tensors, meta = load_checkpoint(path, device)

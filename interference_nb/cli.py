@@ -22,15 +22,15 @@ from typing import NamedTuple
 from .data import corpus_statistics, statistics_table
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
                                    write_atomically)
-from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, complete, is_pretrained,
-                                         load_run_data, open_run, prune_model, run,
-                                         make_batches)
+from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, complete,
+                                         default_workers, is_pretrained, load_run_data,
+                                         make_batches, open_run, prune_model, run)
 import pandas as pd
 from .claims import text_table
 from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, gate_table,
                                        loss_table, make_study, numbers_of_study, run_study,
                                        specs_of, tell_failed, write_index)
-from .distributed import default_workers, process_group, rank_and_world_size
+from .distributed import process_group, rank_and_world_size
 from .finetune import FinetuneConfig, finetune
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig

@@ -6,9 +6,9 @@
 __all__ = ['SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS', 'TASK_COLUMNS', 'HELD_OUT', 'HUB', 'HUB_REVISIONS',
            'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'HUB_LANGUAGES', 'ROWS', 'IDS_PER_BYTE', 'Source',
            'split_sentences', 'sampling_probabilities', 'cap_sentences', 'check_languages', 'train_tokenizer',
-           'split_of', 'FolderSource', 'hub_row', 'resolve_revision', 'open_hub', 'hub_size', 'hub_cache', 'HubSource',
-           'Corpus', 'check_rows', 'disk_needed', 'check_room', 'prepare_corpus', 'mask_tokens', 'Batch', 'Stream',
-           'dev_batches', 'corpus_statistics', 'statistics_cells', 'statistics_table']
+           'split_of', 'FolderSource', 'hub_row', 'HubSource', 'Corpus', 'check_rows', 'disk_needed', 'check_room',
+           'prepare_corpus', 'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'corpus_statistics', 'statistics_cells',
+           'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
 import copy, functools, hashlib, heapq, json, re, sys, zlib
@@ -315,7 +315,7 @@ def hub_row(task: str,           # 'ner', 'pos', 'qa' or 'nli'
     return row
 
 # %% ../nbs/00_data.ipynb #7cfe1859
-def resolve_revision(repo: str, revision: str | None, online: bool = True) -> tuple[str, bool]:
+def _resolve_revision(repo: str, revision: str | None, online: bool = True) -> tuple[str, bool]:
     "Find a revision's commit, from the hub or else the local cache; say if the hub answered."
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -327,7 +327,7 @@ def resolve_revision(repo: str, revision: str | None, online: bool = True) -> tu
     commits = sorted(cache.glob('*'), key=lambda path: path.stat().st_mtime)
     return (commits[-1].name if commits else 'unknown'), False
 
-def open_hub(repo: str, config: str | None, data_dir: str | None, commit: str | None,
+def _open_hub(repo: str, config: str | None, data_dir: str | None, commit: str | None,
              streaming: bool, online: bool) -> dict:
     "Open a data set of the hub, or its local copy, as {split: rows}."
     import datasets
@@ -342,7 +342,7 @@ def open_hub(repo: str, config: str | None, data_dir: str | None, commit: str | 
     finally: datasets.config.HF_HUB_OFFLINE = before
 
 # %% ../nbs/00_data.ipynb #002f94ff
-def hub_size(repo: str, config: str, commit: str | None, online: bool) -> tuple[int, int] | None:
+def _hub_size(repo: str, config: str, commit: str | None, online: bool) -> tuple[int, int] | None:
     "Ask the card of a data set for its bytes: of its text, and of a local copy still to be made."
     import datasets
     before = datasets.config.HF_HUB_OFFLINE
@@ -353,11 +353,6 @@ def hub_size(repo: str, config: str, commit: str | None, online: bool) -> tuple[
     text, download = builder.info.dataset_size, builder.info.download_size
     if text is None: return None
     return text, 0 if Path(builder.cache_dir).exists() else text + (download or text)
-
-def hub_cache() -> Path:
-    "Name the folder that holds the hub's local copies."
-    from huggingface_hub import constants
-    return Path(constants.HF_HOME)
 
 # %% ../nbs/00_data.ipynb #16c707c2
 class HubSource(Source):
@@ -407,20 +402,20 @@ class HubSource(Source):
 
     def _commit(self, kind):
         if kind not in self._commits:
-            self._commits[kind], self._online = resolve_revision(
+            self._commits[kind], self._online = _resolve_revision(
                 HUB[kind], HUB_REVISIONS.get(kind), self._online)
         return self._commits[kind]
 
     def _look_up(self, lang):
         commit = self._commit('text')
-        return hub_size(HUB['text'], f'{WIKIPEDIA_DUMP}.{lang}',
+        return _hub_size(HUB['text'], f'{WIKIPEDIA_DUMP}.{lang}',
                         None if commit == 'unknown' else commit, self._online)
 
     def _load(self, kind, config, data_dir=None):
         repo, commit = HUB[kind], self._commit(kind)
         if commit == 'unknown': commit = HUB_REVISIONS.get(kind)
         what = f"{repo} ({config or data_dir})"
-        try: return open_hub(repo, config, data_dir, commit, self.streaming, self._online)
+        try: return _open_hub(repo, config, data_dir, commit, self.streaming, self._online)
         except Exception as e:
             if not self._online:
                 raise InputError(f"no network and no local copy of {what}. Go online once, or use "
@@ -559,10 +554,11 @@ def check_room(rows: list[dict],  # from disk_needed
                folder: str | Path,  # where the ids go
                ) -> None:
     "Raise `InputError` if a disk has less room than preparing takes."
+    from huggingface_hub.constants import HF_HOME       # holds the hub's local copies
     disks = {}
-    for what, place in (('ids', Path(folder)), ('copy', hub_cache)):
+    for what, place in (('ids', folder), ('copy', HF_HOME)):
         if not (need := sum(row[what] for row in rows)): continue
-        place = (place() if callable(place) else place).absolute()
+        place = Path(place).absolute()
         while not place.exists(): place = place.parent
         disks.setdefault(place.stat().st_dev, [place, 0])[1] += need
     for place, need in disks.values():

@@ -8,7 +8,7 @@ __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'System', 'Scale', 'for_tasks', 'RunSp
            'finetune_missing', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_finished_rows',
            'finetuning_jobs', 'count_rows', 'make_batches', 'open_run', 'prune_model', 'complete', 'holds_all',
            'own_rows', 'check_rows', 'matching_row', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'ready',
-           'smoke_test_spec', 'smoke_test', 'cost', 'run_all']
+           'smoke_test_spec', 'smoke_test', 'cost', 'default_workers', 'run_all']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
 import itertools, json, math, os, shutil, sys, tempfile, time
@@ -27,8 +27,8 @@ from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_json
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
-from .distributed import (default_workers, first_process_first, in_subprocess,
-                                         launch, rank_and_world_size, worker_pool)
+from .distributed import (cpu_count, first_process_first, in_subprocess, launch,
+                                         rank_and_world_size, worker_pool)
 from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
 from .baselines import held_out_report
@@ -533,6 +533,10 @@ def cost(spec: RunSpec) -> float:
         work += langs * trials * cfg.epochs * rows / spec.scale.train.batch_size / many
     gates = sum(c.steps * c.seeds * K * c.batch_size for c in spec.prune)
     return work + gates / spec.scale.train.batch_size / many
+
+def default_workers() -> int:  # 1 or more
+    "Return how many runs this machine takes at once: one on each GPU, else one on each core."
+    return torch.cuda.device_count() or cpu_count()
 
 def run_all(specs: list[RunSpec], folder, workers: int | None = None,
             executor: Executor | None = None,  # what runs them, if not processes of this machine

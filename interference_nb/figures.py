@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SYSTEM_COLOURS', 'LANGUAGE_COLOURS', 'GREYS', 'ACCENTS', 'SHOWN', 'PAIR_COLOURS', 'colour', 'language_colour',
-           'new_axes', 'read_curves', 'over_seeds', 'draw_curves', 'plot_curves', 'held_out', 'plot_perplexity', 'gaps',
-           'plot_sizes', 'plot_convergence', 'of_pairs', 'scores_of', 'plot_languages', 'plot_transfer', 'label_points',
-           'both_ways', 'seed_means', 'on_targets', 'comparable', 'plot_differences', 'describe_differences',
-           'plot_summary', 'plot_conflict', 'plot_groups', 'plot_similarity', 'plot_extremes', 'plot_overlap',
-           'plot_pruned', 'svg', 'slider', 'live', 'shapes', 'MetaStepByHand', 'meta_by_hand', 'plot_meta_step',
-           'plot_distance', 'plot_variants', 'plot_hard_concrete', 'plot_memory']
+           'new_axes', 'read_curves', 'over_seeds', 'plot_curves', 'held_out', 'plot_perplexity', 'gaps', 'plot_sizes',
+           'plot_convergence', 'of_pairs', 'scores_of', 'plot_languages', 'plot_transfer', 'label_points', 'seed_means',
+           'on_targets', 'plot_differences', 'describe_differences', 'plot_summary', 'plot_conflict', 'plot_groups',
+           'plot_similarity', 'plot_extremes', 'plot_overlap', 'plot_pruned', 'svg', 'slider', 'live', 'shapes',
+           'MetaStepByHand', 'meta_by_hand', 'plot_meta_step', 'plot_distance', 'plot_variants', 'plot_hard_concrete',
+           'plot_memory']
 
 # %% ../nbs/08_figures.ipynb #6e715aa5
 import io, math, re
@@ -46,7 +46,8 @@ LANGUAGE_COLOURS = {'en': '#4477AA', 'fr': '#EE6677', 'ru': '#228833', 'ar': '#C
 GREYS = ('#333333', '#777777', '#BBBBBB', '#E3E3E3', '#F4F4F4')     # controls; what is shared
 ACCENTS = ('#0072B2', '#D55E00', '#009E73', '#E69F00', '#CC79A7', '#56B4E9')
 
-def colour(system: str) -> str:
+def colour(system: str,  # its name
+           ) -> str:
     "Give a system its colour; one that is not ours gets one that its name chooses."
     return SYSTEM_COLOURS.get(system) or ACCENTS[crc32(system.encode()) % len(ACCENTS)]
 
@@ -70,6 +71,14 @@ def new_axes(
         ax.tick_params(labelsize=8)
         ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
     return fig, axes
+
+# %% ../nbs/08_figures.ipynb #1e9e4dab
+def legend_above(ax, columns: int):
+    "Set the legend where no curve can be, each label once."
+    handles, labels = ax.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    ax.legend(once.values(), once, frameon=False, fontsize=8, ncols=columns, loc='lower left',
+              bbox_to_anchor=(0, 1), borderpad=0, columnspacing=1.2)
 
 # %% ../nbs/08_figures.ipynb #ffec5170
 def read_curves(folder,  # of records, or what `load` read from it
@@ -101,7 +110,7 @@ def over_seeds(curves: pd.DataFrame,  # of `read_curves`
     show = (at > 0) & (at <= (max_step or np.inf))
     return at[show], loss[:, show]
 
-def draw_curves(curves: pd.DataFrame, ax, x: str = 'step', max_step: float | None = None,
+def _draw_curves(curves: pd.DataFrame, ax, x: str = 'step', max_step: float | None = None,
                 nats: bool = False):  # draw the loss, not the perplexity
     "Draw a curve for each system: mean ± standard deviation over seeds."
     show = np.asarray if nats else np.exp
@@ -119,21 +128,27 @@ def draw_curves(curves: pd.DataFrame, ax, x: str = 'step', max_step: float | Non
     ax.yaxis.set_major_formatter('{x:g}'); ax.yaxis.set_minor_formatter('')
 
 # %% ../nbs/08_figures.ipynb #75e0730b
-def plot_curves(folder,
+def plot_curves(folder,  # of records, or what `load` read from it
                 x: str = 'step',  # or 'passes'
                 max_step: float | None = None,  # leave out what comes after this x
-                systems: Iterable[str] = tuple(SYSTEMS), names=None, ax=None) -> Figure:
+                systems: Iterable[str] = tuple(SYSTEMS),  # those to show
+                names=None,  # of runs; None: all that are there
+                ax=None,  # matplotlib axes; None: new ones
+                ) -> Figure:
     "Draw held-out perplexity over training, means over languages: ± sd over seeds."
     fig, ax = (ax.figure, ax) if ax else new_axes()
     curves = read_curves(folder, names)
-    draw_curves(curves[curves['system'].isin(tuple(systems)) & (curves['text'] != 'train')], ax, x,
+    _draw_curves(curves[curves['system'].isin(tuple(systems)) & (curves['text'] != 'train')], ax, x,
                 max_step)
     ax.set_ylabel('held-out perplexity')
     ax.legend(frameon=False, fontsize=8)
     return fig
 
 # %% ../nbs/08_figures.ipynb #684b6f3f
-def held_out(folder, names=None, systems: Iterable[str] = ('mono', 'joint')) -> pd.DataFrame:
+def held_out(folder,  # of records, or what `load` read from it
+             names=None,  # of runs; None: all that are there
+             systems: Iterable[str] = ('mono', 'joint'),  # to compare
+             ) -> pd.DataFrame:
     "Take the held-out loss of models of one language and of two, of pairs that all systems have."
     curves = read_curves(folder, names)
     found = curves[(curves['text'] != 'train') & curves['system'].isin(tuple(systems))
@@ -144,11 +159,13 @@ def held_out(folder, names=None, systems: Iterable[str] = ('mono', 'joint')) -> 
     have = found.groupby(['pair', 'text'])['system'].transform('nunique')
     return found[have == found['system'].nunique()]
 
-def plot_perplexity(folder, names=None,
+def plot_perplexity(folder,  # of records, or what `load` read from it
+                    names=None,  # of runs; None: all that are there
                     langs: Iterable[str] = ('sw', 'te'),  # texts: 'fr300' where capped
-                    systems: Iterable[str] = ('mono', 'joint'),
+                    systems: Iterable[str] = ('mono', 'joint'),  # those to show
                     max_step: float | None = None,  # leave out what comes after this step
-                    axes=None) -> Figure:
+                    axes=None,  # one for each language; None: new ones
+                    ) -> Figure:
     "Draw held-out perplexity over training, a panel for each language. [paper Fig. 2]"
     curves, langs = held_out(folder, names, systems), list(langs)
     if unknown := [l for l in langs if l not in set(curves['text'])]:
@@ -157,7 +174,7 @@ def plot_perplexity(folder, names=None,
     if axes is None: _, axes = new_axes(1, len(langs), width=1 + 2.4 * len(langs), height=2.8)
     for ax, lang in zip(np.atleast_1d(axes), langs, strict=True):
         own = curves[curves['text'] == lang]
-        draw_curves(own, ax, max_step=max_step)
+        _draw_curves(own, ax, max_step=max_step)
         n = own['sentences'].iloc[0]
         ax.set_title(lang if n != n else f'{lang}, {n:,.0f} sentences', fontsize=9)
     np.atleast_1d(axes)[0].set_ylabel('held-out perplexity')
@@ -165,9 +182,10 @@ def plot_perplexity(folder, names=None,
     return np.atleast_1d(axes)[0].figure
 
 # %% ../nbs/08_figures.ipynb #7e1c71aa
-def gaps(folder, names=None,
+def gaps(folder,  # of records, or what `load` read from it
+         names=None,  # of runs; None: all that are there
          share: float = 1.,  # of training; the last evaluation before it
-         system: str = 'joint',
+         system: str = 'joint',  # to compare with mono
          ) -> dict[str, tuple[int | None, np.ndarray]]:  # {text: (sentences, nats of each seed)}
     "Take a system's held-out loss less mono's, by seed, means over pairs; smallest corpus first."
     curves = held_out(folder, names, ('mono', system))
@@ -180,9 +198,13 @@ def gaps(folder, names=None,
     return {t: (None if sizes[t] != sizes[t] else int(sizes[t]), gap[t].to_numpy())
             for t in order}
 
-def plot_sizes(folder, names=None, share: float = 1., system: str = 'joint',
+def plot_sizes(folder,  # of records, or what `load` read from it
+               names=None,  # of runs; None: all that are there
+               share: float = 1.,  # of training; the last evaluation before it
+               system: str = 'joint',  # to compare with mono
                ylim: tuple[float, float] | None = None,  # of the axis, to compare pictures
-               ax=None) -> Figure:
+               ax=None,  # matplotlib axes; None: new ones
+               ) -> Figure:
     "Draw what a joint model costs each language, by the size of its corpus: ± sd over seeds."
     found = gaps(folder, names, share, system)
     fig, ax = (ax.figure, ax) if ax else new_axes(width=1.5 + .6 * len(found), height=2.8)
@@ -198,12 +220,14 @@ def plot_sizes(folder, names=None, share: float = 1., system: str = 'joint',
     return fig
 
 # %% ../nbs/08_figures.ipynb #687a15fe
-def plot_convergence(folder, names=None,
+def plot_convergence(folder,  # of records, or what `load` read from it
+                     names=None,  # of runs; None: all that are there
                      max_step: float | None = None,  # step; None: a third of the training
-                     systems: Iterable[str] = ('joint', 'adpt', 'share_adpt', 'meta_adpt'),
+                     systems: Iterable[str] = ('joint', 'adpt', 'share_adpt', 'meta_adpt'),  # shown
                      held_out: bool = False,  # in place of the training loss
                      x: str = 'step',  # or 'passes'
-                     ax=None) -> Figure:
+                     ax=None,  # matplotlib axes; None: new ones
+                     ) -> Figure:
     "Draw the loss early in training of models that all systems have: ± sd. [paper Fig. 4c]"
     curves = read_curves(folder, names)
     curves = curves[curves['system'].isin(tuple(systems))
@@ -214,7 +238,7 @@ def plot_convergence(folder, names=None,
     last = curves[curves['system'] != 'meta_adpt'][x].max()
     max_step = max_step or last / 3
     fig, ax = (ax.figure, ax) if ax else new_axes()
-    draw_curves(curves, ax, x, max_step, nats=True)
+    _draw_curves(curves, ax, x, max_step, nats=True)
     ax.set(xlim=(0, max_step), ylabel=f"{'held-out' if held_out else 'training'} loss, nats")
     ax.legend(frameon=False, fontsize=8)
     return fig
@@ -225,7 +249,7 @@ def of_pairs(table: pd.DataFrame) -> pd.DataFrame:  # of `load`
     return table[(table['pair'].str.count(r'\+') < 2) & ~table['pair'].str.contains(r'[a-z]{2}\d')]
 
 def scores_of(table: pd.DataFrame,  # of `load`
-              task: str = 'ner',
+              task: str = 'ner',  # a name in `tasks.TASKS`
               where: str = 'within',  # or 'zero-shot'
               langs: Iterable[str] | None = None,  # tested on; None: all
               source: str | None = None,  # language that zero-shot starts from; None: any
@@ -241,11 +265,14 @@ def scores_of(table: pd.DataFrame,  # of `load`
     return found.reindex(order[0], level=0)[order[1]]
 
 # %% ../nbs/08_figures.ipynb #f8f0db91
-def plot_languages(scores: pd.DataFrame, task: str = 'ner', where: str = 'within',
+def plot_languages(scores: pd.DataFrame,  # of `load`
+                   task: str = 'ner',  # a name in `tasks.TASKS`
+                   where: str = 'within',  # 'within' or 'zero-shot'
                    langs: Iterable[str] | None = None,  # None: all but one that is in every pair
-                   systems: Iterable[str] = ('mono', 'joint', 'xlm'),
+                   systems: Iterable[str] = ('mono', 'joint', 'xlm'),  # those to show
                    source: str | None = None,  # as in `scores_of`
-                   ax=None) -> Figure:
+                   ax=None,  # matplotlib axes; None: new ones
+                   ) -> Figure:
     "Draw scores of each language, a bar for a system: mean ± sd over seeds. [paper Fig. 1]"
     found, pairs = scores_of(scores, task, where, langs, source), scores['pair'].unique()
     found = found[found.index.get_level_values('system').isin(tuple(systems))].dropna(
@@ -267,9 +294,7 @@ def plot_languages(scores: pd.DataFrame, task: str = 'ner', where: str = 'within
     ax.set(xticks=range(len(langs)), ylim=(max(0, min(lows) - 15), None),
            ylabel=f'{task.upper()} {where}, {metric_name(task)}')
     ax.set_xticklabels(langs)
-    handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-    ax.legend(handles.values(), handles, frameon=False, fontsize=8, ncols=len(handles),
-              loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    legend_above(ax, len(shown))
     return fig
 
 # %% ../nbs/08_figures.ipynb #cab6ce6f
@@ -279,13 +304,15 @@ def metric_name(task: str) -> str:
     return f"{'F1' if metric == 'f1' else metric}, %"
 
 # %% ../nbs/08_figures.ipynb #7ca42e0b
-def plot_transfer(scores: pd.DataFrame, task: str = 'ner',
+def plot_transfer(scores: pd.DataFrame,  # of `load`
+                  task: str = 'ner',  # a name in `tasks.TASKS`
                   langs: Iterable[str] | None = None,  # tested on; None: all
                   source: str | None = None,  # language that zero-shot starts from; None: any
-                  ax=None) -> Figure:
+                  ax=None,  # matplotlib axes; None: new ones
+                  ) -> Figure:
     "Draw zero-shot over within-language scores, ± standard errors. [paper Tables 2, 3 and 6]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=4)
-    right, up = both_ways(scores, task, langs, source)
+    right, up = _both_ways(scores, task, langs, source)
     home = f'in {source}' if task == 'nli' and source else 'within language'
     both = right.index.unique('system').intersection(up.index.unique('system'))
     right, up = (seed_means(found[found.index.get_level_values('system').isin(both)])
@@ -304,7 +331,9 @@ def plot_transfer(scores: pd.DataFrame, task: str = 'ner',
     return fig
 
 # %% ../nbs/08_figures.ipynb #5be4663e
-def label_points(ax, points: dict):  # {system: (x, y)}
+def label_points(ax,  # matplotlib axes that hold the points
+                 points: dict,  # {system: (x, y)}
+                 ):
     "Write each system's name beside its point, where no other name or point is."
     ax.figure.draw_without_rendering()
     at = {s: ax.transData.transform(xy) * 72 / ax.figure.dpi for s, xy in points.items()}
@@ -320,7 +349,7 @@ def label_points(ax, points: dict):  # {system: (x, y)}
         ax.annotate(system, points[system], xytext=spot, textcoords='offset points',
                     color=colour(system), fontsize=8)
 
-def both_ways(scores: pd.DataFrame, task: str, langs=None, source: str | None = None,
+def _both_ways(scores: pd.DataFrame, task: str, langs=None, source: str | None = None,
               ) -> tuple[pd.DataFrame, pd.DataFrame]:  # of `scores_of`: within; zero-shot
     "Take a task's scores both ways; NLI is taught in the source language only. [paper 3.2]"
     taught = [source] if task == 'nli' and source else langs
@@ -331,30 +360,34 @@ def seed_means(found: pd.DataFrame) -> pd.Series:  # found: of `scores_of`
     "Average over languages the seeds that have all of them."
     return found.dropna(axis=1, how='all').dropna().mean(axis=1)
 
-def on_targets(scores: pd.DataFrame, tasks: Iterable[str], langs: Iterable[str],
+def on_targets(scores: pd.DataFrame,  # of `load`
+               tasks: Iterable[str],  # names in `tasks.TASKS`
+               langs: Iterable[str],  # tested on
                source: str | None = None,  # as in `scores_of`
                ) -> pd.DataFrame:  # percent; index: system, seed; columns 'NER within', ...
     "Average scores over the same languages in every system, as `plot_differences` takes them."
     found = {f'{task.upper()} {where}': seed_means(own) for task in tasks for where, own in
-             zip(('within', 'zero-shot'), both_ways(scores, task, langs, source), strict=True)}
+             zip(('within', 'zero-shot'), _both_ways(scores, task, langs, source), strict=True)}
     order = dict.fromkeys(s for own in found.values() for s in own.index.unique('system'))
     return pd.DataFrame(found).reindex(list(order), level='system')
 
 # %% ../nbs/08_figures.ipynb #2fd7379a
 SHOWN = ('NER within', 'NER zero-shot', 'POS zero-shot')     # POS within is near its ceiling
 
-def comparable(results: pd.DataFrame, metrics: Iterable[str] = SHOWN,
+def _comparable(results: pd.DataFrame, metrics: Iterable[str] = SHOWN,
                baseline: str = 'joint') -> list[str]:
     "List the metrics in which some system can be compared with the baseline."
     others = [s for s in results.index.unique(0) if s != baseline]
     return [m for m in metrics if any(paired(results, m, s, baseline).n for s in others)]
 
 def plot_differences(results: pd.DataFrame,  # of `on_targets` or `summarise`
-                     metrics: Iterable[str] = SHOWN,
-                     baseline: str = 'joint', axes=None) -> Figure:
+                     metrics: Iterable[str] = SHOWN,  # columns of `results`
+                     baseline: str = 'joint',  # system that the others are compared with
+                     axes=None,  # one for each metric; None: new ones
+                     ) -> Figure:
     "Draw paired differences to the baseline with their 95% intervals, a panel for each metric."
     systems = [s for s in results.index.unique(0) if s != baseline][::-1]
-    metrics = comparable(results, metrics, baseline)
+    metrics = _comparable(results, metrics, baseline)
     if not metrics:
         raise InputError(f"no metric to compare with '{baseline}'. "
                          'Does the record hold it and another system?')
@@ -374,7 +407,8 @@ def plot_differences(results: pd.DataFrame,  # of `on_targets` or `summarise`
 
 # %% ../nbs/08_figures.ipynb #3db03e11
 def describe_differences(differences: dict[str, Iterable[float]],  # {name: one for each seed}
-                         unit: str = 'points') -> str:
+                         unit: str = 'points',  # of the differences
+                         ) -> str:
     "Sort differences by the side of zero that their 95% intervals lie on; ± standard errors."
     found = {'above zero': [], 'below zero': [], 'undecided': []}
     for name, values in differences.items():
@@ -385,7 +419,9 @@ def describe_differences(differences: dict[str, Iterable[float]],  # {name: one 
     return f'{"; ".join(said)} ({unit})' if said else 'nothing to compare'
 
 # %% ../nbs/08_figures.ipynb #3813f818
-def plot_summary(folder, names=None) -> Figure:
+def plot_summary(folder,  # of records, or what `load` read from it
+                 names=None,  # of runs; None: all that are there
+                 ) -> Figure:
     "Draw the figure of a comparison of systems from its records."
     table = load(folder, names)
     results = summarise(table)
@@ -394,7 +430,7 @@ def plot_summary(folder, names=None) -> Figure:
         plot_curves(table, x, ax=ax)
     axes[0, 1].get_legend().remove(); axes[0, 1].set_ylabel('')
     plot_transfer(table, ax=axes[0, 2])
-    shown = comparable(results)
+    shown = _comparable(results)
     if shown: plot_differences(results, axes=axes[1, :len(shown)])
     for ax in axes[1, len(shown):]: ax.remove()
     return fig
@@ -406,7 +442,8 @@ def plot_conflict(probes: dict,  # {'en-fr': rows of each seed's probe}
                   group: str = 'encoder',  # of `groups_of`: a kind, 'layer 0', 'all', ...
                   window: int = 9,  # probes in the running mean
                   max_step: float = math.inf,  # leave out what comes from this step on
-                  ax=None) -> Figure:
+                  ax=None,  # matplotlib axes; None: new ones
+                  ) -> Figure:
     "Draw cosines within and across languages over training: mean ± se over seeds. [paper Fig. 3]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=6.)
     for (pair, seeds), colour in zip(probes.items(), PAIR_COLOURS, strict=False):
@@ -427,11 +464,6 @@ def plot_conflict(probes: dict,  # {'en-fr': rows of each seed's probe}
     return fig
 
 # %% ../nbs/08_figures.ipynb #64a747f1
-def legend_above(ax, columns: int):
-    "Set the legend where no curve can be."
-    ax.legend(frameon=False, fontsize=8, ncols=columns, loc='lower left', bbox_to_anchor=(0, 1),
-              borderpad=0, columnspacing=1.2)
-
 def running(values: np.ndarray, window: int) -> np.ndarray:
     "Average each `window` neighbours, and give a value for every third of a window."
     window = min(window, len(values))
@@ -442,7 +474,8 @@ def plot_groups(probes: dict,  # {'en-fr': rows of each seed's probe}
                 step: int = 0,  # the first step to count
                 width: int = 200,  # steps to average over
                 groups: Iterable[str] | None = None,  # None: what the probe has, less the sums
-                ax=None) -> Figure:
+                ax=None,  # matplotlib axes; None: new ones
+                ) -> Figure:
     "Draw cosines within and across languages by group at a time of training: mean ± se."
     rows = next(iter(probes.values()))[0]
     known = [g for g in next(iter(rows[0]['cos'].values())) if g not in ('all', 'encoder')]
@@ -471,7 +504,8 @@ def plot_groups(probes: dict,  # {'en-fr': rows of each seed's probe}
 def plot_similarity(studies: list[dict],  # of `prune_study`, one a seed
                     measure: str = 'raw',  # or 'centred', 'permuted'
                     langs: tuple[str, str] | None = None,  # None: the study's first two
-                    axes=None) -> Figure:
+                    axes=None,  # one for each kind; None: new ones
+                    ) -> Figure:
     "Draw the cosine of gates by layer and kind: mean ± sd over seeds. [paper Fig. 4a]"
     a, b = langs or tuple(studies[0]['ppl']['whole'])[:2]
     bars = {'one language, two seeds': (f'{a}-{a}', f'{b}-{b}'), f'{a}-{b}': (f'{a}-{b}',)}
@@ -500,7 +534,8 @@ def plot_extremes(study: dict,  # of `prune_study`
                   kind: str | None = None,  # None: 'ffn' if its neurons have gates
                   top: int = 60,  # gates on each side
                   layer: int | None = None,  # None: all of them
-                  ax=None) -> Figure:
+                  ax=None,  # matplotlib axes; None: new ones
+                  ) -> Figure:
     "Draw the strongest gates of the second language beside the first's. [paper Fig. 4b]"
     langs = langs or tuple(study['ppl']['whole'])[:2]
     kind, mean = strongest(study, langs, kind, layer)
@@ -522,7 +557,8 @@ def plot_overlap(study: dict,  # of `prune_study`
                  threshold: float = 0.,  # log alpha above which a group counts as kept
                  kind: str | None = None,  # None: 'ffn' if its neurons have gates
                  langs: tuple[str, str] | None = None,  # None: the study's first two
-                 ax=None) -> Figure:
+                 ax=None,  # matplotlib axes; None: new ones
+                 ) -> Figure:
     "Draw each group's gate in two languages, and which of them keep it. [paper 3.1]"
     a, b = langs = langs or tuple(study['ppl']['whole'])[:2]
     kind, (x, y) = strongest(study, langs, kind, layer)
@@ -537,14 +573,14 @@ def plot_overlap(study: dict,  # of `prune_study`
     ax.axvline(threshold, color='0.6', lw=.8, zorder=0)
     where = 'all layers' if layer is None else f'layer {layer}'
     ax.set(xlabel=f'log alpha of {a}, {kind}, {where}', ylabel=f'log alpha of {b}{price(study)}')
-    ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower left', bbox_to_anchor=(0, 1),
-              borderpad=0, columnspacing=1.)
+    legend_above(ax, 2)
     return fig
 
 # %% ../nbs/08_figures.ipynb #69dd2326
 def plot_pruned(studies: list[dict],  # of `prune_study`, one a seed
                 langs: tuple[str, str] | None = None,  # None: the study's first two
-                ax=None) -> Figure:
+                ax=None,  # matplotlib axes; None: new ones
+                ) -> Figure:
     "Draw what pruning each class of groups does to each language's loss: mean ± se over seeds."
     fig, ax = (ax.figure, ax) if ax else new_axes(width=6., height=2.8)
     langs = langs or tuple(studies[0]['ppl']['whole'])[:2]
@@ -566,7 +602,7 @@ def plot_pruned(studies: list[dict],  # of `prune_study`, one a seed
 
 # %% ../nbs/08_figures.ipynb #35785dbf
 def svg(
-    fig: Figure,
+    fig: Figure,            # closed afterwards
     prefix: str = '',       # keeps the ids of several figures on one page apart
 ) -> str:                   # an `<svg>` element, the same in every run
     "Return a figure as SVG, and close it."
@@ -656,9 +692,9 @@ def meta_by_hand(
 # %% ../nbs/08_figures.ipynb #601beedd
 def plot_meta_step(
     beta: float = .5,       # as for `meta_by_hand`, like the next three
-    angle: float = 120.,
-    eps: float = .01,
-    bend: float = 0.,
+    angle: float = 120.,    # between the two languages' gradients, degrees
+    eps: float = .01,       # length of the finite difference
+    bend: float = 0.,       # b of the losses
     axes=None,              # two; made if not given
 ) -> Figure:
     "Draw a meta step worked out by hand: the inner step, and the step of phi [paper Eq. 3-4]."

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'FinetuneConfig', 'TaskModel', 'predict', 'evaluate', 'evaluate_languages', 'make_optimizer', 'Trainer',
-           'tune', 'check_model', 'describe_inputs', 'run_config', 'grid_points', 'trial', 'read_trial', 'run_trials',
-           'finetune']
+           'tune', 'grid_points', 'run_trials', 'finetune']
 
 # %% ../nbs/06_finetune.ipynb #db95f6a8
 import copy, itertools, math, pickle, tempfile, time
@@ -55,13 +54,17 @@ class FinetuneConfig:
                           max_dev=200, max_eval=400) | own | kw)
 
     @classmethod
-    def mini(cls, task='ner', **kw):
+    def mini(cls, task='ner',  # a name in `TASKS`
+             **kw,  # fields to change
+             ):
         "Return the setting for small models of real text."
         own = dict(qa=dict(max_len=256)).get(task, {})
         return cls(**dict(lr=5e-4, max_train=5000, max_dev=1000, max_eval=2000) | own | kw)
 
     @classmethod
-    def paper(cls, task='ner', **kw):
+    def paper(cls, task='ner',  # a name in `TASKS`
+              **kw,  # fields to change
+              ):
         "Return the paper's setting, in the middle of its grid [paper App. A]."
         own = dict(qa=dict(epochs=2, max_len=384),
                    nli=dict(epochs=200, batch_size=8, lr=5e-6, head_lr=2e-5, max_len=256,
@@ -81,11 +84,13 @@ class TaskModel(nn.Module):
         self.head = spec.head(encoder.cfg.dim, spec).to(next(encoder.parameters()).device)
 
     @property
-    def device(self) -> torch.device: return next(self.parameters()).device
+    def device(self) -> torch.device:
+        "Return where the weights are."
+        return next(self.parameters()).device
 
     def forward(
         self,
-        batch: TaskBatch,
+        batch: TaskBatch,       # of one language
         lang: str,              # whose modules the sentences pass through
     ) -> Tensor:                # scores, as the head gives them
         "Encode sentences through the modules of `lang` and score answers [paper App. B]."
@@ -94,8 +99,8 @@ class TaskModel(nn.Module):
 # %% ../nbs/06_finetune.ipynb #5c8927d1
 @torch.no_grad()
 def predict(
-    model: TaskModel,
-    data: TaskData,
+    model: TaskModel,       # finetuned on the task
+    data: TaskData,         # examples of one language
     lang: str,              # whose modules the sentences pass through
     size: int = 128,        # features a batch
 ) -> list:                  # one answer an example; tagging: a list of tags
@@ -111,8 +116,8 @@ def predict(
     return [spec.merge(a) for a in answers]
 
 def evaluate(
-    model: TaskModel,
-    data: TaskData,
+    model: TaskModel,       # finetuned on the task
+    data: TaskData,         # examples of one language
     lang: str,              # whose modules the sentences pass through
 ) -> dict[str, float]:      # {metric: percent}
     "Score a model on one split of one language."
@@ -141,9 +146,9 @@ def _scored(model, data, lang) -> list[dict]:
 
 # %% ../nbs/06_finetune.ipynb #2a9adc02
 def make_optimizer(
-    model: TaskModel,
+    model: TaskModel,           # to finetune
     lang: str,                  # the training language
-    cfg: FinetuneConfig,
+    cfg: FinetuneConfig,        # learning rates, and what is frozen
 ) -> torch.optim.Adam:          # groups: encoder, head; each with its 'peak' rate
     "Choose what is tuned: shared parameters, the training language's own unless frozen, the head."
     for own, params in getattr(model.encoder, 'phi', {}).items():
@@ -159,18 +164,18 @@ class Trainer:
     "One finetuning run, epoch by epoch; it resumes after a kill."
     def __init__(
         self,
-        model: TaskModel,
+        model: TaskModel,           # to finetune
         data: TaskData,             # training set
         dev: TaskData,              # development set of the same language
         lang: str,                  # of both
-        cfg: FinetuneConfig,
+        cfg: FinetuneConfig,        # of the run
         folder=None,                # keeps last and best .safetensors, record.jsonl; None: nothing
-        inputs: dict | None = None, # what else the run depends on, of `describe_inputs`
+        inputs: dict | None = None, # what else the run depends on, of `_describe_inputs`
     ):
         "Raises `InputError` for a folder of another run."
         self.model, self.data, self.dev, self.lang, self.cfg = model, data, dev, lang, cfg
         self.folder, self.history, self.best = Path(folder) if folder else None, [], None
-        self.config = run_config(model.spec, lang, cfg, inputs)
+        self.config = _run_config(model.spec, lang, cfg, inputs)
         self.optimizers, self.record = {'all': make_optimizer(model, lang, cfg)}, JsonlLog()
         if self.folder: self.resume()
 
@@ -240,7 +245,7 @@ def tune(
     task: str | TaskSpec,       # a name in `TASKS`, or a spec of your own
     source,                     # a Source
     train_lang: str,            # language of the training and development sets
-    cfg: FinetuneConfig,
+    cfg: FinetuneConfig,        # of the run
     folder=None,                # where checkpoints go and a killed run resumes
     progress: bool = False,     # print a line an epoch
 ) -> tuple[TaskModel, list[dict], int]:     # the best epoch's model, a row an epoch, the best epoch
@@ -248,12 +253,12 @@ def tune(
 
     Raises `InputError` for missing data, an unknown language or a folder of another run."""
     spec = task_spec(task)
-    check_model(model, tokenizer, [train_lang])
+    _check_model(model, tokenizer, [train_lang])
     max_len, device = min(cfg.max_len, model.cfg.max_len), next(model.parameters()).device
     read = lambda split, limit, seed=0: read_data(spec, source, train_lang, split, tokenizer,
                                                   max_len, limit, seed)
     data, dev = read('train', cfg.max_train, cfg.seed), read('validation', cfg.max_dev)
-    inputs = describe_inputs(model, tokenizer, source, spec, train_lang) if folder else None
+    inputs = _describe_inputs(model, tokenizer, source, spec, train_lang) if folder else None
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         torch.manual_seed(cfg.seed)
         run = Trainer(TaskModel(model, spec), data, dev, train_lang, cfg, folder, inputs)
@@ -267,7 +272,7 @@ def tune(
     return run.model, run.history, run.best_epoch()
 
 # %% ../nbs/06_finetune.ipynb #c2b92f11
-def check_model(model, tokenizer, langs: list[str]):
+def _check_model(model, tokenizer, langs: list[str]):
     "Raise `InputError` for a language that the model lacks, or a tokenizer that is not its own."
     for lang in langs:
         if lang not in (model.langs or [lang]):
@@ -277,13 +282,13 @@ def check_model(model, tokenizer, langs: list[str]):
         raise InputError(f'the tokenizer has {tokenizer.vocab_size} pieces, the model '
                          f'{model.cfg.vocab_size}. Use the tokenizer that it was pretrained with.')
 
-def describe_inputs(model, tokenizer, source, spec: TaskSpec, lang: str) -> dict:
+def _describe_inputs(model, tokenizer, source, spec: TaskSpec, lang: str) -> dict:
     "Identify what a run depends on besides its settings: weights, tokenizer, data."
     own = f'{spec.data}/{lang}'
     data = {k: v for k, v in source.revision().items() if '/' not in k or k == own}
     return dict(weights=weights_hash(model), tokenizer=tokenizer.fingerprint[:16], data=data)
 
-def run_config(spec: TaskSpec, lang: str, cfg: FinetuneConfig, inputs: dict | None) -> dict:
+def _run_config(spec: TaskSpec, lang: str, cfg: FinetuneConfig, inputs: dict | None) -> dict:
     "Return everything that a finetuning run depends on, for its record."
     return dict(task=spec.name, train_lang=lang, finetune=asdict(cfg)) | (inputs or {})
 
@@ -306,23 +311,23 @@ def grid_points(
     return [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
 
 # %% ../nbs/06_finetune.ipynb #6bc41d31
-def trial(
+def _trial(
     job: tuple,         # settings; folder or None
     model, tokenizer, task, source, train_lang, progress,
 ) -> tuple[dict, dict | None]:      # 'best_epoch', 'dev', 'wall_s'; the weights, where no folder is
     "Tune at one point of a grid, unless the folder's record says that it is done."
     (cfg, home), start, spec = job, time.perf_counter(), task_spec(task)
-    config = home and run_config(spec, train_lang, cfg, describe_inputs(
+    config = home and _run_config(spec, train_lang, cfg, _describe_inputs(
         model, tokenizer, source, spec, train_lang))
-    if home and (row := read_trial(home, config)): return row, None
+    if home and (row := _read_trial(home, config)): return row, None
     tuned, dev, best = tune(model, tokenizer, spec, source, train_lang, cfg, home, progress)
-    if home: return read_trial(home, config), None
+    if home: return _read_trial(home, config), None
     seconds = round(time.perf_counter() - start, 2)
     return dict(best_epoch=best, dev=dev, wall_s=seconds), tuned.state_dict()
 
-def read_trial(
+def _read_trial(
     home: Path,         # the trial's folder
-    config: dict,       # what `run_config` returns for it
+    config: dict,       # what `_run_config` returns for it
 ) -> dict | None:       # 'best_epoch', 'dev', 'wall_s'; None: not done
     "Read a finished trial; raises `InputError` for a folder of another one."
     rows = read_jsonl(home/'record.jsonl') if (home/'record.jsonl').exists() else []
@@ -334,12 +339,12 @@ def read_trial(
 # %% ../nbs/06_finetune.ipynb #cf6063e3
 def run_trials(
     jobs: list,         # (settings, folder or None) of each trial
-    shared: tuple,      # the other arguments of `trial`
+    shared: tuple,      # the other arguments of `_trial`
     workers: int,       # processes, each with one GPU, in turn, or one core
-) -> Iterator[tuple]:   # what `trial` returns, in the jobs' order
+) -> Iterator[tuple]:   # what `_trial` returns, in the jobs' order
     "Run trials; raises `InputError` for a model or task that other processes cannot be sent."
     if workers == 1:
-        yield from (trial(job, *shared) for job in jobs)
+        yield from (_trial(job, *shared) for job in jobs)
         return
     model, tokenizer, task, *rest = shared
     if isinstance(task, TaskSpec) and TASKS.get(task.name) is task: task = task.name
@@ -355,7 +360,7 @@ def _share(data: bytes):
     model, *rest = pickle.loads(data)       # from the parent's memory, never from a file
     _shared[:] = model.to('cuda' if torch.cuda.is_available() else 'cpu'), *rest
 
-def _shared_trial(job): return trial(job, *_shared)
+def _shared_trial(job): return _trial(job, *_shared)
 
 # %% ../nbs/06_finetune.ipynb #2c7dda60
 def finetune(
@@ -376,7 +381,7 @@ def finetune(
     With a grid, finetune at each of its points and test the one with the best development score
     [paper sec. 3.1, App. A]. Raises `InputError` as `tune` and `grid_points` do."""
     spec, start, changes = task_spec(task), time.perf_counter(), grid_points(grid)
-    check_model(model, tokenizer, [train_lang, *eval_langs])
+    _check_model(model, tokenizer, [train_lang, *eval_langs])
     max_len = min(cfg.max_len, model.cfg.max_len)
     tests = {l: read_data(spec, source, l, 'test', tokenizer, max_len, cfg.max_eval)
              for l in eval_langs}

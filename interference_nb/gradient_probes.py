@@ -160,7 +160,11 @@ class GradientProbe:
         cos = {pair: {g: round(c, 5) for g, c in row.items()} for pair, row in cos.items()}
         self.record.write('probe', step=k, passes=self.passes, cos=cos)
 
-    def losses(self, k, model, sampler, device) -> Callable:
+    def losses(self, k,  # step, from 0
+               model,  # has `loss(batch)`
+               sampler,  # of the run
+               device,  # where the model is
+               ) -> Callable:  # (language, turn) -> a list of losses to call
         "Return what draws the losses of a gradient; several processes share its batches."
         amp, n = Precision(sampler.cfg.precision, device), self.cfg.n_batches
         scale = 2.**12 if amp.name == 'float16' else 1. # keeps small numbers; a cosine has no scale
@@ -173,7 +177,9 @@ class GradientProbe:
             return [lambda i=i: loss(self.streams[lang], i) for i in mine]
         return draw
 
-    def start(self, k, sampler):
+    def start(self, k,  # step, from 0
+              sampler,  # of the run
+              ):
         "Open the record; rows of a killed run from step k on are measured again."
         check_shares(self.cfg.n_batches, sampler.world, 'n_batches')
         if len(sampler.langs) < 2:
@@ -269,7 +275,9 @@ class PCGrad(Mean):
 
 class GradientVaccine(Mean):
     "Keep gradients as similar as they usually are, layer by layer [Wang et al. 2021]."
-    def __init__(self, K, sizes):
+    def __init__(self, K,  # number of languages
+                 sizes,  # weights in each group
+                 ):
         super().__init__(K, sizes)
         self.memory = dict(target=torch.zeros(len(sizes), K, K, dtype=torch.float64))
 

@@ -86,6 +86,7 @@ class AnyModel(nn.Module):
         return {lang: self._of(lang) for lang in self.langs}
 
     def forward(self, *args, **kwargs):
+        "Call the module, with all that it takes."
         return self.module(*args, **kwargs)
 
     def loss(self, batch: Batch) -> Tensor:     # scalar, nats
@@ -108,7 +109,9 @@ class AnyModel(nn.Module):
             known.add(place)
         return state
 
-    def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
+    def load_state_dict(self, state_dict,  # name -> tensor
+                        strict: bool = True,  # False: names may be missing, or too many
+                        **kwargs):
         "Load what `state_dict` returned. Raises `InputError` for another model's weights."
         missing, extra = super().load_state_dict(state_dict, strict=False, **kwargs)
         missing = [n for n in self.state_dict() if n in missing]
@@ -275,17 +278,20 @@ class HubTokenizer:
             self._known[word] = ids, locate_pieces(word, pieces)
         return self._known[word]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str,  # any text
+               ) -> list[int]:
         "Return the ids of a text, without borders."
         return self.encode_offsets(text)[0]
 
-    def encode_words(self, words: list[str]) -> tuple[list[int], list[int]]:
+    def encode_words(self, words: list[str],  # without blanks in them
+                     ) -> tuple[list[int], list[int]]:
         "Return the ids of words and the index of each word's first piece."
         encoded = [self._word(w)[0] for w in words]
         first = np.cumsum([0, *map(len, encoded)])[:-1].tolist()
         return [i for ids in encoded for i in ids], first
 
-    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_offsets(self, text: str,  # any text
+                       ) -> tuple[list[int], list[tuple[int, int]]]:
         "Return the ids of a text and each one's characters (from, to)."
         ids, offsets = [], []
         for m in re.finditer(r'\S+', text):

@@ -80,13 +80,19 @@ class GateGroup:
                              'equal blocks. Use a divisor.')
 
     @property
-    def place(self) -> Place: return locate_parameter(self.weight)
+    def place(self) -> Place:
+        "Return the place of the weight: its layer and what it belongs to."
+        return locate_parameter(self.weight)
 
     @property
-    def key(self) -> str: return f'{self.weight}:{self.dim}:{self.n}'
+    def key(self) -> str:
+        "Return a name for these groups that files keep."
+        return f'{self.weight}:{self.dim}:{self.n}'
 
     @property
-    def size(self) -> int: return math.prod(self.shape) // self.n   # weights under one gate
+    def size(self) -> int:
+        "Count the weights under one gate."
+        return math.prod(self.shape) // self.n   # weights under one gate
 
     def factor(self, z: Tensor) -> Tensor:      # [n] gates -> [rows, 1] or [1, columns]
         "Lay the gates out along the weight; raises `InputError` for another number of gates."
@@ -188,7 +194,9 @@ class Gates:
     about: dict = field(default_factory=dict)   # plain values: config, seed, course of learning
 
     @property
-    def groups(self) -> list[GateGroup]: return list(self.log_alpha)
+    def groups(self) -> list[GateGroup]:
+        "Return the groups, in the order of the gates."
+        return list(self.log_alpha)
 
     def flat(self) -> Tensor:                   # [number of gates], in the order of the groups
         "Return all log alphas in one vector."
@@ -290,7 +298,7 @@ def learn_gates(
     model: nn.Module,                   # frozen: nothing in it changes
     loss: Callable[[int], Tensor],      # this model's scalar loss on the k-th batch, in nats
     groups: Sequence[GateGroup],        # what gets gates
-    cfg: PruneConfig = PruneConfig(),
+    cfg: PruneConfig = PruneConfig(),   # steps, rates and penalty
     seed: int = 0,                      # of the gates' initialisation and noise
     progress: bool = False,             # show a text bar
 ) -> Gates:                             # about: config, seed, course
@@ -423,7 +431,7 @@ def prune_study(
     model: nn.Module,                               # frozen, in evaluation mode
     losses: dict[str, Callable[[int], Tensor]],     # {language: loss of its k-th training batch}
     evaluate: Callable[[str], float],               # held-out perplexity of a language
-    cfg: PruneConfig = PruneConfig(),
+    cfg: PruneConfig = PruneConfig(),               # of each pruning; how many seeds
     groups: Sequence[GateGroup] | None = None,      # None: `cfg.groups`
     progress: bool = False,                         # show text bars
     done: Callable[[str, int], Gates | None] = lambda lang, seed: None,     # of an earlier run

@@ -393,7 +393,12 @@ class MetaStep(JointStep):
                    for i, b in zip(sampler.shard_indices(k), batches, strict=True)]
         return dict(loss=loss) | self.update_specific(k, sampler, own, batches, lr)
 
-    def update_specific(self, k, sampler, own, batches, lr) -> dict:
+    def update_specific(self, k,  # step, from 0
+                        sampler,  # of the run
+                        own,  # languages of the step
+                        batches,  # their training batches, of this process
+                        lr,  # learning rate
+                        ) -> dict:
         "Move phi of the step's languages along the hypergradient [paper Eq. 3]."
         meta, phi, s = self.meta, [p for l in own for p in self.phi[l]], self.scale()
         langs = self.val_langs(sampler, k)
@@ -410,7 +415,10 @@ class MetaStep(JointStep):
         log = k // meta.meta_every % meta.log_every == 0        # of the steps in which phi moves
         return out | dict(ratio=h.ratio) if direct and log else out
 
-    def update_shared(self, own, batches, lr) -> Tensor:
+    def update_shared(self, own,  # languages of the step
+                      batches,  # their training batches, of this process
+                      lr,  # learning rate
+                      ) -> Tensor:  # scalar: mean loss
         "Move theta along the training gradient at the present phi [paper Eq. 5]."
         params, s = list(self.theta), self.scale()
         if self.meta.phi_follows_training_gradient: params += [p for l in own for p in self.phi[l]]
@@ -419,7 +427,8 @@ class MetaStep(JointStep):
         self.step('shared', params, grads, lr)
         return loss / s
 
-    def losses(self, batches) -> list[Callable]:
+    def losses(self, batches,  # of any languages
+               ) -> list[Callable]:
         "Make a closure per batch; in float16 the losses are scaled."
         return [lambda b=b: self.amp.scaler.scale(self.model.loss(b)) for b in batches]
 
@@ -428,12 +437,19 @@ class MetaStep(JointStep):
         scaler = self.amp.scaler
         return scaler.scale(self.theta[0].new_ones(())) if scaler.is_enabled() else 1.
 
-    def step(self, name, params, grads, lr, average=True):
+    def step(self, name,  # of the optimiser: 'specific' or 'shared'
+             params,  # to update
+             grads,  # one for each parameter
+             lr,  # learning rate
+             average=True,  # False: the processes' gradients are equal already
+             ):
         "Hand gradients to the named optimiser; `update` averages, clips and steps."
         for p, g in zip(params, grads, strict=True): p.grad = g
         self.update(name, lr, average)
 
-    def val_langs(self, sampler, k) -> list[str]:
+    def val_langs(self, sampler,  # of the run
+                  k,  # step, from 0
+                  ) -> list[str]:
         "Name the languages whose validation losses a step takes; drawn alike by all processes."
         own = sampler.langs_at(k) if self.meta.exclude_own_language else ()
         langs, n = [l for l in sampler.langs if l not in own], self.meta.sampled_languages
@@ -441,7 +457,8 @@ class MetaStep(JointStep):
         drawn = np.random.default_rng([self.cfg.seed, 104729, k]).choice(len(langs), n, False)
         return [langs[i] for i in sorted(drawn)]
 
-    def check(self, sampler):
+    def check(self, sampler,  # of the run
+              ):
         "Raise `InputError` for a sampler that does not fit the settings."
         meta = self.meta
         if missing := [l for l in sampler.langs if not self.phi.get(l)]:

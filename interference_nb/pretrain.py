@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['BEFORE', 'OWN_ROWS', 'FREE', 'TrainConfig', 'learning_rate', 'BatchSampler', 'check_shares', 'pinned', 'perplexity',
            'make_adam', 'Precision', 'JointStep', 'training_state', 'restore_training_state', 'config_hash', 'run_info',
-           'train', 'clocks', 'seed_step', 'prepare_model', 'keep_memory', 'end_by', 'progress_bar', 'same_config',
-           'upgraded', 'RunLog']
+           'train', 'clocks', 'seed_step', 'prepare_model', 'keep_memory', 'progress_bar', 'same_config', 'upgraded']
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
@@ -373,7 +372,7 @@ def train(model,  # has `loss(batch)`, `cfg` and `langs`
     "Train to `cfg.steps`, resuming exactly where a killed run left its checkpoint. [paper 3.2]"
     step = step or JointStep(model, cfg)
     prepare_model(model, cfg)
-    log = RunLog(model, step, cfg, sampler, dev, folder, about)
+    log = _RunLog(model, step, cfg, sampler, dev, folder, about)
     last = min(cfg.steps, stop_at or cfg.steps)
     if log.first in (0, cfg.steps): log.evaluate(log.first)    # no rows at the end: resumed
     model.train()
@@ -388,11 +387,12 @@ def train(model,  # has `loss(batch)`, `cfg` and `langs`
             done = k + 1
             if done % cfg.eval_every == 0 or done == cfg.steps:
                 bar.set_postfix_str(log.evaluate(done))
-            elif done % cfg.checkpoint_every == 0 or done % 50 == 0: log.losses(done)
+            elif done % cfg.checkpoint_every == 0 or done % 50 == 0:
+                log.record.write('step', **log.means(done))
             stop = signals.agreed()
             if done % cfg.checkpoint_every == 0 or done == last or stop: log.save(done)
             bar.update(1)
-            if stop and done < last: end_by(stop)
+            if stop and done < last: _end_by(stop)
         if not cfg.steps: log.save(0)                       # random weights are a model, too
         return log.end(at_end) if last == cfg.steps else log.rows
 
@@ -434,7 +434,7 @@ def keep_memory():
     mallopt(-4, 0)              # M_MMAP_MAX: large blocks come from the heap, too,
     mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD: which does not shrink
 
-def end_by(number: int):
+def _end_by(number: int):
     "Exit with the status of a process that a signal ended."
     if number == signal.SIGINT: raise KeyboardInterrupt
     raise SystemExit(128 + number)
@@ -485,7 +485,7 @@ def upgraded(config):  # a stored config or a part of one, as JSON gives it
     if 'ffn_dim' in config: config = upgrade_model(config)
     return upgrade_meta(config) if 'estimator' in config else config
 
-class RunLog:
+class _RunLog:
     "The bookkeeping of one run: its record, its checkpoint, where it resumes."
     def __init__(self, model, step, cfg, sampler, dev, folder, about):
         self.model, self.step, self.cfg, self.sampler, self.dev = model, step, cfg, sampler, dev
@@ -608,8 +608,6 @@ class RunLog:
         out = {n: mean(n) for n in names}
         self.settled.clear()
         return self.so_far(done) | out
-
-    def losses(self, done): self.record.write('step', **self.means(done))
 
     def evaluate(self, done) -> str:
         means = self.means(done)

@@ -27,7 +27,7 @@ def accuracy_at_1(
 # %% ../nbs/06c_retrieval.ipynb #105dab93
 @torch.no_grad()
 def sentence_vectors(
-    model: MultilingualLM,
+    model: MultilingualLM,      # pretrained, in any variant
     lines: list[str],           # sentences of one language
     tokenizer,                  # that the model was trained with
     lang: str,                  # whose modules they pass through
@@ -92,7 +92,7 @@ def _by_part(source, lang: str, within: str) -> dict[str, str]:      # {part of 
 
 # %% ../nbs/06c_retrieval.ipynb #aefeff79
 def retrieval(
-    model: MultilingualLM,
+    model: MultilingualLM,      # pretrained, in any variant
     source,                     # that has parallel lines of its languages
     tokenizer,                  # that the model was trained with
     langs: tuple[str, str] | None = None,   # two of the model's; None: its first two

@@ -155,7 +155,7 @@ def tagging_loss(
 def decode_tags(
     scores: Tensor,         # [T,C]
     feature: Feature,       # its positions are those of first subwords
-    spec: TaskSpec,
+    spec: TaskSpec,         # the task
 ) -> list[str]:             # a tag for each word
     "Return the best label at each word's first subword."
     return [spec.labels[i] for i in scores[feature.positions].argmax(-1).tolist()]
@@ -163,7 +163,7 @@ def decode_tags(
 def score_tags(
     row: dict,              # a cleaned example
     answer: list[str],      # predicted tags, one a word
-    spec: TaskSpec,
+    spec: TaskSpec,         # the task
 ) -> dict[str, tuple[int, int]]:    # 'f1' of spans and 'accuracy' of words, as `TaskSpec.score`
     "Compare the predicted tags of one sentence with the true ones."
     gold = [spec.labels[l] for l in row['labels']]
@@ -199,7 +199,7 @@ class TaskData:
     "Examples of one task, language and split, encoded once."
     def __init__(
         self,
-        spec: TaskSpec,
+        spec: TaskSpec,             # the task
         rows: list[dict],           # in the hub's schema
         tokenizer,                  # the model's own
         max_len: int,               # longest input, in tokens
@@ -249,9 +249,9 @@ def _pad(lists: list[list[int]], fill: int) -> np.ndarray:
 
 # %% ../nbs/06b_tasks.ipynb #68b1970f
 def task_rows(
-    spec: TaskSpec,
+    spec: TaskSpec,         # the task
     source,                 # a Source
-    lang: str,
+    lang: str,              # language code
     split: str,             # 'train', 'validation' or 'test'
 ) -> list[dict]:            # in the hub's schema
     "Return a split's rows; without a test set, validation takes its place and training gives some."
@@ -265,7 +265,7 @@ def task_rows(
 def read_data(
     task: str | TaskSpec,       # a name in `TASKS`, or a spec of your own
     source,                     # a Source
-    lang: str,
+    lang: str,                  # language code
     split: str,                 # 'train', 'validation' or 'test'
     tokenizer,                  # the model's own
     max_len: int,               # longest input, in tokens
@@ -288,14 +288,19 @@ def read_data(
 # %% ../nbs/06b_tasks.ipynb #fcd6354e
 class FirstPosition(nn.Linear):
     "Layer that scores every label from the hidden state of `<s>` [@eq-pair]."
-    def __init__(self, dim: int, spec: TaskSpec): super().__init__(dim, len(spec.labels))
+    def __init__(self, dim: int,  # D, width of the encoder
+                 spec: TaskSpec,  # the task
+                 ):
+        super().__init__(dim, len(spec.labels))
 
-    def forward(self, hidden: Tensor) -> Tensor: # [B,T,D] -> [B,C]
+    def forward(self, hidden: Tensor,  # [B,T,D]
+                ) -> Tensor:  # [B,C]
+        "Score the labels of each row."
         return super().forward(hidden[:, 0])
 
 def encode_pairs(
     rows: list[dict],       # examples with 'premise', 'hypothesis' and 'label'
-    spec: TaskSpec,
+    spec: TaskSpec,         # the task
     tokenizer,              # anything with encode, bos and eos
     max_len: int,           # longest input, in tokens
 ) -> list[Feature]:         # one for each row
@@ -307,12 +312,17 @@ def encode_pairs(
         features.append(Feature([bos, *a, eos, *b, eos], [row['label']], r, [0]))
     return features
 
-def clean_label(row: dict, spec: TaskSpec) -> dict:
+def clean_label(row: dict,  # in the hub's schema
+                spec: TaskSpec,  # the task
+                ) -> dict:  # the row itself
     "Check the one label of a row; raises `InputError` for a label that the task does not know."
     check_label(row['label'], spec)
     return row
 
-def score_label(row: dict, answer: str, spec: TaskSpec) -> dict[str, tuple[int, int]]:
+def score_label(row: dict,  # a cleaned example
+                answer: str,  # predicted label
+                spec: TaskSpec,  # the task
+                ) -> dict[str, tuple[int, int]]:
     "Compare the one label of an example with the true one, as `TaskSpec.score`."
     return dict(accuracy=(100 * (spec.labels[row['label']] == answer), 1))
 
@@ -334,7 +344,7 @@ def windows(
 
 def encode_qa(
     rows: list[dict],       # examples as `clean_qa` returns them
-    spec: TaskSpec,
+    spec: TaskSpec,         # the task
     tokenizer,              # anything with encode, encode_offsets, bos and eos
     max_len: int,           # longest input, in tokens
 ) -> list[Feature]:         # one for each window, in the order of the rows
@@ -370,7 +380,7 @@ def span_loss(
 def decode_span(
     scores: Tensor,                 # [T,2] of one feature
     feature: Feature,               # one window of a context
-    spec: TaskSpec,
+    spec: TaskSpec,                 # the task
 ) -> tuple[float, int, int]:        # its score; from and to, in characters of the context
     "Return the best answer of one window: no end before its start, none too long [@eq-span]."
     if not feature.positions: return -math.inf, 0, 0        # a context without a subword
@@ -382,7 +392,7 @@ def decode_span(
 
 # %% ../nbs/06b_tasks.ipynb #6a43261e
 def normalise_answer(
-    text: str,
+    text: str,                      # an answer
     multilingual: bool = False,     # True: more than English punctuation and articles
 ) -> str:
     "Make answers comparable as the script of SQuAD v1.1 does."
@@ -397,7 +407,7 @@ def normalise_answer(
 
 def word_f1(
     a: str,                 # both normalised
-    b: str,
+    b: str,                 # the other
 ) -> float:                 # percent
     "Compute the F1 of the words of two answers, as bags."
     a, b = a.split(), b.split()
@@ -407,7 +417,7 @@ def word_f1(
 def score_qa(
     row: dict,                      # a cleaned example
     answer: tuple[int, int],        # from and to, in characters of the context
-    spec: TaskSpec,
+    spec: TaskSpec,                 # the task
     multilingual: bool = False,     # as for `normalise_answer`
 ) -> dict[str, tuple[float, int]]:  # 'f1' and 'exact', as `TaskSpec.score`
     "Compare an answer with the best of the true ones [SQuAD v1.1]."
@@ -418,7 +428,7 @@ def score_qa(
 # %% ../nbs/06b_tasks.ipynb #e842abd1
 def clean_qa(
     row: dict,              # in the hub's schema, that of SQuAD
-    spec: TaskSpec,
+    spec: TaskSpec,         # the task
 ) -> dict:                  # 'id', 'question', 'context', 'gold' [(text, first character)]
     "Check a question; raises `InputError` where an answer does not stand in its context."
     context, texts, starts = row['context'], row['answers']['text'], row['answers']['answer_start']

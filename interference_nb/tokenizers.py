@@ -114,7 +114,8 @@ class Tokenizer:
         "Turn ids into text, leaving out special ids."
         return self._sp.decode([int(i) for i in ids if i > MASK])
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path,  # of the file to write
+             ) -> None:
         "Write the model for `load_tokenizer`."
         write_atomically(path, self.model)
 
@@ -136,24 +137,29 @@ class WordTokenizer:
     def _word(self, word):
         return [self._id.get(p, UNK) for p in word.replace('·', ' ·').split()]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str,  # words with blanks between them
+               ) -> list[int]:
         "Turn text into ids without borders; an unknown piece becomes UNK."
         return self._word(text)
 
-    def encode_words(self, words: list[str]) -> tuple[list[int], list[int]]:
+    def encode_words(self, words: list[str],  # without blanks in them
+                     ) -> tuple[list[int], list[int]]:
         "Turn words into ids and the index of each word's first piece."
         return _join_words([self._word(w) for w in words])
 
-    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_offsets(self, text: str,  # words with blanks between them
+                       ) -> tuple[list[int], list[tuple[int, int]]]:
         "Turn text into ids and each one's characters (from, to)."
         return self.encode(text), [m.span() for m in re.finditer(r'·[^\s·]*|[^\s·]+', text)]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int],  # of this vocabulary
+               ) -> str:
         "Turn ids into text, leaving out special ids."
         pieces = (self.pieces[i - len(SPECIALS)] for i in ids if i > MASK)
         return ' '.join(pieces).replace(' ·', '·')
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path,  # of the file to write
+             ) -> None:
         "Write the pieces as JSON for `load_tokenizer`."
         write_atomically(path, json.dumps({'pieces': self.pieces}, ensure_ascii=False))
 

@@ -691,7 +691,9 @@ class ToySource(Source):
         if task not in TASK_COLUMNS or lang not in self.languages: return 0
         return self.n_labelled if split == 'train' else self.n_eval
 
-    def meanings(self, split: str, lang: str = 'en') -> Iterator[Meaning]:
+    def meanings(self, split: str,  # 'train', 'validation' or 'test'
+                 lang: str = 'en',  # language code
+                 ) -> Iterator[Meaning]:
         "Draw what labelled rows mean, without end; a language's own only in 'train'."
         u = self._uniforms('labelled', lang, split, shared=split != 'train')
         speakers = [self.speakers[lang]] if split == 'train' else list(self.speakers.values())

@@ -51,20 +51,26 @@ class ModelConfig:
         return self.head_dim or self.dim // self.n_heads
 
     @classmethod
-    def toy(cls, vocab_size: int, **kw):
+    def toy(cls, vocab_size: int,  # V, of the tokenizer
+            **kw,  # fields to change
+            ):
         "Return the size used for the toy languages."
         return cls(vocab_size, **{**dict(dim=32, n_layers=2, n_heads=2, ffn_dim=128, max_len=64,
                                          dropout=0., attention_dropout=0., isolate_documents=True),
                                   **kw})
 
     @classmethod
-    def mini(cls, vocab_size: int, **kw):
+    def mini(cls, vocab_size: int,  # V, of the tokenizer
+             **kw,  # fields to change
+             ):
         "Return a size that two CPU cores train on real text in minutes."
         return cls(vocab_size, **{**dict(dim=128, n_layers=4, n_heads=4, ffn_dim=512,
                                          max_len=128), **kw})
 
     @classmethod
-    def paper(cls, vocab_size: int = 32000, **kw):
+    def paper(cls, vocab_size: int = 32000,  # V, of the tokenizer
+              **kw,  # fields to change
+              ):
         "Return the paper's size: 8 layers, 12 heads, 512 wide, 2048 inner [paper sec. 3.2]."
         return cls(vocab_size, **kw)
 
@@ -88,7 +94,9 @@ class ByLanguage(nn.ModuleDict):
         raise InputError(f'no modules for language {lang!r}; this model has {", ".join(self)}. '
                          'Pass lang= one of these, or add the language first.')
 
-    def forward(self, *args, lang=None, **kwargs):
+    def forward(self, *args, lang=None,  # language code
+                **kwargs):
+        "Call the module of `lang`; raises `InputError` for a language without one."
         return self.pick(lang)(*args, **kwargs)
 
 # %% ../nbs/01_transformer.ipynb #658ffbc5
@@ -131,13 +139,19 @@ def attend(
 # %% ../nbs/01_transformer.ipynb #fff5b000
 class Attention(nn.Module):
     "Mix information between positions, H heads at a time [paper sec. 3.2]."
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig,  # sizes of the model
+                 ):
         super().__init__()
         self.n_heads, self.head_dim, self.p = cfg.n_heads, cfg.head_width, cfg.attention_dropout
         inner = self.n_heads * self.head_dim                # 504 at paper scale, not 512
         self.qkv, self.out = nn.Linear(cfg.dim, 3 * inner), nn.Linear(inner, cfg.dim)
 
-    def forward(self, x, mask=None, lang=None, bias=None):  # x [B,T,D]; mask, bias: of `attend`
+    def forward(self, x,  # [B,T,D]
+                mask=None,  # [B,1,1 or T,T], True: may be read; None: all
+                lang=None,  # not used: a caller picks the module
+                bias=None,  # [H,T,T], added to the scores; None: nothing
+                ):  # [B,T,D]
+        "Return what each position reads from the others."
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_heads, self.head_dim)
         p, multiple = self.p if self.training else 0., 8 if x.is_cuda else 1
         return self.out(attend(qkv, mask, p, multiple, bias))
@@ -147,7 +161,8 @@ REACH = 16      # distances beyond it count as it
 
 class RelativeBias(nn.Module):
     "Hold a number for each head and distance, added to attention scores [@eq-relative]."
-    def __init__(self, n_heads: int):
+    def __init__(self, n_heads: int,  # H
+                 ):
         super().__init__()
         h, distance = torch.arange(n_heads)[:, None], torch.arange(-REACH, REACH + 1)
         wanted = (1 + h % 4 // 2) * (h % 2 * 2 - 1)         # -1, 1, -2, 2, and from the start
@@ -165,24 +180,35 @@ class RelativeBias(nn.Module):
 # %% ../nbs/01_transformer.ipynb #e0cfa1ac
 class FeedForward(nn.Module):
     "Transform each position by itself: wide, GELU, narrow [paper sec. 3.2]."
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig,  # sizes of the model
+                 ):
         super().__init__()
         self.inner, self.out = nn.Linear(cfg.dim, cfg.ffn_dim), nn.Linear(cfg.ffn_dim, cfg.dim)
 
-    def forward(self, x, lang=None):                        # x [B,T,D]
+    def forward(self, x,  # [B,T,D]
+                lang=None,  # not used: a caller picks the module
+                ):  # [B,T,D]
+        "Transform each position by itself."
         return self.out(F.gelu(self.inner(x)))
 
 # %% ../nbs/01_transformer.ipynb #b9c60c65
 class Block(nn.Module):
     "Add attention, normalise, add feed-forward, normalise; adapters may sit on either."
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig,  # sizes of the model
+                 ):
         super().__init__()
         self.attention, self.ffn = Attention(cfg), FeedForward(cfg)
         self.norm1, self.norm2 = (nn.LayerNorm(cfg.dim, eps=1e-12) for _ in range(2))
         self.attention_adapter = self.ffn_adapter = None
         self.p = cfg.dropout
 
-    def forward(self, x, mask=None, lang=None, rows=None, bias=None):   # x [B,T,D]; rows [M]
+    def forward(self, x,  # [B,T,D]
+                mask=None,  # as for `Attention`
+                lang=None,  # whose modules to use, where there are several
+                rows=None,  # [M] flat positions in B*T to go on with; None: all
+                bias=None,  # as for `Attention`
+                ):  # [B,T,D], or [M,D]
+        "Attend, then feed forward; each is added to its input and normalised."
         h = self.attention(x, mask, lang=lang, bias=bias)
         if self.attention_adapter is not None: h = self.attention_adapter(h, lang=lang)
         x = self.norm1(x + dropout(h, self.p, self.training))
@@ -194,16 +220,21 @@ class Block(nn.Module):
 # %% ../nbs/01_transformer.ipynb #1497cb1f
 class Vector(nn.Module):
     "One learned vector: the embedding of one language."
-    def __init__(self, dim: int):
+    def __init__(self, dim: int,  # D
+                 ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(dim) * dim ** -.5)
 
-    def forward(self): return self.weight
+    def forward(self):  # [D]
+        "Return the vector."
+        return self.weight
 
 # %% ../nbs/01_transformer.ipynb #302965a7
 class MaskedLM(nn.Module):
     "Encode tokens and score the masked ones [paper sec. 3.2]."
-    def __init__(self, cfg: ModelConfig, langs: tuple[str, ...] = ()):
+    def __init__(self, cfg: ModelConfig,  # sizes of the model
+                 langs: tuple[str, ...] = (),  # language codes; empty: any
+                 ):
         super().__init__()
         self.cfg, self.langs = cfg, tuple(langs)
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
@@ -244,7 +275,9 @@ class MaskedLM(nn.Module):
             else: x = block(x, mask, lang, None, bias)
         return top(x, mask, lang, rows, bias)
 
-    def isolate(self, tokens, mask):    # -> mask [B,1,T,T], positions [B,T]
+    def isolate(self, tokens,  # [B,T] token ids
+                mask,  # of padding, as for `Attention`, or None
+                ):  # mask [B,1,T,T], positions [B,T]
         "Hide the documents of a row from one another and count positions from each one's `<s>`."
         first, t = tokens == BOS, torch.arange(tokens.shape[1], device=tokens.device)
         document = first.cumsum(1)                                  # [B,T]
@@ -252,7 +285,9 @@ class MaskedLM(nn.Module):
         start = torch.where(first, t, 0).cummax(1).values           # [B,T]
         return same if mask is None else same & mask, t - start
 
-    def check(self, tokens, lang):
+    def check(self, tokens,  # [B,T] token ids
+              lang,  # language code, or None
+              ):
         "Raise `InputError` for what the model was not built for, naming it."
         c = self.cfg
         if tokens.shape[1] > c.max_len:

@@ -141,7 +141,7 @@ def test_cut_after_the_last_checkpoint(home):
 def killed_at_the_end(*args):
     "Kill rank 0 before the record's `end`, in the first life."
     if rank_and_world_size()[0] == 0 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-        pretrain.RunLog.end = die
+        pretrain._RunLog.end = die
     run(*args)
 
 def test_a_run_begun_anew_says_where_it_ran(tmp_path, monkeypatch):

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from interference_nb.files import InputError, read_jsonl, run_lock
-from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, finetuning_jobs, on_cpu,
-                                         plan, run, run_all)
-from interference_nb.distributed import default_workers
+from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, default_workers,
+                                         finetuning_jobs, on_cpu, plan, run, run_all)
 from interference_nb.records import load
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig

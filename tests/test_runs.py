@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interference_nb import cli, data
+from interference_nb import cli, data, reproduce
 from interference_nb.data import (FolderSource, HubSource, check_room, disk_needed, prepare_corpus,
                                   train_tokenizer)
 from interference_nb.tokenizers import WordTokenizer
@@ -176,12 +176,12 @@ def test_a_disk_too_small_is_told_before_it_starts(tmp_path, monkeypatch):
         run(spec, tmp_path/'runs')
 
 def test_the_hub_counts_its_copy_and_streaming_has_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'resolve_revision', lambda *a: ('c0ffee', True))
-    monkeypatch.setattr(data, 'hub_size', lambda *a: (10**9, 3 * 10**9))
+    monkeypatch.setattr(data, '_resolve_revision', lambda *a: ('c0ffee', True))
+    monkeypatch.setattr(data, '_hub_size', lambda *a: (10**9, 3 * 10**9))
     row, = disk_needed(HubSource(), ['sw'], tmp_path)
     assert row['copy'] == 3 * 10**9 and 0 < row['ids'] < row['text'] == 10**9
     check_room([row], tmp_path)
-    monkeypatch.setattr(data, 'hub_size', lambda *a: (10**15, 10**15))
+    monkeypatch.setattr(data, '_hub_size', lambda *a: (10**15, 10**15))
     twice = disk_needed(HubSource(), ['sw'], tmp_path) * 2
     with pytest.raises(InputError, match='the text of sw takes'): check_room(twice, tmp_path)
     with pytest.raises(InputError, match='streaming=True'):
@@ -277,10 +277,10 @@ def test_a_notebooks_command_makes_its_runs(path, tmp_path, monkeypatch):
     line, = re.findall('^specs = .*', '\n'.join(cells_of(path, 'code')), re.M)
     here, asked = dict(family=family, replace=replace), []
     exec(line, here)
-    monkeypatch.setattr(cli, 'plan_cells', lambda *_: (['run'], [], ''))
-    monkeypatch.setattr(cli, 'write', lambda *_: [])
+    monkeypatch.setattr(cli, 'plan_of', lambda *_: '')
+    monkeypatch.setattr(reproduce, 'write', lambda *_: [])
     monkeypatch.setattr(cli, 'write_index', lambda *_: '')
-    monkeypatch.setattr(cli, 'run_missing', lambda specs, *_: asked.extend(specs) or {})
+    monkeypatch.setattr(reproduce, 'run_missing', lambda specs, *_: asked.extend(specs) or {})
     cli.main([*command.split(), '--out', str(tmp_path)])
     name = lambda specs: sorted((s.name, json.dumps(s.config)) for s in specs)
     assert name(asked) == name(here['specs'])
