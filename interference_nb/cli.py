@@ -23,14 +23,14 @@ from .data import corpus_statistics, statistics_table
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
                                    write_atomically)
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, complete, is_pretrained,
-                                         materials, open_run, prune_model, run, side_by_side,
+                                         materials, open_run, prune_model, run,
                                          text_of)
 import pandas as pd
 from .claims import text_table
 from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, gate_table,
                                        loss_table, make_study, numbers_of_study, run_study,
                                        specs_of, tell_failed, write_index)
-from .distributed import process_group, rank_and_world_size
+from .distributed import default_workers, process_group, rank_and_world_size
 from .finetune import FinetuneConfig, finetune
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
@@ -77,7 +77,9 @@ def run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of recor
     "Run an exhibit of pairs of languages; print its page."
     check_counts(cfg)
     if cfg.steps is not None:
-        if cfg.steps < 1: raise InputError(f'steps is {cfg.steps}. It must be 1 or more.')
+        if cfg.steps < 1:
+            raise InputError(f"steps is {cfg.steps}. It must be 1 or more; the system 'scratch' "
+                             'is the model before any.')
         train = replace(study.scale.train, steps=cfg.steps)
         study = replace(study, scale=replace(study.scale, train=train))
     out, t0 = cfg.out or Path('runs')/name, time.time()
@@ -396,7 +398,7 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
     t0 = time.time()
     if cfg.dry_run or not cfg.write_only:
         print(f'{study.seeds} seed{"s" * (study.seeds > 1)} on {study.data}; records in {out}/\n')
-        workers = cfg.workers or side_by_side()
+        workers = cfg.workers or default_workers()
         print(plan_of(exhibits, study, source, out, workers), end='\n\n', flush=True)
     if cfg.dry_run: return out
     failed = run_study(study, exhibits, out, cfg.workers, executor_of(cfg, out), cfg.write_only)
@@ -408,7 +410,7 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
 
 def plan_of(exhibits, study, source, out: Path, workers: int) -> str:
     "Say what exhibits take before they can be written, and which runs cannot be made."
-    from interference_nb.planner import as_text, plan_missing
+    from interference_nb.planner import _as_text, plan_missing
     of = {e.name: specs_of([e], study, source) for e in exhibits}
     of |= dict(together=specs_of(exhibits, study, source))
     other = check_records(of['together'], out)
@@ -418,7 +420,7 @@ def plan_of(exhibits, study, source, out: Path, workers: int) -> str:
     if other: note += (' Not to be run, for their folders hold other settings: '
                        f'{", ".join(other)}.')
     note = f'Exhibits share runs: the last line counts each once. {note}'
-    return f'{as_text(header, lines)}\n\n{note}'
+    return f'{_as_text(header, lines)}\n\n{note}'
 
 def executor_of(cfg: ReproduceConfig, out: Path):
     "Give what runs the runs: None for this machine's processes, or SLURM jobs."

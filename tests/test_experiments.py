@@ -4,9 +4,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 import pytest
 import torch
+from interference_nb.distributed import default_workers
 from interference_nb.files import InputError, read_jsonl, run_lock
 from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, lessons, on_cpu, plan,
-                                         run, run_all, side_by_side)
+                                         run, run_all)
 from interference_nb.records import load
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig
@@ -41,12 +42,18 @@ def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
 
 def where(): return os.getpid(), os.environ.get('CUDA_VISIBLE_DEVICES')
 
-def test_small_runs_leave_the_gpus_alone(monkeypatch):
+def keep_where(folder):
+    (folder/f'{os.getpid()}').write_text('{} {!r}'.format(*where()))
+
+def test_small_runs_leave_the_gpus_alone(tmp_path, monkeypatch):
     "They run without, and not in a process that may want to share them later."
     assert on_cpu(where)[0] == os.getpid()
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda: True)
     pid, seen = on_cpu(where)
     assert pid != os.getpid() and seen == '' and where()[1] != ''
+    assert on_cpu(keep_where, tmp_path, processes=2) is None    # as `launch`
+    pids, seen = zip(*map(str.split, [p.read_text() for p in tmp_path.iterdir()]))
+    assert len({*pids, str(os.getpid())}) == 3 and set(seen) == {"''"}
 
 def test_no_checkpoint_repeats_the_pretraining_only(tmp_path):
     "What a committed record holds stays, where the weights come out the same."
@@ -92,13 +99,13 @@ def test_an_empty_development_set_is_named_before_any_work():
 def test_a_run_for_each_gpu_or_for_each_core_it_may_use(monkeypatch):
     "Kept to one core, as by a cluster's scheduler, a command runs one at a time."
     cores = os.sched_getaffinity(0)
-    assert side_by_side() == len(cores)
+    assert default_workers() == len(cores)
     try:
         os.sched_setaffinity(0, {min(cores)})
-        assert side_by_side() == 1
+        assert default_workers() == 1
     finally: os.sched_setaffinity(0, cores)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
-    assert side_by_side() == 4
+    assert default_workers() == 4
 
 def test_cost_counts_the_passes_of_the_meta_step():
     one, rests = (cost(RunSpec(s, ('en', 'fr'), ('en', 'fr'), 0, TINY, tasks=()))
