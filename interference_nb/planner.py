@@ -405,9 +405,7 @@ class Plan:
         long = f'{self.hours:,.1f} hours' if self.hours >= 1 else f'{self.hours * 60:.1f} minutes'
         return f'{long}: {self.step_s:.3g} s a step, {self.how}'
 
-def _too_full(what: str,  # writes so much
-             need: float, free: float,  # bytes
-             ) -> str:
+def _too_full(what: str, need: float, free: float) -> str:  # bytes
     "Say that a disk is too small, and the remedy."
     return (f'{what} writes {format_bytes(need)}, but the disk has {format_bytes(free)} free. '
             'Make room, or name another folder with --out.')
@@ -588,9 +586,7 @@ def _about_plans(plans: list[Plan]) -> list[str]:  # lines
             f'memory: {format_bytes(plans[0].room)} ({plans[0].where})',
             *[text] * any(p.text.ids is None for p in plans)]
 
-def _total_disk(
-    plans: list[Plan],
-) -> tuple[float, float, float]:  # bytes of ids, of checkpoints, and still to be written
+def _total_disk(plans: list[Plan]) -> tuple[float, float, float]:  # ids, checkpoints, to write
     "Add up what runs leave on a disk: shared text once, one checkpoint each, the last one twice."
     of = {id(p.spec): p for p in plans}
     first = [of[id(same[0])] for same in sharing_data(p.spec for p in plans)]
@@ -677,27 +673,19 @@ def plan_missing(groups: dict[str, list[RunSpec]],  # {name of a line: its runs}
     header = ['', 'runs', 'held', 'missing', 'steps', 'hours', f'by {workers} workers', 'GB']
     return header, [line(*item) for item in groups.items()], note
 
-def _stored_rows(
-    spec: RunSpec,
-    folder,  # of a study, packed or not
-) -> list[dict]:  # rows of its record, none if there is none
-    "Read a run's record. Raises `InputError` if it is of other settings."
+def _stored_rows(spec: RunSpec, folder) -> list[dict]:  # none if there is no record
+    "Read a run's record in a study, packed or not; raises `InputError` for other settings."
     from interference_nb.records import read_rows
     return check_rows(spec, read_rows(folder, spec.name), Path(folder)/spec.name)
 
-def _as_text(
-    header: list[str],
-    lines: list[list[str]],
-) -> str:
+def _as_text(header: list[str], lines: list[list[str]]) -> str:
     "Align a table for the terminal."
     import pandas as pd
     from interference_nb import claims
     return claims.text_table(pd.DataFrame(lines, columns=header))
 
-def _pace(specs: Iterable[RunSpec],
-         folder,  # of their records
-         ) -> float | None:  # seconds for a plain step; None: no run was finished on this machine
-    "Read from finished runs how fast this machine is."
+def _pace(specs: Iterable[RunSpec], folder) -> float | None:  # None: none was finished here
+    "Read from finished runs how many seconds a plain step takes on this machine."
     machine = lambda hardware: hardware.split(', ')[:2]
     here, seconds, work = machine(run_info()['hardware']), 0., 0.
     for spec in specs:
@@ -707,9 +695,7 @@ def _pace(specs: Iterable[RunSpec],
         work += cost(spec)
     return seconds / work if work else None
 
-def _work_left(spec: RunSpec,
-              folder,  # of its record
-              ) -> float:  # plain steps, as `cost`
+def _work_left(spec: RunSpec, folder) -> float:  # plain steps, as `cost`
     "Estimate what a run's record lacks; raises `InputError` if it is of other settings."
     rows = _stored_rows(spec, folder)
     tasks = [t for t in spec.tasks if not all(matching_row(rows, (t, l)) for l in spec.langs)]
