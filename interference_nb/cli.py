@@ -22,14 +22,14 @@ from .data import corpus_statistics, statistics_table
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
                                    write_atomically)
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, complete, is_pretrained,
-                                         materials, open_run, prune_model, run,
+                                         materials, open_run, prune_model, run, side_by_side,
                                          text_of)
 import pandas as pd
 from .claims import text_table
 from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, gate_table,
                                        loss_table, make_study, numbers_of_study, run_study,
                                        specs_of, tell_failed, write_index)
-from .distributed import default_workers, process_group, rank_and_world_size
+from .distributed import process_group, rank_and_world_size
 from .finetune import FinetuneConfig, finetune
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
@@ -389,7 +389,7 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
     t0 = time.time()
     if cfg.dry_run or not cfg.write_only:
         print(f'{study.seeds} seed{"s" * (study.seeds > 1)} on {study.data}; records in {out}/\n')
-        workers = cfg.workers or default_workers()
+        workers = cfg.workers or side_by_side()
         print(_plan_of(exhibits, study, source, out, workers), end='\n\n', flush=True)
     if cfg.dry_run: return out
     failed = run_study(study, exhibits, out, cfg.workers, _executor_of(cfg, out), cfg.write_only)

@@ -354,11 +354,6 @@ def _hub_size(repo: str, config: str, commit: str | None, online: bool) -> tuple
     if text is None: return None
     return text, 0 if Path(builder.cache_dir).exists() else text + (download or text)
 
-def _hub_cache() -> Path:
-    "Name the folder that holds the hub's local copies."
-    from huggingface_hub import constants
-    return Path(constants.HF_HOME)
-
 # %% ../nbs/00_data.ipynb #16c707c2
 class HubSource(Source):
     "Read the paper's data sets from the Hugging Face hub [paper Section 3.2]."
@@ -559,10 +554,11 @@ def check_room(rows: list[dict],  # from disk_needed
                folder: str | Path,  # where the ids go
                ) -> None:
     "Raise `InputError` if a disk has less room than preparing takes."
+    from huggingface_hub.constants import HF_HOME       # holds the hub's local copies
     disks = {}
-    for what, place in (('ids', Path(folder)), ('copy', _hub_cache)):
+    for what, place in (('ids', folder), ('copy', HF_HOME)):
         if not (need := sum(row[what] for row in rows)): continue
-        place = (place() if callable(place) else place).absolute()
+        place = Path(place).absolute()
         while not place.exists(): place = place.parent
         disks.setdefault(place.stat().st_dev, [place, 0])[1] += need
     for place, need in disks.values():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['traffic', 'rank_and_world_size', 'Traffic', 'mean_over_processes', 'all_gather', 'process_group', 'enough_devices',
-           'launch', 'signals_kept', 'first_process_first', 'fail_together', 'StopSignals', 'cpu_count',
-           'default_workers', 'worker_pool', 'in_subprocess', 'parallel_map']
+           'launch', 'signals_kept', 'first_process_first', 'fail_together', 'StopSignals', 'cpu_count', 'worker_pool',
+           'in_subprocess', 'parallel_map']
 
 # %% ../nbs/01b_distributed.ipynb #c847d4ff
 import collections, contextlib, functools, io, itertools, multiprocessing, os, signal, sys, tempfile
@@ -232,10 +232,6 @@ class StopSignals:
 def cpu_count() -> int:  # 1 or more
     "Return how many processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-def default_workers() -> int:  # 1 or more
-    "Return how many jobs this machine takes at once: one on each GPU, else one on each core."
-    return torch.cuda.device_count() or cpu_count()
 
 @contextlib.contextmanager
 def worker_pool(workers: int,                     # processes

@@ -6,7 +6,7 @@
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'materials', 'vocabulary', 'run',
            'checkpoint_size', 'sized', 'make_step', 'is_pretrained', 'lessons', 'text_of', 'open_run', 'prune_model',
            'complete', 'holds_all', 'own_rows', 'check_rows', 'matching_row', 'check_format', 'device', 'on_cpu',
-           'pretrain_all', 'ready', 'small', 'try_small', 'cost', 'run_all']
+           'pretrain_all', 'ready', 'small', 'try_small', 'cost', 'side_by_side', 'run_all']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
 import itertools, json, math, shutil, sys, tempfile, time
@@ -25,7 +25,7 @@ from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_json
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
-from .distributed import (default_workers, first_process_first, in_subprocess,
+from .distributed import (cpu_count, first_process_first, in_subprocess,
                                          launch, rank_and_world_size, worker_pool)
 from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
@@ -566,6 +566,10 @@ def cost(spec: RunSpec) -> float:  # of a run, in plain steps
     gates = sum(c.steps * c.seeds * K * c.batch_size for c in spec.prune)
     return work + gates / spec.scale.train.batch_size / many
 
+def side_by_side() -> int:
+    "Tell how many runs this machine takes at once: one on each GPU, else one on each core."
+    return torch.cuda.device_count() or cpu_count()
+
 def run_all(specs: list[RunSpec],  # no two of one name
             folder,  # of the experiment
             workers: int | None = None,  # at once; None: one on each GPU, else on each core
@@ -595,7 +599,7 @@ def run_all(specs: list[RunSpec],  # no two of one name
     if executor: return (yield from as_they_end(executor, todo, folder, []))
     while todo:                             # once, unless a worker is killed
         waiting = []
-        with worker_pool(min(workers or default_workers(), len(todo))) as pool:
+        with worker_pool(min(workers or side_by_side(), len(todo))) as pool:
             yield from as_they_end(pool, todo, folder, waiting)
         todo = waiting
 

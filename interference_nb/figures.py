@@ -72,6 +72,14 @@ def new_axes(
         ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
     return fig, axes
 
+# %% ../nbs/08_figures.ipynb #1e9e4dab
+def legend_above(ax, columns: int):
+    "Set the legend where no curve can be, each label once."
+    handles, labels = ax.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    ax.legend(once.values(), once, frameon=False, fontsize=8, ncols=columns, loc='lower left',
+              bbox_to_anchor=(0, 1), borderpad=0, columnspacing=1.2)
+
 # %% ../nbs/08_figures.ipynb #ffec5170
 def read_curves(folder,  # of records, or what `load` read from it
                 names: Iterable[str] | None = None,  # of runs; None: all that are there
@@ -286,9 +294,7 @@ def plot_languages(scores: pd.DataFrame,  # of `load`
     ax.set(xticks=range(len(langs)), ylim=(max(0, min(lows) - 15), None),
            ylabel=f'{task.upper()} {where}, {metric_name(task)}')
     ax.set_xticklabels(langs)
-    handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-    ax.legend(handles.values(), handles, frameon=False, fontsize=8, ncols=len(handles),
-              loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    legend_above(ax, len(shown))
     return fig
 
 # %% ../nbs/08_figures.ipynb #cab6ce6f
@@ -458,11 +464,6 @@ def plot_conflict(probes: dict,  # {'en-fr': rows of each seed's probe}
     return fig
 
 # %% ../nbs/08_figures.ipynb #64a747f1
-def legend_above(ax, columns: int):
-    "Set the legend where no curve can be."
-    ax.legend(frameon=False, fontsize=8, ncols=columns, loc='lower left', bbox_to_anchor=(0, 1),
-              borderpad=0, columnspacing=1.2)
-
 def running(values: np.ndarray, window: int) -> np.ndarray:
     "Average each `window` neighbours, and give a value for every third of a window."
     window = min(window, len(values))
@@ -572,8 +573,7 @@ def plot_overlap(study: dict,  # of `prune_study`
     ax.axvline(threshold, color='0.6', lw=.8, zorder=0)
     where = 'all layers' if layer is None else f'layer {layer}'
     ax.set(xlabel=f'log alpha of {a}, {kind}, {where}', ylabel=f'log alpha of {b}{price(study)}')
-    ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower left', bbox_to_anchor=(0, 1),
-              borderpad=0, columnspacing=1.)
+    legend_above(ax, 2)
     return fig
 
 # %% ../nbs/08_figures.ipynb #69dd2326

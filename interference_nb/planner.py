@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RESERVE', 'ALONE', 'Memory', 'format_bytes', 'Ledger', 'StepSpec', 'cycle', 'fake_tensors', 'fake_processes',
-           'account', 'measured_peak', 'memory_cells', 'TextSize', 'Plan', 'plan_run', 'memory_of', 'gpu', 'text_size',
-           'time_steps', 'time_rows', 'measured_step', 'plan_family', 'step_of', 'plan_table', 'plan_finetuning',
-           'disk', 'plan_missing']
+           'account', 'measured_peak', 'memory_cells', 'as_text', 'TextSize', 'Plan', 'plan_run', 'memory_of', 'gpu',
+           'text_size', 'time_steps', 'time_rows', 'measured_step', 'plan_family', 'step_of', 'plan_table',
+           'plan_finetuning', 'disk', 'plan_missing']
 
 # %% ../nbs/07c_planner.ipynb #11ca592e
 import contextlib, gc, itertools, json, math, os, subprocess, sys, tempfile, time, weakref
@@ -314,6 +314,12 @@ def memory_cells(memories: dict[str, Memory]) -> tuple[list[str], list[list[str]
         [name, *(f'{n / 1e9:.2f}' for n in (*(getattr(m, k) for k in KINDS), m.peak))]
         for name, m in memories.items()]
 
+def as_text(header: list[str], lines: list[list[str]]) -> str:  # as `memory_cells` gives them
+    "Align a table for the terminal."
+    import pandas as pd
+    from interference_nb import claims
+    return claims.text_table(pd.DataFrame(lines, columns=header))
+
 # %% ../nbs/07c_planner.ipynb #b1778197
 RESERVE = 1e9   # bytes of a GPU that CUDA and NCCL take themselves
 
@@ -570,7 +576,7 @@ def plan_table(plans: Iterable[Plan]) -> str:  # for the terminal
                 f'{max(p.memory.peak for p in some) / 1e9:.1f}',
                 'yes' if all(p.memory.peak <= p.room for p in some) else 'NO',
                 f'{max(p.memory.reduced for p in some) / 1e6:,.0f}', text, f'{kept / 1e9:.2f}']
-    said = _as_text(['system', 'runs', 'steps', '1e9 tokens', 'hours', 'GB a process', 'fits',
+    said = as_text(['system', 'runs', 'steps', '1e9 tokens', 'hours', 'GB a process', 'fits',
                        'MB a step', 'text GB', 'checkpoints GB'],
                       [line(*item) for item in (*systems.items(), ('all', plans))])
     need, free = _total_disk(plans)[2], plans[0].free
@@ -628,7 +634,7 @@ def plan_finetuning(specs: list[RunSpec],  # pretrained already
     lines = [line(name, parts[name], n)[1] for name, n in peaks.items()]
     every = [only(s, tasks=s.tasks, prune=s.prune) for s in specs]
     need, total = line('all', every, max(peaks.values()))
-    said = _as_text(['', 'runs', 'plain steps', 'hours of a GPU', f'hours of {workers}',
+    said = as_text(['', 'runs', 'plain steps', 'hours of a GPU', f'hours of {workers}',
                        'GB a process', 'GB of trials'], [*lines, total])
     known = replace(plan, text=TextSize(0, 0, 0))
     short = f'PROBLEM  {_too_full("a search", need, plan.free)} Or start fewer at once.'
@@ -677,12 +683,6 @@ def _stored_rows(spec: RunSpec, folder) -> list[dict]:  # none if there is no re
     "Read a run's record in a study, packed or not; raises `InputError` for other settings."
     from interference_nb.records import read_rows
     return check_rows(spec, read_rows(folder, spec.name), Path(folder)/spec.name)
-
-def _as_text(header: list[str], lines: list[list[str]]) -> str:
-    "Align a table for the terminal."
-    import pandas as pd
-    from interference_nb import claims
-    return claims.text_table(pd.DataFrame(lines, columns=header))
 
 def _pace(specs: Iterable[RunSpec], folder) -> float | None:  # None: none was finished here
     "Read from finished runs how many seconds a plain step takes on this machine."

@@ -387,7 +387,8 @@ def train(model,  # has `loss(batch)`, `cfg` and `langs`
             done = k + 1
             if done % cfg.eval_every == 0 or done == cfg.steps:
                 bar.set_postfix_str(log.evaluate(done))
-            elif done % cfg.checkpoint_every == 0 or done % 50 == 0: log.losses(done)
+            elif done % cfg.checkpoint_every == 0 or done % 50 == 0:
+                log.record.write('step', **log.means(done))
             stop = signals.agreed()
             if done % cfg.checkpoint_every == 0 or done == last or stop: log.save(done)
             bar.update(1)
@@ -607,8 +608,6 @@ class _RunLog:
         out = {n: mean(n) for n in names}
         self.settled.clear()
         return self.so_far(done) | out
-
-    def losses(self, done): self.record.write('step', **self.means(done))
 
     def evaluate(self, done) -> str:
         means = self.means(done)

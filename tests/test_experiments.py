@@ -4,10 +4,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 import pytest
 import torch
-from interference_nb.distributed import default_workers
 from interference_nb.files import InputError, read_jsonl, run_lock
 from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, lessons, on_cpu, plan,
-                                         run, run_all)
+                                         run, run_all, side_by_side)
 from interference_nb.records import load
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig
@@ -99,13 +98,13 @@ def test_an_empty_development_set_is_named_before_any_work():
 def test_a_run_for_each_gpu_or_for_each_core_it_may_use(monkeypatch):
     "Kept to one core, as by a cluster's scheduler, a command runs one at a time."
     cores = os.sched_getaffinity(0)
-    assert default_workers() == len(cores)
+    assert side_by_side() == len(cores)
     try:
         os.sched_setaffinity(0, {min(cores)})
-        assert default_workers() == 1
+        assert side_by_side() == 1
     finally: os.sched_setaffinity(0, cores)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
-    assert default_workers() == 4
+    assert side_by_side() == 4
 
 def test_cost_counts_the_passes_of_the_meta_step():
     one, rests = (cost(RunSpec(s, ('en', 'fr'), ('en', 'fr'), 0, TINY, tasks=()))
