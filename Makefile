@@ -73,8 +73,8 @@ test-versions:      ## the tests at the lowest versions of what we build on: 12 
 	@$(MAKE) --no-print-directory test VENV=.venv-$(RESOLUTION) INSTALL='--resolution $(RESOLUTION)' \
 	  EXTRAS=test,transformers
 
-mutants: $(READY)   ## faults put in on purpose: does a test notice? 15 minutes on 2 cores
-	$(say) "Putting faults into copies of the project, one at a time: about 15 minutes on 2 cores"
+mutants: $(READY)   ## faults put in on purpose: does a test notice? 16 minutes on 2 cores
+	$(say) "Putting faults into copies of the project, one at a time: about 16 minutes on 2 cores"
 	python tests/mutants.py $(ARGS)
 
 slow: $(READY)      ## also the cells marked `#| slow`: an hour

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interference_nb import cli, data
+from interference_nb import cli, data, reproduce
 from interference_nb.data import (FolderSource, HubSource, check_room, disk_needed, prepare_corpus,
                                   train_tokenizer)
 from interference_nb.tokenizers import WordTokenizer
@@ -275,10 +275,10 @@ def test_a_notebooks_command_makes_its_runs(path, tmp_path, monkeypatch):
     line, = re.findall('^specs = .*', '\n'.join(cells_of(path, 'code')), re.M)
     here, asked = dict(family=family, replace=replace), []
     exec(line, here)
-    monkeypatch.setattr(cli, 'plan_cells', lambda *_: (['run'], [], ''))
-    monkeypatch.setattr(cli, 'write', lambda *_: [])
+    monkeypatch.setattr(cli, 'plan_of', lambda *_: '')
+    monkeypatch.setattr(reproduce, 'write', lambda *_: [])
     monkeypatch.setattr(cli, 'write_index', lambda *_: '')
-    monkeypatch.setattr(cli, 'run_missing', lambda specs, *_: asked.extend(specs) or {})
+    monkeypatch.setattr(reproduce, 'run_missing', lambda specs, *_: asked.extend(specs) or {})
     cli.main([*command.split(), '--out', str(tmp_path)])
     name = lambda specs: sorted((s.name, json.dumps(s.config)) for s in specs)
     assert name(asked) == name(here['specs'])
