@@ -372,7 +372,7 @@ def comparison_table(numbers: pd.DataFrame,  # of `summarise`
             else math.nan
         passes = own['passes/step'].mean()
         es = 'es' if passes > 1 else ''
-        price = f'{ratio:.1f}x, {passes:g} pass{es}' if ratio == ratio else '–'
+        price = f'{ratio:.1f}x, {passes:g} pass{es}' if ratio == ratio and passes else '–'
         lines.append([system, *scores, price])
         if system != baseline: lines.append([f'  − {baseline}', *diffs, ''])
     return pd.DataFrame(lines, columns=['system', *columns, 'a step costs'])

@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'load_run_data', 'vocabulary', 'run',
-           'room_for_checkpoint', 'checkpoint_size', 'with_vocabulary', 'parameters', 'run_own', 'run_hub',
-           'finetune_missing', 'pretrained', 'make_step', 'has_model', 'is_pretrained', 'keep_finished_rows',
-           'finetuning_jobs', 'count_rows', 'make_batches', 'open_run', 'prune_model', 'complete', 'holds_all',
-           'own_rows', 'check_rows', 'matching_row', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'ready',
-           'smoke_test_spec', 'smoke_test', 'cost', 'default_workers', 'run_all']
+           'checkpoint_size', 'with_vocabulary', 'make_step', 'is_pretrained', 'finetuning_jobs', 'make_batches',
+           'open_run', 'prune_model', 'complete', 'holds_all', 'own_rows', 'check_rows', 'matching_row', 'check_format',
+           'device', 'on_cpu', 'pretrain_all', 'ready', 'smoke_test_spec', 'smoke_test', 'cost', 'default_workers',
+           'run_all']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
-import itertools, json, math, os, shutil, sys, tempfile, time
+import itertools, json, math, shutil, sys, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 import torch
 from .data import (Stream, check_languages, check_room, dev_batches, disk_needed,
@@ -27,8 +26,8 @@ from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_json
                                    run_lock, save_checkpoint, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
-from .distributed import (cpu_count, first_process_first, in_subprocess, launch,
-                                         rank_and_world_size, worker_pool)
+from .distributed import (cpu_count, first_process_first, in_subprocess,
+                                         launch, rank_and_world_size, worker_pool)
 from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, perplexity,
                                       run_info, same_config, train)
 from .baselines import held_out_report
@@ -137,7 +136,7 @@ class RunSpec:
         used['scale'] = {k: used['scale'][k] for k in ('model', 'train')}
         return json.loads(json.dumps(used | about))
 
-    def protocol(self, task: str) -> dict:
+    def protocol(self, task: str) -> dict:  # task: key of `TASKS`
         "How it is finetuned on a task, as plain values."
         cfg = replace(self.scale.finetune[task], seed=self.seed)
         return json.loads(json.dumps(dict(finetune=asdict(cfg),
@@ -145,9 +144,14 @@ class RunSpec:
 
 FORMAT = 2  # of a run's record: finetuning apart from what names the run
 
-def plan(systems, langs, seeds: int, scale: Scale, data: str = 'toy',
-         tasks=('ner', 'pos')) -> list[RunSpec]:
-    "List the runs that a comparison of systems needs."
+def plan(systems: Iterable[str],  # keys of `SYSTEMS`
+         langs: Iterable[str],  # of every model, but for systems with one a language
+         seeds: int,  # how many: 0, 1, ...
+         scale: Scale,  # the size of all runs
+         data: str = 'toy',  # what `open_source` understands
+         tasks: Iterable[str] = ('ner', 'pos'),  # keys of `TASKS`
+         ) -> list[RunSpec]:
+    "List the runs that a comparison of systems needs. Raises `InputError` for unknown names."
     if unknown := [s for s in systems if s not in SYSTEMS]:
         raise InputError(f"unknown system '{unknown[0]}'. Use some of {', '.join(SYSTEMS)}.")
     if not systems or not langs or seeds < 1:
@@ -159,7 +163,8 @@ def plan(systems, langs, seeds: int, scale: Scale, data: str = 'toy',
             for seed in range(seeds) for s in systems for own in models(s)]
 
 # %% ../nbs/07_experiments.ipynb #7349c67f
-def load_run_data(spec: RunSpec, folder,  # of the experiment
+def load_run_data(spec: RunSpec,  # the run
+              folder,  # of the experiment
               workers: int | None = 1,  # processes that tokenise; None: one a core
               source=None):  # in place of the one that `spec.data` names
     "Open the data of a run: source, vocabulary of the pair, {lang: {split: Corpus}}."
@@ -168,8 +173,11 @@ def load_run_data(spec: RunSpec, folder,  # of the experiment
                                              spec.max_sentences or None, workers,
                                              rows=spec.scale.train.rows)
 
-def vocabulary(spec: RunSpec, folder, source=None,
-               make: bool = True):  # train the BPE if it is not there; else it is None
+def vocabulary(spec: RunSpec,  # the run
+               folder,  # of the experiment
+               source=None,  # in place of the one that `spec.data` names
+               make: bool = True,  # train the BPE if it is not there; else it is None
+               ):  # source, folder of the ids, tokenizer
     "Open the source of a run, name the folder of its ids, and give its pair's vocabulary."
     toy = spec.data.split(':')[0] == 'toy'
     source = source or open_source(spec.data, seed=spec.seed if toy else 0)
@@ -197,8 +205,10 @@ def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, p
     return load_tokenizer(path)
 
 # %% ../nbs/07_experiments.ipynb #77d346c7
-def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of its own in it
-        progress: bool = False) -> list[dict] | None:  # rows of the record; None: another's work
+def run(spec: RunSpec,  # what to run
+        folder,  # of the experiment; the run gets a folder of its own in it
+        progress: bool = False,  # show bars
+        ) -> list[dict] | None:  # rows of the record; None: another process has them
     "Pretrain, prune and finetune what the run's record lacks. [paper 3.1, 3.2, App. A]"
     home, first = Path(folder)/spec.name, rank_and_world_size()[0] == 0
     hub, workers = SYSTEMS[spec.system].hub, None if rank_and_world_size()[1] > 1 else 1
@@ -206,16 +216,16 @@ def run(spec: RunSpec, folder,  # of the experiment; the run gets a folder of it
         with first_process_first():         # the others find its decisions and its files
             if (rows := complete(spec, home)): return rows if first else None
             if first: locked.enter_context(run_lock(home))
-            if first and not hub: room_for_checkpoint(spec, home)
+            if first and not hub: _room_for_checkpoint(spec, home)
             data = None if hub else load_run_data(spec, folder, workers)
             if data: finetuning_jobs(spec, data[0])                 # refuses tasks without rows
             trained = is_pretrained(spec, home)
         if not first and (hub or trained): return None
-        return run_hub(spec, home, progress) if hub else run_own(spec, home, data, progress)
+        return _run_hub(spec, home, progress) if hub else _run_own(spec, home, data, progress)
 
-def room_for_checkpoint(spec: RunSpec, home: Path):
+def _room_for_checkpoint(spec: RunSpec, home: Path):
     "Raise `InputError` if the disk cannot take the checkpoint, which is there twice while written."
-    if has_model(spec, home): return
+    if _has_model(spec, home): return
     before = (home/'checkpoint.safetensors').exists()
     need, free = checkpoint_size(spec) * (2 - before), free_space(home)
     if need > free:
@@ -223,44 +233,44 @@ def room_for_checkpoint(spec: RunSpec, home: Path):
                          f'disk of {home}, which has {free / 1e9:,.2f} GB free. Make room, or name '
                          'another folder with --out.')
 
-def checkpoint_size(spec: RunSpec) -> int:  # bytes
+def checkpoint_size(spec: RunSpec) -> int:  # of a run -> bytes
     "Tell what a run's checkpoint takes: its weights and Adam's two moments."
-    return 12 * parameters(with_vocabulary(spec), len(spec.langs), SYSTEMS[spec.system].variant)
+    return 12 * _parameters(with_vocabulary(spec), len(spec.langs), SYSTEMS[spec.system].variant)
 
-def with_vocabulary(spec: RunSpec) -> ModelConfig:
+def with_vocabulary(spec: RunSpec) -> ModelConfig:  # of a run; its vocabulary size is above 0
     "Give the model's config with a vocabulary; a toy language's has about 300 words."
     return replace(spec.scale.model, vocab_size=spec.scale.model.vocab_size or 300)
 
 @cache
-def parameters(shape: ModelConfig, n_langs: int, variant: str) -> int:
+def _parameters(shape: ModelConfig, n_langs: int, variant: str) -> int:
     "Count a model's weights."
     langs = [f'l{i}' for i in range(n_langs)]
     with torch.device('meta'): model = MultilingualLM(shape, langs, variant)
     return sum(p.numel() for p in model.parameters())
 
-def run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict] | None:
+def _run_own(spec: RunSpec, home: Path, data: tuple, progress: bool) -> list[dict] | None:
     "Pretrain, prune and finetune one of our models; all but the first process leave when trained."
     source, tokenizer, corpora = data
     sampler, dev = make_batches(spec, tokenizer, corpora)
-    model = pretrained(spec, home, source, tokenizer, corpora, sampler, dev, progress)
+    model = _pretrained(spec, home, source, tokenizer, corpora, sampler, dev, progress)
     if rank_and_world_size()[0]: return None
     record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     for prune in spec.prune:
         if not matching_row(record.rows, prune=prune):
             folder = home/f'gates-{config_hash(asdict(prune))}'
             record.write('gates', **prune_model(model, sampler, dev, prune, folder, progress))
-    return finetune_missing(spec, home, model, tokenizer, source, record, progress)
+    return _finetune_missing(spec, home, model, tokenizer, source, record, progress)
 
-def run_hub(spec: RunSpec, home: Path, progress: bool) -> list[dict]:
+def _run_hub(spec: RunSpec, home: Path, progress: bool) -> list[dict]:
     "Finetune a model of the hub under the same protocol. [paper Fig. 1]"
     model, tokenizer = open_encoder(**SYSTEMS[spec.system].hub)
     record = JsonlLog(home/'record.jsonl', keep=lambda row: row['kind'] != 'done')
     if not record.rows: record.write('start', config=dict(run=spec.config), **run_info())
-    return finetune_missing(spec, home, model.to(device()), tokenizer,
-                            open_source(spec.data, spec.seed), record, progress)
+    return _finetune_missing(spec, home, model.to(device()), tokenizer,
+                             open_source(spec.data, spec.seed), record, progress)
 
-def finetune_missing(spec: RunSpec, home: Path, model, tokenizer, source, record: JsonlLog,
-                     progress: bool) -> list[dict]:  # rows of the record
+def _finetune_missing(spec: RunSpec, home: Path, model, tokenizer, source, record: JsonlLog,
+                      progress: bool) -> list[dict]:  # rows of the record
     "Finetune on what a record lacks, and finish it."
     counted = home/'sentences.safetensors'
     for (task, lang), tests in finetuning_jobs(spec, source).items():
@@ -281,8 +291,8 @@ def finetune_missing(spec: RunSpec, home: Path, model, tokenizer, source, record
     record.write('done', name=spec.name)
     return record.rows
 
-def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, sampler: BatchSampler,
-               dev: dict[str, list], progress: bool) -> MultilingualLM:
+def _pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, sampler: BatchSampler,
+                dev: dict[str, list], progress: bool) -> MultilingualLM:
     "Give the run's pretrained model: from its checkpoint, else trained, from where it was cut."
     at, system, cfg = home/'checkpoint.safetensors', SYSTEMS[spec.system], spec.train
     if is_pretrained(spec, home): return load_model(at, tokenizer, device=device())
@@ -300,28 +310,31 @@ def pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, samp
           at_end=lambda model: dict(held_out=held_out_report(model, corpora, dev, tokenizer)))
     before = home/'record-before.jsonl'
     if before.exists() and not rank_and_world_size()[0]:
-        keep_finished_rows(before, home/'record.jsonl')
+        _keep_finished_rows(before, home/'record.jsonl')
     return model
 
-def make_step(model, cfg: TrainConfig, system: str, meta: MetaConfig | None = None):
-    "Make the step of a system."
+def make_step(model: MultilingualLM,  # trained by it
+              cfg: TrainConfig,  # of the pretraining
+              system: str,  # key of `SYSTEMS`
+              meta: MetaConfig | None = None):  # in place of the system's own
+    "Make the step of a system: a function of its number, the batches and the learning rate."
     about = SYSTEMS[system]
     if about.meta: return MetaStep(model, cfg, meta or about.meta)
     return CombinedStep(model, cfg, about.combine) if about.combine else JointStep(model, cfg)
 
-def has_model(spec: RunSpec, home: Path) -> bool:
+def _has_model(spec: RunSpec, home: Path) -> bool:
     "Say if a run was pretrained to its end and its checkpoint is there."
     ended = any(r['kind'] == 'end' for r in own_rows(spec, home))
     return ended and (home/'checkpoint.safetensors').exists()
 
-def is_pretrained(spec: RunSpec, home: Path) -> bool:
+def is_pretrained(spec: RunSpec, home: Path) -> bool:  # a run, its folder
     "Say if the model is there; a record without its checkpoint is put aside, to train once more."
-    if has_model(spec, home): return True
+    if _has_model(spec, home): return True
     if any(r['kind'] == 'end' for r in own_rows(spec, home)):
         (home/'record.jsonl').replace(home/'record-before.jsonl')
     return False
 
-def keep_finished_rows(before: Path, path: Path):
+def _keep_finished_rows(before: Path, path: Path):
     "Take over what an older record of the same weights holds: they have the same perplexities."
     end = lambda rows: next(r['ppl'] for r in rows if r['kind'] == 'end')
     old, record = read_jsonl(before), JsonlLog(path)
@@ -333,11 +346,15 @@ def keep_finished_rows(before: Path, path: Path):
         if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
     before.unlink()
 
-def finetuning_jobs(spec: RunSpec, source) -> dict[tuple[str, str], list[str]]:
-    "List the languages to test in for each task and training language. [paper 3.2]"
+def finetuning_jobs(spec: RunSpec,  # the run, with its tasks
+            source,  # of the data, with the labelled rows
+            ) -> dict[tuple[str, str], list[str]]:  # {(task, language): languages}
+    """List the languages to test in for each task and training language. [paper 3.2]
+
+    Raises `InputError` for a task without rows to train on, to choose by or to test on."""
     out = {}
     for task in spec.tasks:
-        train, dev, tests = ([l for l in spec.langs if count_rows(source, task, l, split)]
+        train, dev, tests = ([l for l in spec.langs if _count_rows(source, task, l, split)]
                              for split in ('train', 'validation', 'test'))
         if task == 'nli' and 'en' in train: train = ['en']      # as XNLI, on any data
         if not train or not tests:
@@ -349,15 +366,17 @@ def finetuning_jobs(spec: RunSpec, source) -> dict[tuple[str, str], list[str]]:
         out |= {(task, l): tests if l in train else [] for l in spec.langs}
     return out
 
-def count_rows(source, task: str, lang: str, split: str) -> int:
+def _count_rows(source, task: str, lang: str, split: str) -> int:
     "Count a task's rows, or those that stand in for them where there is no test set."
     about = task_spec(task)
     if about.no_test and not source.count(about.data, lang, 'test'):
         split = {'test': 'validation', 'validation': 'train'}.get(split, split)
     return source.count(about.data, lang, split)
 
-def make_batches(spec: RunSpec, tokenizer, corpora: dict,  # {lang: {split: Corpus}}
-                 ) -> tuple[BatchSampler, dict[str, list]]:  # to train on; {lang: held out}
+def make_batches(spec: RunSpec,  # the run
+                 tokenizer,  # of its pair
+                 corpora: dict,  # {language: {split: Corpus}}
+                 ) -> tuple[BatchSampler, dict[str, list]]:  # to train on; {language: held out}
     "Make a run's batches: to train on, and others to measure perplexity on."
     cfg, meta = spec.train, SYSTEMS[spec.system].meta and (spec.meta or SYSTEMS[spec.system].meta)
     stream = lambda text: Stream(text, cfg.batch_size, cfg.seq_len, cfg.seed,
@@ -369,9 +388,11 @@ def make_batches(spec: RunSpec, tokenizer, corpora: dict,  # {lang: {split: Corp
             {l: dev_batches(corpora[l]['test'], 64, cfg.seq_len, tokenizer.vocab_size,
                             cfg.mask_prob, n_batches=8) for l in spec.langs})
 
-def open_run(home, data: str):  # folder of a run, and what it was pretrained on -> spec, source,
-    "Open a finished run again: how it was made, its data, its vocabulary, its model."
-    home = Path(home)                   # tokenizer, corpora, model
+def open_run(home,  # folder of a run
+             data: str,  # what it was pretrained on, as `open_source` understands it
+             ):  # -> spec, source, tokenizer, corpora, model
+    "Open a finished run again; raises `InputError` if it is not finished, or of other data."
+    home = Path(home)
     if not (home/'record.jsonl').exists():
         raise InputError(f'no run in {home}. Name a folder that `interference pretrain` '
                          'made.')
@@ -395,11 +416,13 @@ def open_run(home, data: str):  # folder of a run, and what it was pretrained on
     model = load_model(home/'checkpoint.safetensors', tokenizer, device=device())
     return spec, source, tokenizer, corpora, model
 
-def prune_model(model, sampler: BatchSampler,
+def prune_model(model: MultilingualLM,  # pretrained
+                sampler: BatchSampler,  # of its text
                 dev: dict[str, list],  # {language: held-out batches}
-                cfg: PruneConfig,
+                cfg: PruneConfig,  # how to learn them
                 folder,  # for the gates; those that it holds are not learned again
-                progress: bool = False) -> dict:  # what `prune_study` returns
+                progress: bool = False,  # show bars
+                ) -> dict:  # what `prune_study` returns
     "Learn gates of a frozen model for each language and compare them. [paper 3.1, Fig. 4]"
     def loss_of(lang):
         s = sampler.streams[lang]
@@ -421,18 +444,18 @@ def prune_model(model, sampler: BatchSampler,
                         progress=progress, done=done, keep=keep)
     return study | dict(wall_s=round(time.perf_counter() - start, 3))
 
-def complete(spec: RunSpec, home: Path) -> list[dict] | None:
+def complete(spec: RunSpec, home: Path) -> list[dict] | None:  # a run, its folder
     "Return the rows of a record that holds all that the run asks for, else None."
     rows = own_rows(spec, home)
     return rows if holds_all(spec, rows) else None
 
-def holds_all(spec: RunSpec, rows: list[dict]) -> bool:  # rows: of its record
+def holds_all(spec: RunSpec, rows: list[dict]) -> bool:  # a run, the rows of its record
     "Say whether a record is finished and holds all that the run asks for."
     if not rows or rows[-1]['kind'] != 'done': return False
     return (all(matching_row(rows, prune=p) for p in spec.prune)
             and all(matching_row(rows, job) for job in itertools.product(spec.tasks, spec.langs)))
 
-def own_rows(spec: RunSpec, home: Path) -> list[dict]:
+def own_rows(spec: RunSpec, home: Path) -> list[dict]:  # a run, its folder
     "Read a run's record, if any. Raises `InputError` as `check_rows` does."
     path = Path(home)/'record.jsonl'
     return check_rows(spec, read_jsonl(path) if path.exists() else [], home)
@@ -446,9 +469,10 @@ def check_rows(spec: RunSpec, rows: list[dict], home: Path) -> list[dict]:  # th
         same_config(spec.protocol(r['task']), r['protocol'], f"{home}, {r['task']}")
     return rows
 
-def matching_row(rows: list[dict],
+def matching_row(rows: list[dict],  # of a record
                  job: tuple[str, str] | None = None,  # task, language finetuned on
-                 prune: PruneConfig | None = None) -> dict | None:
+                 prune: PruneConfig | None = None,  # settings of the gates
+                 ) -> dict | None:
     "Find the row that holds a task's finetuning (or says that there is none), or some gates."
     config = prune and json.loads(json.dumps(asdict(prune)))
     for r in rows:
@@ -457,7 +481,7 @@ def matching_row(rows: list[dict],
             return r
     return None
 
-def check_format(rows: list[dict], home):
+def check_format(rows: list[dict], home):  # rows of a record, the folder that it is in
     "Raise `InputError` for a record that an older version made."
     found = rows[0]['config'].get('run', {}).get('format', 1)
     if found != FORMAT:
@@ -468,19 +492,18 @@ def device() -> str:
     "Where runs run: the GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-def on_cpu(f, *args,  # called as f(*args) in each process
-           processes: int = 1):
+def on_cpu(f,  # a module-level function
+           *args,  # called as f(*args) in each process
+           processes: int = 1,  # how many together
+           ):  # what it returns
     "Call a function without GPUs, outside this process if there are any: it may share them later."
-    if processes == 1: return in_subprocess(f, *args, CUDA_VISIBLE_DEVICES='')
-    name, before = 'CUDA_VISIBLE_DEVICES', os.environ.get('CUDA_VISIBLE_DEVICES')
-    os.environ[name] = ''
-    try: return launch(f, *args, processes=processes)
-    finally:
-        if before is None: del os.environ[name]
-        else: os.environ[name] = before
+    if processes > 1: f = partial(launch, f, processes=processes)
+    return in_subprocess(f, *args, CUDA_VISIBLE_DEVICES='')
 
 # %% ../nbs/07_experiments.ipynb #16ca872c
-def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
+def pretrain_all(specs: Iterable[RunSpec],  # runs; those of the hub's models are passed over
+                 folder,  # of the experiment
+                 progress: bool = True):  # say which, and show bars
     "Pretrain runs one after another, all processes together; nothing is finetuned or pruned."
     specs = [s for s in specs if not SYSTEMS[s.system].hub]
     for i, spec in enumerate(specs, 1):
@@ -490,13 +513,16 @@ def pretrain_all(specs: Iterable[RunSpec], folder, progress: bool = True):
             print(f'{i} of {len(specs)}: {spec.name}' + ', pretrained already' * there, flush=True)
         run(replace(spec, tasks=(), prune=()), folder, progress)
 
-def ready(specs: list[RunSpec], folder) -> list[RunSpec]:
+def ready(specs: list[RunSpec], folder) -> list[RunSpec]:  # runs, folder of the experiment
     "Choose the runs whose models are there: pretrained to their end, or the hub's."
-    found = [s for s in specs if SYSTEMS[s.system].hub or has_model(s, Path(folder)/s.name)]
+    found = [s for s in specs if SYSTEMS[s.system].hub or _has_model(s, Path(folder)/s.name)]
     print(f'{len(found)} of {len(specs)} models are there')
     return found
 
-def smoke_test_spec(spec: RunSpec, steps: int = 8, data: str = 'toy:pairs') -> RunSpec:
+def smoke_test_spec(spec: RunSpec,  # any run
+          steps: int = 8,  # of pretraining; 2 or more
+          data: str = 'toy:pairs',  # what `open_source` understands
+          ) -> RunSpec:
     "Give a run at a size for seconds on a CPU: a few steps of a tiny model on toy languages."
     few = dict(epochs=1, max_train=32, max_dev=16, max_eval=16, batch_size=16, max_len=64)
     scale = Scale(replace(spec.scale.model, vocab_size=0, dim=24, n_layers=2, ffn_dim=48),
@@ -508,7 +534,9 @@ def smoke_test_spec(spec: RunSpec, steps: int = 8, data: str = 'toy:pairs') -> R
                    probe=spec.probe and replace(spec.probe, every=steps // 2, n_batches=4),
                    max_sentences=dict.fromkeys(spec.max_sentences, 300))
 
-def smoke_test(spec: RunSpec, processes: int = 1) -> dict:  # what its last evaluation found
+def smoke_test(spec: RunSpec,  # any run
+              processes: int = 1,  # that share each step
+              ) -> dict:  # what its last evaluation found
     "Pretrain a small copy of a run on the CPU, in a folder that passes."
     tiny = smoke_test_spec(spec)
     with tempfile.TemporaryDirectory() as folder:
@@ -518,7 +546,7 @@ def smoke_test(spec: RunSpec, processes: int = 1) -> dict:  # what its last eval
     return dict(run=tiny.name, **{k: end[k] for k in ('step', 'passes', 'ppl')})
 
 # %% ../nbs/07_experiments.ipynb #13b188ba
-def cost(spec: RunSpec) -> float:
+def cost(spec: RunSpec) -> float:  # of a run, in plain steps
     "Estimate a run's work in plain steps: passes of its step, its probe and its gates."
     system, K, steps = SYSTEMS[spec.system], len(spec.langs), spec.train.steps
     meta = system.meta and (spec.meta or system.meta).passes(K)
@@ -534,11 +562,13 @@ def cost(spec: RunSpec) -> float:
     gates = sum(c.steps * c.seeds * K * c.batch_size for c in spec.prune)
     return work + gates / spec.scale.train.batch_size / many
 
-def default_workers() -> int:  # 1 or more
-    "Return how many runs this machine takes at once: one on each GPU, else one on each core."
+def default_workers() -> int:
+    "Tell how many runs this machine takes at once: one on each GPU, else one on each core."
     return torch.cuda.device_count() or cpu_count()
 
-def run_all(specs: list[RunSpec], folder, workers: int | None = None,
+def run_all(specs: list[RunSpec],  # no two of one name
+            folder,  # of the experiment
+            workers: int | None = None,  # at once; None: one on each GPU, else on each core
             executor: Executor | None = None,  # what runs them, if not processes of this machine
             ) -> Iterator[tuple[RunSpec, list[dict] | Exception]]:
     "Run side by side what is not complete; give each run's record, or what stopped it, as it ends."

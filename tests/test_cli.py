@@ -127,3 +127,13 @@ def test_a_field_of_the_meta_step_changes_alone(system, capsys, monkeypatch, tmp
 def test_a_system_without_a_meta_step_has_none_to_change(capsys, tmp_path):
     status, _, err = command(capsys, 'pretrain', 'toy', '--meta.eps', 1e-3, '--out', tmp_path)
     assert (status, len(err.splitlines())) == (2, 1) and 'joint has no meta step' in err
+
+
+@pytest.mark.parametrize('rows', ['documents', 'segments'])
+def test_text_is_prepared_by_the_line_or_by_the_document(rows, tmp_path, capsys):
+    status, out, err = command(capsys, 'data', 'prepare', '--langs', 'en', '--max-sentences', 'en',
+                               60, '--rows', rows, '--out', tmp_path)
+    assert status == 0, err
+    assert re.search(r'^en: train [\d,]+ tokens in 60 sentences', out, re.M)
+    manifest, = tmp_path.rglob('manifest*')
+    assert ('segments' in manifest.read_text()) == (rows == 'segments')

@@ -41,12 +41,18 @@ def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
 
 def where(): return os.getpid(), os.environ.get('CUDA_VISIBLE_DEVICES')
 
-def test_small_runs_leave_the_gpus_alone(monkeypatch):
+def keep_where(folder):
+    (folder/f'{os.getpid()}').write_text('{} {!r}'.format(*where()))
+
+def test_small_runs_leave_the_gpus_alone(tmp_path, monkeypatch):
     "They run without, and not in a process that may want to share them later."
     assert on_cpu(where)[0] == os.getpid()
     monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda: True)
     pid, seen = on_cpu(where)
     assert pid != os.getpid() and seen == '' and where()[1] != ''
+    assert on_cpu(keep_where, tmp_path, processes=2) is None    # as `launch`
+    pids, seen = zip(*map(str.split, [p.read_text() for p in tmp_path.iterdir()]))
+    assert len({*pids, str(os.getpid())}) == 3 and set(seen) == {"''"}
 
 def test_no_checkpoint_repeats_the_pretraining_only(tmp_path):
     "What a committed record holds stays, where the weights come out the same."

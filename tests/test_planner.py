@@ -65,7 +65,7 @@ def test_the_account_can_fail(monkeypatch):
         return enter(self, t, kind, func)
     monkeypatch.setattr(planner.Ledger, 'enter', forgetful)
     step = StepSpec(MODEL, TRAIN)
-    assert planner.count_memory(step, True).peak < .95 * measured_peak(step)
+    assert planner._count_memory(step, True).peak < .95 * measured_peak(step)
 
 
 def test_parts_are_named():
@@ -144,7 +144,7 @@ def test_a_plan_leaves_the_gpus_to_the_processes_that_follow(monkeypatch):
     monkeypatch.setattr(torch.cuda, '_lazy_init', woken)
     monkeypatch.setattr(planner.subprocess, 'run', lambda *_, **kw: said)
     planner.gpu.cache_clear()
-    planner.cached_account.cache_clear()
+    planner._cached_account.cache_clear()
     plan = plan_run(TOY, seconds=0)
     planner.gpu.cache_clear()
     assert (plan.where, plan.room) == ('A GPU', 31e9) and plan.memory.peak > 1e6
@@ -164,10 +164,10 @@ def test_a_plan_on_a_cuda_build_without_gpus_leaves_this_process_alone(monkeypat
     backward_in(tmp_path)                       # learned already: a fork could not learn any more
     on_cpu(backward_in, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-    planner.cached_account.cache_clear()
-    monkeypatch.setattr(planner, 'count_memory', measured_elsewhere)
+    planner._cached_account.cache_clear()
+    monkeypatch.setattr(planner, '_count_memory', measured_elsewhere)
     assert account(StepSpec(MODEL, TRAIN))[0] != os.getpid()
-    planner.cached_account.cache_clear()
+    planner._cached_account.cache_clear()
 
 
 def test_more_processes_than_gpus(monkeypatch):
