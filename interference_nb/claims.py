@@ -306,7 +306,8 @@ def verdict_table(judged: pd.DataFrame,  # of `judge`
     cells = pd.DataFrame(about | dict(case=rows[by], cell=cell))
     found = cells.pivot(index=list(about), columns='case', values='cell').reindex(
         cells[list(about)].drop_duplicates().apply(tuple, axis=1))
-    return found.reindex(columns=list(cases)).fillna('–').rename_axis(None, axis=1).reset_index()
+    found = found.reindex(columns=list(cases)).astype(object).fillna('–')
+    return found.rename_axis(None, axis=1).reset_index()
 
 def findings(judged: pd.DataFrame) -> str:
     "Say in sentences what shows in these records and what does not."

@@ -6,7 +6,7 @@ import pytest
 from interference_nb import planner, records, reproduce
 from interference_nb.cli import main
 from interference_nb.records import load
-from interference_nb.experiments import RunSpec, Scale, parameters, run_all, with_vocabulary
+from interference_nb.experiments import RunSpec, Scale, _parameters, run_all, with_vocabulary
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.gradient_probes import ProbeConfig
 from interference_nb.l0_pruning import PruneConfig
@@ -169,7 +169,7 @@ def test_disk_counts_the_trials_of_the_runs_at_work():
     grid = {'ner': {'lr': (1., 2.), 'batch_size': (1, 2, 3)}}
     spec = replace(RunSpec('joint', ('en', 'ar'), ('en', 'ar'), 0, replace(MICRO, search=grid)),
                    tasks=('ner',))
-    n = parameters(with_vocabulary(spec), 2, 'joint')
+    n = _parameters(with_vocabulary(spec), 2, 'joint')
     assert planner.disk([spec] * 3, 2) == 3 * 12 * n
     text = replace(spec, data='text')
     assert planner.disk([text] * 3, 2) == 3 * 12 * n + 2 * 6 * 16 * n

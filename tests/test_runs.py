@@ -156,7 +156,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     sources = [folder_of(tmp_path/str(n), ('en',), n, words=1000) for n in (300, 2400)]
     ours, theirs = multiprocessing.Pipe()
     tokenizer = toy_tokenizer(ToySource(0), ('en',))
-    process = aside(peaks, [s.path for s in sources], tokenizer, theirs)
+    fresh = multiprocessing.get_context('spawn')    # a fork would count what this process holds
+    process = fresh.Process(target=peaks, args=([s.path for s in sources], tokenizer, theirs))
+    process.start()
     process.join(120)
     before, after = ours.recv(), ours.recv()
     more = (sources[1].size('en') - sources[0].size('en')) / 1e6
@@ -277,7 +279,7 @@ def test_a_notebooks_command_makes_its_runs(path, tmp_path, monkeypatch):
     line, = re.findall('^specs = .*', '\n'.join(cells_of(path, 'code')), re.M)
     here, asked = dict(family=family, replace=replace), []
     exec(line, here)
-    monkeypatch.setattr(cli, 'plan_of', lambda *_: '')
+    monkeypatch.setattr(cli, '_plan_of', lambda *_: '')
     monkeypatch.setattr(reproduce, 'write', lambda *_: [])
     monkeypatch.setattr(cli, 'write_index', lambda *_: '')
     monkeypatch.setattr(reproduce, 'run_missing', lambda specs, *_: asked.extend(specs) or {})
