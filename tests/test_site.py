@@ -8,6 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 import pytest
+from filelock import FileLock
 from browsers import NEEDED
 
 ROOT = Path(__file__).parent.parent
@@ -27,14 +28,15 @@ def page_of(notebook):
 PAGES = [page_of(p) for p in notebooks()]
 
 @pytest.fixture(scope='session')
-def site():
+def site(tmp_path_factory):
     "Build the site if need be, and serve it."
     sources = [*notebooks(), ROOT / '_quarto.yml', NBS / 'styles.css', ROOT / 'tools/build_docs.py']
     newest, index = max(p.stat().st_mtime for p in sources), SITE / 'index.html'
-    if not index.exists() or index.stat().st_mtime < newest:
-        r = subprocess.run([sys.executable, 'tools/build_docs.py'], cwd=ROOT, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert r.returncode == 0, r.stdout[-5000:]
+    with FileLock(tmp_path_factory.getbasetemp().parent / 'site.lock'):  # pytest's workers share it
+        if not index.exists() or index.stat().st_mtime < newest:
+            r = subprocess.run([sys.executable, 'tools/build_docs.py'], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            assert r.returncode == 0, r.stdout[-5000:]
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=SITE))
@@ -102,6 +104,7 @@ BADLY_DRAWN = """() => {
 @pytest.mark.parametrize('name', PAGES)
 def test_page(name, page, site):
     page.goto(site + name, wait_until='networkidle')
+    page.locator('body').wait_for(state='attached')
     text = page.evaluate(TEXT)
     for fault, pattern in UNRENDERED.items():
         page.faults += [f'{fault}: {m[0]!r}' for m in re.finditer(pattern, text)]
