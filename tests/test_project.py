@@ -7,7 +7,8 @@ ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns('.venv', '.git', '_proc', '_docs', '__pycache__', '*.egg-info',
                                   '.*_cache')
 
-LOCAL = r'(?<![\w.])/(home|root|Users|tmp|var|work|opt|mnt|srv)/\w'      # a path of the machine that ran it
+# a path of the machine that ran it
+LOCAL = r'(?<![\w.])/(home|root|Users|tmp|var|work|opt|mnt|srv)/\w'
 
 @pytest.fixture(scope='module')
 def notebooks():
