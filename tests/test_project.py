@@ -2,6 +2,8 @@
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from cells import stamps
+from execute import stale
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns('.venv', '.git', '_proc', '_docs', '__pycache__', '*.egg-info',
@@ -62,6 +64,49 @@ def test_saved_outputs_are_fit_to_publish(notebooks):
             if re.search(LOCAL, text) or f'{ROOT}/' in text:
                 faults.append(f'{p.name}: a local path')
     assert not faults, '\n'.join(dict.fromkeys(faults))
+
+# notebooks with outputs that were saved before there were stamps: may only shrink
+UNSTAMPED = set("""
+    00_data 00a_toy_languages 00b_files 00c_tokenizers 01_transformer 01a_pretrain
+    01b_distributed 01c_baselines 02_adapters 03_l0_pruning 04_gradient_probes 05_meta_adapters
+    05a_hub_models 05b_export 05c_meta_cost 06_finetune 06a_pretrained_xlm 06b_tasks
+    06c_retrieval 07_experiments 07a_reproduce 07b_results 07c_planner 07d_records 07e_claims
+    08_figures 08a_causes 08b_speed 09_cli 20_interference 21_gradient_conflict 22_gates
+    23_convergence 24_transfer index 10_prepare 11_monolingual 12_bilingual 13_variants
+    14_meta_adapters 15_low_resource 16_trilingual 17_causes 18_finetuning
+""".split())
+
+def test_saved_outputs_are_of_this_code(notebooks):
+    "Each output bears the stamp of the code up to its cell (`tools/execute.py --stale` mends it)."
+    faults, listed = [], set()
+    for p in notebooks:
+        for cell, said in stale(p):
+            if said or p.stem not in UNSTAMPED: faults.append(f'{p.name}: {cell.id}, {said}')
+            else: listed.add(p.stem)
+    assert not faults, '\n'.join(faults)
+    assert listed == UNSTAMPED, f'take off UNSTAMPED: {UNSTAMPED - listed}'
+
+def test_a_changed_cell_makes_the_outputs_after_it_stale():
+    code = lambda source, **kw: dict(cell_type='code', source=source, **kw)
+    slow = lambda cell: 'slow' in cell['source']
+    def of(*sources): return [s for _, s in stamps(map(code, sources), slow)]
+    before = of('a = 1', '#| slow\nb = a', 'print(a)')
+    assert of('a=1  # one', '#| slow\nb = a', 'print( a )') == before      # nothing else runs
+    changed = of('a = 2', '#| slow\nb = a', 'print(a)')
+    assert [x == y for x, y in zip(before, changed)] == [False, True, False]
+    assert of('a = 1', '#| slow\nb = 2 * a', 'print(a)')[1:] != before[1:]
+    assert of('a = 1', '#| slow\nb = 2 * a', 'print(a)')[2] == before[2]   # it was left out
+
+def test_pandoc_reads_every_notebook(notebooks):
+    "Quarto hands notebooks to pandoc, which refuses results with an empty count."
+    for p in notebooks:
+        outputs = [o for c in json.loads(p.read_text(encoding='utf-8'))['cells']
+                   for o in c.get('outputs', [])]
+        assert not any(o.get('execution_count', 1) is None for o in outputs), p.name
+    if not (pandoc := shutil.which('pandoc')): pytest.skip('no pandoc found')
+    for p in notebooks:
+        r = subprocess.run([pandoc, '-f', 'ipynb', '-t', 'html', p], capture_output=True, text=True)
+        assert r.returncode == 0 and len(r.stdout) > 1000, f'{p.name}: {r.stderr[-500:]}'
 
 def test_bare_import_needs_torch_and_numpy_only():
     "The package and its components start light; what else they need waits until it is needed."

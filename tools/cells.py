@@ -1,5 +1,5 @@
 """What the tools and the tests know about a notebook's cells."""
-import ast, os, re
+import ast, hashlib, os, re
 from nbdev.config import get_config
 
 HEADING = re.compile(r'^(#{1,6})\s+(.*)$')
@@ -38,3 +38,22 @@ def tests_something(source, directives):
             name = ast.unparse(node.func)
             if re.match(r'test_\w+$|(.*\.)?raises$|(torch|np|numpy)\.testing\.', name): return True
     return False
+
+def code_of(source):
+    "Return what a cell runs, without comments, directives and layout."
+    from IPython.core.inputtransformer2 import TransformerManager
+    try: return ast.unparse(ast.parse(TransformerManager().transform_cell(source)))
+    except SyntaxError: return source
+
+def stamps(cells, is_skipped):
+    """Yield (cell, fingerprint) of code cells: of all code that ran up to there.
+
+    A cell that is left out of ordinary runs is known by its own code alone."""
+    so_far = hashlib.sha256()
+    for cell in cells:
+        if cell['cell_type'] != 'code': continue
+        code = code_of(cell['source']).encode()
+        if is_skipped(cell): yield cell, hashlib.sha256(code).hexdigest()[:12]
+        else:
+            so_far.update(code + b'\n')
+            yield cell, so_far.hexdigest()[:12]

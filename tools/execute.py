@@ -2,9 +2,14 @@
 
     python tools/execute.py [NOTEBOOK ...]     default: every notebook under nbs/
 
+    python tools/execute.py --stale            those whose outputs are older than their code
+
 Cells that nbdev_test skips (`#| eval: false`, and the flags in `tst_flags`) are not run and keep
 the outputs they have; `NBDEV_FLAGS="slow gpu"` runs the cells with these flags too. A notebook that
 fails is left as it was.
+
+Each cell with outputs keeps a stamp of the code that made them (`ran` in its metadata): of its own
+and of all cells before it. A test compares the stamps with the code.
 """
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')       # small models: more threads stand in the way
@@ -14,9 +19,10 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import extract_directives
-from cells import skip_flags, why_skipped
+from cells import skip_flags, stamps, why_skipped
 
 ANSI = re.compile(r'\x1b\[[0-9;]*m')
 WIDGET = 'application/vnd.jupyter.widget-view+json'
@@ -41,6 +47,23 @@ def merge_streams(outputs):
         else: merged.append(o)
     return merged
 
+def without_counts(outputs):
+    "Say `display_data` of results: nbdev_clean empties their counts, which pandoc then refuses."
+    for o in outputs:
+        if o['output_type'] != 'execute_result': continue
+        o['output_type'] = 'display_data'
+        o.pop('execution_count', None)
+    return outputs
+
+def never_run(cell):
+    "Say whether ordinary runs leave this code cell out, whatever flags are set now."
+    return skipped(cell, set(get_config().tst_flags.split()))
+
+def stale(path):
+    "Yield cells whose outputs no stamp (None) or another code's stamp vouches for, and that stamp."
+    for cell, stamp in stamps(nbformat.read(path, as_version=4).cells, never_run):
+        if cell.outputs and (said := cell.metadata.get('ran')) != stamp: yield cell, said
+
 def faults(nb):
     "Name what a saved notebook must not hold: this machine's paths, and widgets (dead on a page)."
     here = [str(Path.cwd()), str(Path.home()) + os.sep]
@@ -59,13 +82,17 @@ def run(path, flags, timeout=1200):
                     resources={'metadata': {'path': str(path.parent)}})
     client.leave_out = frozenset(keep)
     client.execute()
-    for c in code: c.outputs = keep[c.id] if c.id in keep else merge_streams(c.outputs)
+    for c, stamp in stamps(nb.cells, never_run):
+        c.outputs = keep[c.id] if c.id in keep else without_counts(merge_streams(c.outputs))
+        if c.id not in keep: c.metadata['ran'] = stamp
+        if not c.outputs: c.metadata.pop('ran', None)
     nb.metadata.pop('widgets', None)
     nbformat.write(nb, path)
     return sorted(set(faults(nb)))
 
 def main():
-    paths = [Path(p) for p in sys.argv[1:]] or sorted(nbglob(as_path=True))
+    paths = [Path(p) for p in sys.argv[1:] if p != '--stale'] or sorted(nbglob(as_path=True))
+    if '--stale' in sys.argv: paths = [p for p in paths if any(True for _ in stale(p))]
     flags, failed = skip_flags(), False
     for path in paths:
         start = time.time()
