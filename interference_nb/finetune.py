@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .distributed import worker_pool
-from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
-                                   save_checkpoint, weights_hash)
+from .files import (InputError, JsonlLog, check_ranges, load_checkpoint,
+                                   read_jsonl, save_checkpoint, weights_hash)
 from .pretrain import restore_training_state, run_info, same_config, training_state
 from .tasks import (TASKS, TaskBatch, TaskData, TaskSpec, read_data, task_spec,
                                    total_score)
@@ -39,11 +39,10 @@ class FinetuneConfig:
     seed: int = 0                       # of the head, the order, the dropout and the rows drawn
 
     def __post_init__(self):
-        if min(self.epochs, self.batch_size) < 1 or self.max_len < 3:
-            raise InputError(f'epochs {self.epochs}, batch_size {self.batch_size}, max_len '
-                             f'{self.max_len}. They must be at least 1, 1 and 3.')
-        if self.epoch_rows is not None and self.epoch_rows < 1:
-            raise InputError(f'epoch_rows is {self.epoch_rows}. Draw at least 1, or None for all.')
+        rows = dict.fromkeys(('epoch_rows', 'max_train', 'max_dev', 'max_eval'), (1, 10**9))
+        check_ranges(self, epochs=(1, 10**5), batch_size=(1, 2**16), lr=(0., 1e30),
+                     head_lr=(0., 1e30), clip=(1e-12, math.inf), max_len=(3, 2**20), **rows,
+                     seed=(0, 2**63 - 1))
 
     @classmethod
     def toy(cls, task='ner', **kw):     # any other name: as 'ner'

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .adapters import locate_parameter, parameter_groups
-from .files import InputError, JsonlLog
+from .files import InputError, JsonlLog, check_ranges
 from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, check_shares,
                                       mean_over_processes, same_config, seed_step)
 
@@ -119,8 +119,7 @@ class ProbeConfig:
         if self.n_batches < 1:
             raise InputError(f'a probe with no batches (n_batches = {self.n_batches}). '
                              'It needs at least 1 behind each gradient, better 8.')
-        if self.every < 1:
-            raise InputError(f'every is {self.every}. It must be 1 or more steps.')
+        check_ranges(self, every=(1, 10**8), n_batches=(1, 2**16))
 
     @classmethod
     def paper(cls, **kw):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import PARAMETER_KINDS, Place, frozen, locate_parameter
-from .files import InputError, load_checkpoint, save_checkpoint
+from .files import (InputError, check_ranges, load_checkpoint,
+                                   save_checkpoint)
 from .pretrain import progress_bar
 
 # %% ../nbs/03_l0_pruning.ipynb #6ad6fd84
@@ -269,11 +270,11 @@ class PruneConfig:
     seeds: int = 2              # prunings of each language; the control compares two
 
     def __post_init__(self):
-        if min(self.steps, self.batch_size) < 1 or min(self.l0, self.warmup, self.init_noise) < 0:
-            raise InputError('steps and batch_size must be 1 or more; '
-                             'l0, warmup and init_noise not negative.')
-        if min(self.lr, self.temperature) <= 0:
-            raise InputError('lr and temperature must be positive.')
+        check_ranges(self, steps=(1, 10**8), batch_size=(1, 2**16), lr=(1e-12, 1e30), l0=(0., 1e9),
+                     warmup=(0, 10**8), init=(-100., 100.), init_noise=(0., 100.),
+                     temperature=(1e-3, 1e3), seeds=(0, 1000))
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise InputError(f'betas are {self.betas}. Give two numbers, at least 0 and below 1.')
         if self.seeds < 2:
             raise InputError(f'seeds is {self.seeds}. Two prunings of the same language are the '
                              'control without which a cosine says nothing: use 2 or more.')

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapters import frozen
-from .files import InputError
+from .files import InputError, check_ranges
 from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, make_adam,
                                       mean_over_processes)
 
@@ -298,12 +298,8 @@ class MetaConfig:
                             ('order', ('meta first', 'shared first'))):
             if (x := getattr(self, name)) not in known:
                 raise InputError(f"unknown {name} {x!r}. Use one of: {', '.join(known)}.")
-        for name in ('beta', 'eps', 'log_every'):
-            if (x := getattr(self, name)) is not None and not 0 < x < math.inf:
-                raise InputError(f"{name} is {x}. It must be positive and finite.")
-        for name in ('meta_every', 'sampled_languages'):
-            if (x := getattr(self, name)) is not None and x < 1:
-                raise InputError(f"{name} is {x}. It must be 1 or more.")
+        check_ranges(self, beta=(1e-12, 1e6), eps=(1e-12, 1e6), log_every=(1, 10**8),
+                     meta_every=(1, 10**8), sampled_languages=(1, 10**4))
 
     def passes(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .tokenizers import BOS
-from .files import InputError
+from .files import InputError, check_ranges
 
 # %% ../nbs/01_transformer.ipynb #7b00f673
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class ModelConfig:
     positions: str = 'learned'      # a vector for each, or 'relative': a bias for each distance
 
     def __post_init__(self):
-        if self.n_heads < 1 or self.head_width < 1:
+        check_ranges(self, vocab_size=(0, 2**24), dim=(1, 2**16), n_layers=(1, 1000),
+                     n_heads=(1, 2**12), head_dim=(1, 2**16), ffn_dim=(1, 2**20),
+                     max_len=(1, 2**20))
+        if self.head_width < 1:
             raise InputError(f'{self.n_heads} heads do not fit into dim {self.dim}. '
                              'Use another number of heads or set head_dim.')
         for name in ('dropout', 'attention_dropout'):
