@@ -5,8 +5,8 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
 import numpy as np
 from tokenizers import Tokenizer as Theirs, models, pre_tokenizers, trainers
-from interference_nb.data import (Corpus, FolderSource, Source, Stream, prepare_corpus,
-                                  split_sentences)
+from interference_nb.data import Corpus, Source, Stream, prepare_corpus, split_sentences
+from interference_nb.folders import FolderSource
 from interference_nb.tokenizers import Tokenizer
 
 SCRIPTS = 'aeioukmnptswlr', 'аеиоукмнптсвлр', 'अआइउएकमनपतसवलर'

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'load_run_data', 'vocabulary', 'run',
            'checkpoint_size', 'with_vocabulary', 'make_step', 'is_pretrained', 'finetuning_jobs', 'make_batches',
-           'open_run', 'prune_model', 'complete', 'holds_all', 'own_rows', 'check_rows', 'matching_row', 'check_format',
-           'device', 'on_cpu', 'pretrain_all', 'ready', 'smoke_test_spec', 'smoke_test', 'cost', 'default_workers',
-           'run_all']
+           'open_run', 'prune_model', 'complete', 'holds_all', 'own_rows', 'check_rows', 'inputs_of', 'check_inputs',
+           'matching_row', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'ready', 'smoke_test_spec', 'smoke_test',
+           'cost', 'default_workers', 'run_all']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
 import itertools, json, math, shutil, sys, tempfile, time
@@ -28,8 +28,8 @@ from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
 from .distributed import (cpu_count, first_process_first, in_subprocess,
                                          launch, rank_and_world_size, worker_pool)
-from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, perplexity,
-                                      run_info, same_config, train)
+from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, data_name,
+                                      perplexity, run_info, same_config, train)
 from .baselines import held_out_report
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
@@ -130,8 +130,8 @@ class RunSpec:
 
     @property
     def config(self) -> dict:
-        "All that its pretraining depends on, as plain values; of a folder only the name."
-        about = dict(format=FORMAT, about=asdict(SYSTEMS[self.system]), data=Path(self.data).name)
+        "All that its pretraining depends on, as plain values; a folder's content is told apart."
+        about = dict(format=FORMAT, about=asdict(SYSTEMS[self.system]), data=data_name(self.data))
         used = {k: v for k, v in asdict(self).items() if k not in ('tasks', 'prune')}
         used['scale'] = {k: used['scale'][k] for k in ('model', 'train')}
         return json.loads(json.dumps(used | about))
@@ -286,7 +286,8 @@ def _finetune_missing(spec: RunSpec, home: Path, model, tokenizer, source, recor
                       for test, n in result.pop('counts').items()}
             before = load_checkpoint(counted)[0] if counted.exists() else {}
             save_checkpoint(counted, before | counts, dict(name=spec.name))
-            record.write('finetune', protocol=protocol, **result)
+            record.write('finetune', protocol=protocol, **result,
+                         inputs=inputs_of(spec, source, task, dict.fromkeys([lang, *tests])))
         shutil.rmtree(folder, ignore_errors=True)
     record.write('done', name=spec.name)
     return record.rows
@@ -304,6 +305,7 @@ def _pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, sam
                 if '/' not in k or k.split('/')[1] in spec.pair}
     about = dict(run=spec.config, variant=system.variant, tokenizer=tokenizer.fingerprint,
                  source=source.name, revision=revision,
+                 inputs=inputs_of(spec, source) | dict(vocabulary=tokenizer.fingerprint),
                  sentences={l: corpora[l]['train'].n_sentences for l in spec.langs})
     probe = [GradientProbe(spec.probe, home)] if spec.probe else []
     train(model, sampler, cfg, dev, step, probe, home, about, progress,
@@ -404,7 +406,7 @@ def open_run(home,  # folder of a run
         raise InputError(f'{home} is at step {at} of its pretraining. Finish it first, '
                          'with the command that began it.')
     about = rows[0]['config']['run']
-    if Path(data).name != about['data']:
+    if data_name(data) != data_name(about['data']):
         raise InputError(f"{home} was pretrained on data named '{about['data']}', not "
                          f"'{Path(data).name}'. Name it with --data.")
     sizes = about['scale']
@@ -412,6 +414,7 @@ def open_run(home,  # folder of a run
     meta = about['meta'] and MetaConfig(**upgrade_meta(about['meta']))
     spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'],
                    scale, data, (), about['max_sentences'], meta)
+    check_inputs(spec, rows, home)
     source, tokenizer, corpora = load_run_data(spec, home.parent)
     model = load_model(home/'checkpoint.safetensors', tokenizer, device=device())
     return spec, source, tokenizer, corpora, model
@@ -465,9 +468,42 @@ def check_rows(spec: RunSpec, rows: list[dict], home: Path) -> list[dict]:  # th
     if not rows: return rows
     check_format(rows, home)
     same_config(spec.config, rows[0]['config']['run'], home)
+    check_inputs(spec, rows, home)
     for r in (r for r in rows if r['kind'] == 'finetune' and r['task'] in spec.tasks):
         same_config(spec.protocol(r['task']), r['protocol'], f"{home}, {r['task']}")
     return rows
+
+def inputs_of(spec: RunSpec,  # a run
+              source,  # of its data
+              task: str | None = None,  # name its labelled rows; None: name its text
+              langs: Iterable[str] = (),  # of these languages
+              ) -> dict[str, str]:  # {file, relative to the folder: hash of its content}
+    "Name the content that a run is made from, for its record."
+    return source.fingerprints((task_spec(task).data,), langs) if task else source.fingerprints(
+        ('text',), spec.pair)
+
+def _change(then: str | None, now: str | None) -> str:
+    return 'is new' if then is None else 'is gone' if now is None else 'has other content'
+
+def check_inputs(spec: RunSpec, rows: list[dict], home: Path):  # a run, its record, its folder
+    """Raise `InputError` if a record was made from a folder with other content, naming the files.
+
+    The folder's name and place do not matter. Records without `inputs` have none to compare."""
+    if data_name(spec.data) != 'folder' or not Path(spec.data).is_dir(): return
+    then, source = dict(rows[0].get('inputs', {})), None
+    then.pop('vocabulary', None)
+    made = [(then, None, ())] + [(r['inputs'], r['task'], [r['train_lang'], *r['scores']])
+                                 for r in rows if r['kind'] == 'finetune' and r.get('inputs')
+                                 and r['task'] in spec.tasks]
+    for then, task, langs in made:
+        if not then: continue
+        source = source or open_source(spec.data)
+        now = inputs_of(spec, source, task, langs)
+        if differ := [f'{name} {_change(then.get(name), now.get(name))}'
+                      for name in sorted(then | now) if then.get(name) != now.get(name)]:
+            raise InputError(f'{home} was made from other data than {spec.data}: '
+                             f'{", ".join(differ[:6])}. Name another folder with --out, or the '
+                             'data that it was made from with --data.')
 
 def matching_row(rows: list[dict],  # of a record
                  job: tuple[str, str] | None = None,  # task, language finetuned on

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'PRECISIONS', 'BEFORE', 'OWN_ROWS', 'FREE', 'TrainConfig', 'learning_rate', 'BatchSampler',
            'check_shares', 'pinned', 'perplexity', 'make_adam', 'Precision', 'JointStep', 'training_state',
            'restore_training_state', 'config_hash', 'run_info', 'train', 'clocks', 'seed_step', 'prepare_model',
-           'keep_memory', 'progress_bar', 'same_config', 'upgraded']
+           'keep_memory', 'progress_bar', 'same_config', 'data_name', 'upgraded']
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
@@ -489,11 +489,17 @@ def same_config(now: dict,  # this run's
         raise InputError(f'{path} belongs to another config ({"; ".join(differ)}). '
                          'Name another folder, use its settings, or delete it to start over.')
 
+def data_name(data: str,  # as the user named it
+              ) -> str:  # 'folder' for any folder: its content tells which, see `check_inputs`
+    "Name the kind of data that a run is made from."
+    return data if data.partition(':')[0] in ('toy', 'hub') else 'folder'
+
 def upgraded(config):  # a stored config or a part of one, as JSON gives it
     "Give the fields of a stored config, from a record or a checkpoint, their present names."
     from interference_nb.meta_adapters import upgrade_meta
     if not isinstance(config, dict): return config
     config = {k: upgraded(v) for k, v in config.items()}
+    if isinstance(config.get('data'), str): config['data'] = data_name(config['data'])
     if 'ffn_dim' in config: config = upgrade_model(config)
     return upgrade_meta(config) if 'estimator' in config else config
 
@@ -501,13 +507,15 @@ class _RunLog:
     "The bookkeeping of one run: its record, its checkpoint, where it resumes."
     def __init__(self, model, step, cfg, sampler, dev, folder, about):
         self.model, self.step, self.cfg, self.sampler, self.dev = model, step, cfg, sampler, dev
+        about = dict(about or {})
+        self.inputs = about.pop('inputs', {})       # told, not compared: see `check_inputs`
         self.main, self.first = sampler.rank == 0, 0
         self.pending, self.settled = [], []     # what steps returned: on the device, then as floats
         self.spent, self.since = np.zeros(2), clocks()   # on training: wall and processor seconds
         self.reduced = -traffic.bytes
         self.tokens_a_step = cfg.accumulate * cfg.batch_size * cfg.seq_len
         self.config = dict(model=asdict(model.cfg), langs=list(model.langs), train=asdict(cfg),
-                           step=step.describe(), **(about or {}))
+                           step=step.describe(), **about)
         self.checkpoint = Path(folder)/'checkpoint.safetensors' if folder else None
         if self.checkpoint and self.checkpoint.exists(): self.resume()
         self.passes = step.passes       # of all processes, when this one began
@@ -516,7 +524,7 @@ class _RunLog:
         here = dict(world=sampler.world, precision=step.amp.name)
         if not self.rows:
             self.record.write('start', config=self.config, config_hash=config_hash(self.config),
-                              **here, **run_info())
+                              inputs=self.inputs, **here, **run_info())
         elif 0 < self.first < cfg.steps:
             self.record.write('resume', step=self.first, **here, **run_info())
 

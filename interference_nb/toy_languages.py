@@ -21,7 +21,8 @@ from zlib import crc32
 
 import numpy as np
 
-from .data import (SPLITS, TASK_COLUMNS, UPOS_LABELS, FolderSource, HubSource,
+from .folders import FolderSource
+from .data import (SPLITS, TASK_COLUMNS, UPOS_LABELS, HubSource,
                                   Source, check_languages)
 from .tokenizers import WordTokenizer
 from .files import InputError

@@ -67,7 +67,7 @@ def write_folder(path, langs=tuple(SYLLABLES)):
     "Write text and all four tasks in some languages; NLI has training pairs in English only."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from interference_nb.data import FolderSource
+    from interference_nb.folders import FolderSource
     for lang in langs:
         for split, n in SPLITS.items():
             text = Text(lang, split)
@@ -86,6 +86,6 @@ REAL = os.environ.get('INTERFERENCE_DATA')
 @pytest.fixture(scope='session', params=['made up', *(['real'] if REAL else [])])
 def text_folder(request, tmp_path_factory):
     "A folder of text and tasks in en, sw and te: made up, and the real one where it is named."
-    from interference_nb.data import FolderSource
+    from interference_nb.folders import FolderSource
     if request.param == 'real': return FolderSource(REAL)
     return write_folder(tmp_path_factory.mktemp('text'))

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from interference_nb.adapters import MultilingualLM
-from interference_nb.data import FolderSource, train_tokenizer
+from interference_nb.data import train_tokenizer
+from interference_nb.folders import FolderSource
 from interference_nb.tokenizers import load_tokenizer
 from interference_nb.files import InputError, load_checkpoint
 from interference_nb.finetune import FinetuneConfig, finetune, predict, tune

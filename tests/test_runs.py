@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from interference_nb import cli, data, reproduce
-from interference_nb.data import (FolderSource, HubSource, check_room, disk_needed, prepare_corpus,
+from interference_nb.folders import FolderSource
+from interference_nb.data import (HubSource, check_room, disk_needed, prepare_corpus,
                                   train_tokenizer)
 from interference_nb.tokenizers import WordTokenizer
 from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_jsonl, run_lock
