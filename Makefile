@@ -65,7 +65,7 @@ bench: $(READY)     ## times and memory beside other libraries: 15 minutes on 2 
 
 test: $(READY)      ## every notebook's tests, then those in tests/: 8 minutes
 	$(say) "Running the notebooks, then the tests: about 8 minutes on 2 cores"
-	python tools/test_notebooks.py; notebooks=$$?; pytest -n 2 tests $(ARGS) && exit $$notebooks
+	python tools/test_notebooks.py; notebooks=$$?; pytest -n 2 --dist loadgroup tests $(ARGS) && exit $$notebooks
 
 # The lowest versions that settings.ini promises (RESOLUTION=lowest-direct), or the latest it allows.
 test-versions:      ## the tests at the lowest versions of what we build on: 12 minutes

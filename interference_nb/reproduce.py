@@ -21,7 +21,7 @@ __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'TEXT', 'STUDIES', 'PAPE
 import itertools, math, sys, threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -758,15 +758,18 @@ def origin(e: Evidence) -> str:
 
 def about_study(study: Study) -> str:
     "Say how large the runs of a study are, on what data, and how many."
-    return (f"{about_size(study)} Data '{Path(study.data).name}', {study.seeds} "
-            f"seed{'s' * (study.seeds > 1)}.")
+    return (f"{about_size(study.name, asdict(study.scale))} Data '{Path(study.data).name}', "
+            f"{study.seeds} seed{'s' * (study.seeds > 1)}.")
 
-def about_size(study: Study) -> str:
-    "Say how large the runs of a study are."
-    train, model = study.scale.train, study.scale.model
-    pieces = f', a vocabulary of {model.vocab_size:,}' if model.vocab_size else ''
-    return (f'Scale {study.name}: {train.steps:,} steps of {train.batch_size * train.accumulate} '
-            f'x {train.seq_len} tokens, {model.n_layers} layers of {model.dim}{pieces}.')
+def about_size(name: str,  # of a study
+               scale: dict,  # as plain values, such as a record holds
+               ) -> str:
+    "Say how large runs are."
+    train, model = scale['train'], scale['model']
+    rows, pieces = train['batch_size'] * train['accumulate'], model['vocab_size']
+    return (f"Scale {name}: {train['steps']:,} steps of {rows} x {train['seq_len']} tokens, "
+            f"{model['n_layers']} layers of {model['dim']}"
+            + f', a vocabulary of {pieces:,}' * bool(pieces) + '.')
 
 # %% ../nbs/07a_reproduce.ipynb #aa07a003
 def demo_page(folder, names=None) -> str:  # Markdown
@@ -1055,7 +1058,9 @@ def family_page(name: str, records) -> str:  # Markdown
              'scale of the paper. ' + ('What was run is smaller; [results](../07b_results.ipynb) '
                                        'shows it in full.' if there else 'Nor has a smaller one.')]
     for scale, (folder, names) in there.items():
-        parts += [f'{about_size(STUDIES[scale])} {describe(folder, names)}',
+        runs = (of_run.rows[0]['config']['run'] for of_run in read_runs(folder, names).values())
+        sizes = dict.fromkeys(about_size(scale, run['scale']) for run in runs)
+        parts += [' '.join([*sizes, describe(folder, names)]),
                   markdown(family_table(load(folder, names)))]
     return '\n\n'.join([*parts, *[LEGENDS['family']] * bool(there)])
 

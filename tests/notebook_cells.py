@@ -21,6 +21,13 @@ SIDE_BY_SIDE = min(2, os.cpu_count() or 1)
 TIMEOUT = int(os.environ.get('NOTEBOOK_TIMEOUT', '900'))      # seconds a notebook may take
 WHOLE = 'runs from top to bottom'
 
+def pytest_configure(config):
+    if hasattr(config, 'workerinput') or not config.getoption('numprocesses', None): return
+    found = [p for arg in map(Path, config.args) for p in [arg, *arg.rglob('*.ipynb')]]
+    if any(p.suffix == '.ipynb' for p in found):
+        raise pytest.UsageError('notebooks run side by side by themselves. Leave out -n, or name '
+                                'tests/ only.')
+
 def pytest_collect_file(file_path, parent):
     inside = file_path.relative_to(parent.config.rootpath).parts
     if file_path.suffix == '.ipynb' and not any(part[0] in '_.' for part in inside):

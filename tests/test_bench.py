@@ -3,6 +3,7 @@ import json, subprocess, sys
 from dataclasses import asdict
 from pathlib import Path
 import pytest
+from waiting import LIMIT
 
 FOLDER = Path(__file__).parents[1]/'benchmarks'
 
@@ -40,13 +41,23 @@ def test_verdicts(bench):
         assert bench.verdict(missing) == 'not measured'
     assert 'not met' in bench.show(list(rows.values()))
 
-def test_quick_run(bench, tmp_path):
-    out = tmp_path/'quick.json'
-    command = [sys.executable, FOLDER/'bench.py', '--quick', '--out', out, '--only']
-    for section in ('meta', 'step'):                    # the second joins the first
-        run = subprocess.run([*command, section], capture_output=True, text=True, timeout=600)
-        assert run.returncode == 0, run.stderr
-        assert 'fastest peer, default settings / ours' in run.stdout and 'failed' not in run.stdout
+BENCH = """
+import sys
+_, folder, out, *sections = sys.argv
+sys.path.insert(0, folder)
+import bench
+for section in sections:
+    sys.argv[1:] = ['--quick', '--out', out, '--only', section]
+    bench.main()
+"""
+
+def test_quick_run(bench, tmp_path, monkeypatch, capsys):
+    out = tmp_path/'quick.json'                         # the second section joins the first
+    run = subprocess.run([sys.executable, '-c', BENCH, FOLDER, out, 'meta', 'step'],
+                         capture_output=True, text=True, timeout=LIMIT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count('fastest peer, default settings / ours') == 2
+    assert 'failed' not in run.stdout
     result = json.loads(out.read_text())
     about = {'commit', 'hardware', 'cpu', 'cores', 'threads', 'versions', 'date'}
     assert about <= set(result['machine'])
@@ -60,8 +71,9 @@ def test_quick_run(bench, tmp_path):
     assert result['wall_s'] > sum(s['wall_s'] for s in result['sections'].values())
     result['machine'] |= dict(commit='another', date='another')
     out.write_text(json.dumps(result))
-    run = subprocess.run([*command, 'step'], capture_output=True, text=True, timeout=600)
-    assert run.returncode == 2 and 'other conditions (commit)' in run.stderr, run.stderr
+    monkeypatch.setattr(bench, 'machine', lambda: result['machine'] | dict(commit='mine'))
+    status, said = refused(bench, monkeypatch, capsys, '--out', out, '--only', 'step')
+    assert status == 2 and 'other conditions (commit)' in said
     assert json.loads(out.read_text()) == result        # as it was
 
 def test_gpu_plan(bench):
@@ -84,10 +96,17 @@ def test_files_are_named_by_what_they_measure(bench):
              ((None, 2), (None, 16), ('NVIDIA H100 80GB', 16))]
     assert files == ['cpu-2-cores', 'cpu-16-cores-2-threads', 'nvidia-h100-80gb']
 
-def test_unknown_section():
-    run = subprocess.run([sys.executable, FOLDER/'bench.py', '--quick', '--only', 'nothing'],
-                         capture_output=True, text=True)
-    assert run.returncode == 2 and 'unknown section nothing' in run.stderr
+def refused(bench, monkeypatch, capsys, *args):
+    "Status and message of a command that starts no contestant."
+    monkeypatch.setattr(bench, 'Contestant', lambda job: pytest.fail('started'))
+    for name in ('OMP_NUM_THREADS', 'PYTHONPATH'): monkeypatch.setenv(name, '')    # it sets them
+    monkeypatch.setattr(sys, 'argv', ['bench.py', '--quick', *map(str, args)])
+    with pytest.raises(SystemExit) as stop: bench.main()
+    return stop.value.code, capsys.readouterr().err
+
+def test_unknown_section(bench, monkeypatch, capsys):
+    status, said = refused(bench, monkeypatch, capsys, '--only', 'nothing')
+    assert status == 2 and 'unknown section nothing' in said
 
 def test_committed_numbers(bench):
     paths = [p for p in FOLDER.glob('*.json') if p.stem != 'quick']

@@ -13,6 +13,7 @@ from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_js
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
+from waiting import LIMIT, wait_for
 
 LANGS, EVERY = ('en', 'x3'), 5
 CFG = TrainConfig.toy(steps=260, batch_size=2, seq_len=16, warmup=10, accumulate=2,
@@ -207,12 +208,9 @@ def test_torchrun_restarts_and_stops(home):
     env = os.environ | {'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
     with open(home/'log', 'w') as log:
         command = subprocess.Popen(torchrun, env=env, stdout=log, stderr=log)
-    deadline = time.time() + 120
-    while not (folder/'late').exists():
-        assert command.poll() is None and time.time() < deadline, (home/'log').read_text()
-        time.sleep(.05)
+    wait_for((folder/'late').exists, command, (home/'log').read_text)
     command.send_signal(signal.SIGTERM)
-    command.wait(60)
+    command.wait(LIMIT)
     assert (folder/'killed').exists()
     assert [(folder/f'exit{rank}').read_text() for rank in (0, 1)] == ['143', '143']
     assert 40 < step_of(folder) < SHORT.steps and step_of(folder) % EVERY

@@ -62,8 +62,8 @@ def test_no_checkpoint_repeats_the_pretraining_only(tmp_path):
     more = replace(spec, tasks=('ner', 'pos'), scale=replace(TINY, finetune=TINY.finetune | {
         'pos': TINY.finetune['ner']}))
     after = run(more, tmp_path)
-    lessons = [[r for r in rows if r['kind'] == 'finetune'] for rows in (before, after)]
-    assert lessons[1][:2] == lessons[0] and len(lessons[1]) == 4
+    finetuned = [[r for r in rows if r['kind'] == 'finetune'] for rows in (before, after)]
+    assert finetuned[1][:2] == finetuned[0] and len(finetuned[1]) == 4
     assert after == read_jsonl(home/'record.jsonl') and not (home/'record-before.jsonl').exists()
 
 def test_half_done_additions_hide_nothing(tmp_path):

@@ -3,12 +3,13 @@
 Each is run here with a stand-in that calls its plot at three values of every control; one is run
 in JupyterLab, where a browser moves its slider.
 """
-import json, os, socket, subprocess, sys, time, urllib.error, urllib.request
+import json, os, socket, subprocess, sys, urllib.error, urllib.request
 from pathlib import Path
 import matplotlib
 import pytest
 from interference_nb import figures
 from browsers import NEEDED
+from waiting import LIMIT, wait_for
 
 ROOT = Path(__file__).parent.parent
 NAME = '25_meta_step.ipynb'
@@ -77,20 +78,21 @@ def lab(tmp_path):
                                   stderr=subprocess.STDOUT)
     try:
         url = f'http://127.0.0.1:{port}'
-        for _ in range(300):
-            assert server.poll() is None, (tmp_path / 'log').read_text()[-3000:]
-            try: urllib.request.urlopen(f'{url}/api').close(); break
-            except (urllib.error.URLError, ConnectionError): time.sleep(.2)
+        def answers():
+            try: urllib.request.urlopen(f'{url}/api').close()
+            except (urllib.error.URLError, ConnectionError): return False
+            return True
+        wait_for(answers, server, lambda: (tmp_path / 'log').read_text()[-3000:])
         yield url
     finally:
         server.terminate()                                  # it ends its kernels, too
-        try: server.wait(20)
+        try: server.wait(LIMIT)
         except subprocess.TimeoutExpired: server.kill()
 
 @NEEDED
 def test_a_slider_moves_its_picture_in_jupyterlab(lab, browser):
     page = browser.new_page(viewport=dict(width=1280, height=1000))
-    page.set_default_timeout(300_000)                       # on a machine that is busy
+    page.set_default_timeout(LIMIT * 1000)
     page.goto(f'{lab}/lab/tree/figs/{NAME}')
     page.get_by_text('(ipykernel) | Idle').wait_for()       # before that it asks for a kernel
     page.get_by_text('Run', exact=True).first.click()

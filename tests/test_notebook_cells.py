@@ -77,6 +77,12 @@ def test_a_notebook_that_never_ends_is_stopped(collect, monkeypatch):
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(['*no end after 2 s*'])
 
+def test_workers_of_xdist_are_refused(collect):
+    "They would collect the cells, but know nothing of the notebooks' runs."
+    result = collect('# Title', 'assert True', args=['-n', '2'])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(['*Leave out -n*'])
+
 def test_nothing_runs_unless_selected(collect):
     collect('# Title', "print(1, file=open('ran', 'a'))", args=['-k', 'nothing so named'])
     assert not Path('nbs/ran').exists()

@@ -12,6 +12,7 @@ from interference_nb.meta_adapters import MetaConfig
 from interference_nb.planner import KINDS, StepSpec, account, measured_peak, plan_run
 from interference_nb.pretrain import TrainConfig
 from interference_nb.transformer import ModelConfig
+from waiting import LIMIT
 
 MODEL = ModelConfig.mini(500, dim=48, n_layers=2, n_heads=4, ffn_dim=160, max_len=64)
 TRAIN = TrainConfig.mini(batch_size=6, seq_len=48, accumulate=2)
@@ -293,7 +294,7 @@ def torchrun(n, *args):
     program = [sys.executable, '-c', 'from interference_nb.cli import main; main()']
     return subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n),
-         '--no-python', *program, *map(str, args)], capture_output=True, text=True, timeout=300)
+         '--no-python', *program, *map(str, args)], capture_output=True, text=True, timeout=LIMIT)
 
 
 def test_pretrain_by_torchrun(tmp_path):

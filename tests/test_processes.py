@@ -17,7 +17,9 @@ from interference_nb.meta_adapters import ESTIMATORS, MetaConfig, MetaStep
 from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, seed_step, train
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import MaskedLM, ModelConfig
+from waiting import LIMIT, wait_for
 
+pytestmark = pytest.mark.xdist_group('processes')       # or each of pytest's workers makes the runs
 LANGS, STEPS = ('en', 'x3'), 3
 CFG = TrainConfig.toy(steps=STEPS, accumulate=4, seed=3, eval_every=3, checkpoint_every=2)
 MIXED = replace(CFG, mixed=True)
@@ -100,7 +102,7 @@ def runs(toy, tmp_path_factory):
     home = tmp_path_factory.mktemp('runs')
     def late(*_): raise TimeoutError('the processes hang')
     signal.signal(signal.SIGALRM, late)
-    signal.alarm(100)
+    signal.alarm(round(LIMIT))
     for world in (1, 2, 4): launch(everything, toy, home, processes=world)
     signal.alarm(0)
     load = lambda world: [torch.load(home/f'{world}-{rank}.pt', weights_only=True)
@@ -326,7 +328,7 @@ def test_a_full_disk_ends_all_processes(toy, tmp_path):
     for rank, before in enumerate(('', 'the first process failed: ')):
         said = (tmp_path/str(rank)).read_text()
         assert said == f'{before}could not write: make room on the disk'
-        assert float((tmp_path/f'took{rank}').read_text()) < 20
+        assert float((tmp_path/f'took{rank}').read_text()) < LIMIT  # gloo waits for 1,800 s
 
 MAIN = 'from interference_nb.cli import main; main()'
 
@@ -335,12 +337,9 @@ def test_workers_end_with_a_killed_command(tmp_path):
     args = ['demo', '--systems', 'joint', '--seeds', '2', '--steps', '20000', '--out', tmp_path]
     command = subprocess.Popen([sys.executable, '-c', MAIN, *args], stdout=subprocess.PIPE,
                                start_new_session=True)
-    deadline = time.time() + 120
     try:
-        while not any(tmp_path.glob('*/record.jsonl')):     # a worker writes
-            assert command.poll() is None and time.time() < deadline, 'no run began'
-            time.sleep(.1)
+        wait_for(lambda: any(tmp_path.glob('*/record.jsonl')), command)     # a worker writes
         command.kill()
-        command.communicate(timeout=20)     # ends when nobody is left who could write to the pipe
+        command.communicate(timeout=LIMIT)  # ends when nobody is left who could write to the pipe
     finally:
         with suppress(ProcessLookupError): os.killpg(command.pid, signal.SIGKILL)

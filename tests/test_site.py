@@ -10,6 +10,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 import pytest
 from filelock import FileLock
 from browsers import NEEDED
+from waiting import LIMIT
 
 ROOT = Path(__file__).parent.parent
 NBS, SITE = ROOT / 'nbs', ROOT / '_docs'
@@ -48,6 +49,7 @@ def site(tmp_path_factory):
 def page(browser, site):
     "A tab that writes down in `page.faults` what goes wrong, and can reach nothing outside."
     tab = browser.new_page(viewport=dict(width=1280, height=900))
+    tab.set_default_timeout(LIMIT * 1000)
     tab.faults = []
     def guard(route):
         url = route.request.url
@@ -150,7 +152,7 @@ def test_search_finds(where, page, site):
     box = page.locator('#quarto-header input[type=search], #quarto-header input').first
     box.fill('adapter')
     results = page.locator('a.search-result')
-    results.first.wait_for(timeout=10_000)
+    results.first.wait_for()
     href = results.first.evaluate('a => a.href')
     path = SITE / unquote(urlsplit(href).path).replace(SITE.as_posix(), '').lstrip('/')
     assert path.is_file(), href
