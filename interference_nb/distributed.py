@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['traffic', 'PRELOADED', 'rank_and_world_size', 'Traffic', 'mean_over_processes', 'all_gather', 'process_group',
            'enough_devices', 'launch', 'signals_kept', 'first_process_first', 'fail_together', 'StopSignals',
-           'cpu_count', 'worker_pool', 'in_subprocess', 'parallel_map']
+           'cpu_count', 'worker_pool', 'interrupts_ignored', 'in_subprocess', 'parallel_map']
 
 # %% ../nbs/01b_distributed.ipynb #c847d4ff
 import collections, contextlib, functools, io, itertools, multiprocessing, os, signal, sys, tempfile
@@ -188,14 +188,16 @@ def fail_together(error: BaseException | None,  # the first process's; None: all
 # %% ../nbs/01b_distributed.ipynb #7aaa80d4
 class StopSignals:
     "Note a stop signal, for a block; all processes learn of it at the same step."
-    caught = [getattr(signal, n) for n in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, n)]
+    caught = [getattr(signal, n) for n in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1')
+              if hasattr(signal, n)]        # SIGHUP: the terminal is gone
 
     def __init__(self, catch: bool):  # False, or not in the main thread: leave signals alone
         self.catch = catch and threading.current_thread() is threading.main_thread()
         self.number, self.when, self.sent, self.work = 0, 0., None, None
 
     def __enter__(self):
-        self.before = {n: signal.signal(n, self._note) for n in self.caught} if self.catch else {}
+        heard = [n for n in self.caught if signal.getsignal(n) != signal.SIG_IGN]  # not by nohup
+        self.before = {n: signal.signal(n, self._note) for n in heard} if self.catch else {}
         return self
 
     def _note(self, number, frame):
@@ -241,14 +243,30 @@ def worker_pool(workers: int,                     # processes
                 **environment: str,               # variables, set before a worker looks for GPUs
                 ) -> Iterator[ProcessPoolExecutor]:  # submit module-level functions to it
     "Start workers with one thread and, in turn, one GPU each ('cuda' is its own); end them after."
-    context = multiprocessing.get_context('fork' if fork else _start_method())
+    method = 'fork' if fork else _start_method()
+    context, before = multiprocessing.get_context(method), _children()
     turns = context.SimpleQueue()
     for i in range(workers): turns.put(i)
     pool = ProcessPoolExecutor(workers, context, _start_worker,
                                (turns, fork, os.environ | environment, initializer, initargs))
     with contextlib.nullcontext() if fork else _without_main():
         try: yield pool
+        except BaseException:       # Ctrl-C, too: what is running is not waited for
+            for child in _children() - before: child.terminate()
+            raise
         finally: pool.shutdown(cancel_futures=True)
+
+def _children(): return set(multiprocessing.active_children())
+
+@contextlib.contextmanager
+def interrupts_ignored():
+    "Let processes that start in a block ignore Ctrl-C: their parent ends them."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
 
 # what training and scoring import: optimisers load PyTorch's compiler, seqeval scikit-learn
 PRELOADED = ['interference_nb.distributed', 'torch._dynamo', 'seqeval.metrics.sequence_labeling']
@@ -266,8 +284,8 @@ def _start_worker(turns, fork, environment, initializer, initargs):
     os.environ.clear()
     os.environ.update(environment)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if fork:            # the parent's handlers would answer in its place
-        for n in (signal.SIGTERM, signal.SIGINT): signal.signal(n, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # of a whole terminal: the parent answers
+    if fork: signal.signal(signal.SIGTERM, signal.SIG_DFL)      # not by the parent's handler
     else:
         torch.set_num_threads(1)
         if gpus := torch.cuda.device_count(): torch.cuda.set_device(turns.get() % gpus)

@@ -6,8 +6,8 @@
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'load_run_data', 'vocabulary', 'run',
            'checkpoint_size', 'with_vocabulary', 'make_step', 'is_pretrained', 'finetuning_jobs', 'make_batches',
            'open_run', 'prune_model', 'complete', 'holds_all', 'own_rows', 'check_rows', 'inputs_of', 'check_inputs',
-           'matching_row', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'ready', 'smoke_test_spec', 'smoke_test',
-           'cost', 'default_workers', 'run_all']
+           'matching_row', 'run_of', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'ready', 'smoke_test_spec',
+           'smoke_test', 'cost', 'default_workers', 'run_all']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
 import itertools, json, math, shutil, sys, tempfile, time
@@ -27,7 +27,8 @@ from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_json
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
 from .distributed import (cpu_count, first_process_first, in_subprocess,
-                                         launch, rank_and_world_size, worker_pool)
+                                         interrupts_ignored, launch, rank_and_world_size,
+                                         worker_pool)
 from .pretrain import (BatchSampler, JointStep, TrainConfig, config_hash, data_name,
                                       perplexity, run_info, same_config, train)
 from .baselines import held_out_report
@@ -517,9 +518,18 @@ def matching_row(rows: list[dict],  # of a record
             return r
     return None
 
+def run_of(rows: list[dict]) -> dict | None:  # rows of a record
+    "Return what a record's first row says of its run; None if that is not there."
+    config = rows[0].get('config') if rows else None
+    about = config.get('run') if isinstance(config, dict) else None
+    return about if isinstance(about, dict) else None
+
 def check_format(rows: list[dict], home):  # rows of a record, the folder that it is in
     "Raise `InputError` for a record that an older version made."
-    found = rows[0]['config'].get('run', {}).get('format', 1)
+    if not (about := run_of(rows)):
+        raise InputError(f"the first row of {Path(home)/'record.jsonl'} does not say what run it "
+                         'is. Put back a copy of the record, or move the folder away.')
+    found = about.get('format', 1)
     if found != FORMAT:
         raise InputError(f'{home} holds a record of format {found}; this version adds to format '
                          f'{FORMAT} only. Move it away, or name another folder with --out.')
@@ -628,12 +638,15 @@ def run_all(specs: list[RunSpec],  # no two of one name
                 todo.remove(spec)
                 yield spec, e
     if not todo: return
-    if executor: return (yield from as_they_end(executor, todo, folder, []))
-    while todo:                             # once, unless a worker is killed
+    if executor: return (yield from as_they_end(executor, todo, folder))
+    lost = []                               # runs whose worker, or another's beside it, was killed
+    while todo:                             # once, unless that happens
         waiting = []
         with worker_pool(min(workers or default_workers(), len(todo))) as pool:
-            yield from as_they_end(pool, todo, folder, waiting)
+            yield from as_they_end(pool, todo, folder, waiting, lost)
         todo = waiting
+    for spec in lost:                       # alone: if it is killed again, it is the one
+        with worker_pool(1) as pool: yield from as_they_end(pool, [spec], folder)
 
 # %% ../nbs/07_experiments.ipynb #537da0c4
 def sharing_data(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
@@ -646,15 +659,20 @@ def sharing_data(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
         out.setdefault(key, []).append(s)
     return list(out.values())
 
-def as_they_end(executor, specs: list[RunSpec], folder, waiting: list[RunSpec]) -> Iterator:
-    "Submit runs; give each as it ends; list those that a killed worker kept from starting."
+def as_they_end(executor, specs: list[RunSpec], folder,
+                waiting: list[RunSpec] | None = None,  # gets those that had not started then
+                lost: list[RunSpec] | None = None,  # gets those that had; None: they have failed
+                ) -> Iterator:
+    "Submit runs; give each as it ends; list those that a killed worker took with it."
     batch = getattr(executor, 'batch', nullcontext)         # submitit: one array of jobs
-    with batch(): submitted = [executor.submit(run, s, Path(folder)) for s in specs]
+    with batch(), interrupts_ignored():
+        submitted = [executor.submit(run, s, Path(folder)) for s in specs]
     jobs, started = dict(zip(submitted, specs, strict=True)), set()
     while jobs:
         for job in [j for j in jobs if j.done()]:
             spec, failed = jobs.pop(job), job.exception()
-            if isinstance(failed, BrokenProcessPool) and job not in started: waiting.append(spec)
+            broken = isinstance(failed, BrokenProcessPool) and lost is not None
+            if broken: (lost if job in started else waiting).append(spec)
             else: yield spec, failed or job.result()
         if isinstance(executor, ProcessPoolExecutor): started |= {j for j in jobs if j.running()}
         time.sleep(.2)

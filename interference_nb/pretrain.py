@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISIONS', 'BEFORE', 'OWN_ROWS', 'FREE', 'TrainConfig', 'learning_rate', 'BatchSampler',
            'check_shares', 'pinned', 'perplexity', 'make_adam', 'Precision', 'JointStep', 'training_state',
-           'restore_training_state', 'config_hash', 'run_info', 'train', 'clocks', 'seed_step', 'prepare_model',
-           'keep_memory', 'progress_bar', 'same_config', 'data_name', 'upgraded']
+           'restore_training_state', 'config_hash', 'code_version', 'run_info', 'train', 'clocks', 'seed_step',
+           'prepare_model', 'keep_memory', 'progress_bar', 'same_config', 'data_name', 'upgraded']
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 import numpy as np
 import torch
@@ -333,17 +334,42 @@ def training_state(model,  # has `parameters` and `loss(batch)`
 def restore_training_state(model,  # has `parameters` and `loss(batch)`
                            step,  # has `optimizers` and, maybe, `memory`
                            state: dict[str, torch.Tensor],  # from `training_state`
+                           path='the checkpoint',  # of it, for the message
                            ):
-    "Put back what `training_state` took."
+    "Put back what `training_state` took. Raises `InputError` for tensors that do not fit."
+    moments = _fitting(model, step, state, path)
     part = lambda pre: {n.removeprefix(pre): t for n, t in state.items() if n.startswith(pre)}
     model.load_state_dict(part('model.'))
     for n, t in part('step.').items(): step.memory[n].copy_(t)
     for name, opt in step.optimizers.items():
-        moments = {}
-        for key, t in part(f'optim.{name}.').items():
-            i, k = key.split('.')
-            moments.setdefault(int(i), {})[k] = t
-        opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()['param_groups']))
+        opt.load_state_dict(dict(state=moments[name],
+                                 param_groups=opt.state_dict()['param_groups']))
+
+def _fitting(model, step, state, path) -> dict[str, dict]:  # {optimiser: {parameter: moments}}
+    "Compare tensors with what is to be restored, by name and shape."
+    def refuse(what):
+        raise InputError(f'{path} does not fit this run: {what}. It is damaged or of another '
+                         'version: put back a copy, or delete it to start over.')
+    shape = lambda t: None if t is None else list(t.shape)
+    wanted = {f'model.{n}': t for n, t in model.state_dict().items()}
+    wanted |= {f'step.{n}': t for n, t in getattr(step, 'memory', {}).items()}
+    found = {n: t for n, t in state.items() if not n.startswith('optim.')}
+    for n in sorted(wanted.keys() | found.keys()):
+        a, b = shape(found.get(n)), shape(wanted.get(n))
+        if a != b: refuse(f'{n} is {a or "missing"}, should be {b or "absent"}')
+    out = {name: {} for name in step.optimizers}
+    for n in sorted(state.keys() - found.keys()):
+        name, i, k = (n.split('.', 1)[1].rsplit('.', 2) + ['', ''])[:3]
+        params = [p for g in step.optimizers[name].param_groups for p in g['params']
+                  ] if name in out else []
+        if not i.isdigit() or int(i) >= len(params): refuse(f'{n} belongs to no parameter')
+        if shape(state[n]) not in ([], shape(params[int(i)])): refuse(f'{n} is {shape(state[n])}')
+        out[name].setdefault(int(i), {})[k] = state[n]
+    for name, own in out.items():
+        kinds = set().union(*own.values())
+        if short := [i for i, m in own.items() if m.keys() != kinds]:
+            refuse(f'optim.{name}.{short[0]} lacks a moment')
+    return out
 
 # %% ../nbs/01a_pretrain.ipynb #696cafc4
 def config_hash(config: dict,  # plain values
@@ -351,21 +377,30 @@ def config_hash(config: dict,  # plain values
     "Twelve hex digits that name a config."
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
+def code_version(package: Path,  # folder of its modules
+                 ) -> str:
+    "Name the code: its commit, if git's top level holds the package, else its version."
+    env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}
+    def git(*args):
+        try: return subprocess.run(['git', *args], capture_output=True, text=True, cwd=package,
+                                   env=env, check=False).stdout.strip()
+        except OSError: return ''                       # no git here
+    top = git('rev-parse', '--show-toplevel')
+    if not (top and Path(top).samefile(package.parent) and git('ls-files', '__init__.py')):
+        return f"v{sys.modules['interference_nb'].__version__}"
+    changed = git('status', '--porcelain', '--untracked-files=no', '--', '*.py')
+    return git('rev-parse', '--short=12', 'HEAD') + ' with changes' * bool(changed)
+
 def run_info() -> dict:
     "Return where and with what a number was made: commit, hardware, versions, date."
-    here = Path(sys.modules['interference_nb'].__file__).parent
-    def git(*args):
-        out = subprocess.run(['git', *args], capture_output=True, text=True, cwd=here, check=False)
-        return out.stdout.strip()
-    commit = git('rev-parse', '--short=12', 'HEAD') or 'unknown'
-    if git('status', '--porcelain', '--untracked-files=no', '--', '*.py'): commit += ' with changes'
     if torch.cuda.is_available():
         hardware = f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}'
     else:
         hardware = (f'CPU {platform.machine()}, {os.cpu_count()} cores, '
                     f'{torch.get_num_threads()} thread(s) used')
-    return dict(commit=commit, hardware=hardware,
-                python=platform.python_version(), torch=torch.__version__,
+    return dict(commit=code_version(Path(sys.modules['interference_nb'].__file__).parent),
+                hardware=hardware, python=platform.python_version(), torch=torch.__version__,
+                versions={n: version(n) for n in ('numpy', 'sentencepiece', 'datasets')},
                 date=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
 
 # %% ../nbs/01a_pretrain.ipynb #f0def4f6
@@ -485,9 +520,16 @@ def same_config(now: dict,  # this run's
         if was is not None or not v: b.setdefault(k, v if was is None else was)
     differ = [f'{k} = {b.get(k)!r} there, {a.get(k)!r} here' for k in sorted(a | b)
               if a.get(k) != b.get(k) and k.split('.')[-1] not in free]
-    if differ:
-        raise InputError(f'{path} belongs to another config ({"; ".join(differ)}). '
-                         'Name another folder, use its settings, or delete it to start over.')
+    if not differ: return
+    steps = [k for k in a if k.endswith('train.steps') and a[k] != b.get(k)]
+    if steps and len(differ) == 1:
+        falls = a.get(steps[0].replace('steps', 'schedule')) != 'constant'
+        raise InputError(f'{path} was made for {b.get(steps[0])} steps, not {a[steps[0]]}: '
+                         + 'its learning rate was to fall until then, so ' * falls
+                         + 'it cannot go on. Name another folder with --out; to train its weights '
+                         'further, load_model(its checkpoint) in Python and train() elsewhere.')
+    raise InputError(f'{path} belongs to another config ({"; ".join(differ)}). '
+                     'Name another folder, use its settings, or delete it to start over.')
 
 def data_name(data: str,  # as the user named it
               ) -> str:  # 'folder' for any folder: its content tells which, see `check_inputs`
@@ -521,11 +563,15 @@ class _RunLog:
         self.passes = step.passes       # of all processes, when this one began
         self.check_start()
         self.record = self.open_record(folder)
-        here = dict(world=sampler.world, precision=step.amp.name)
+        here = dict(world=sampler.world, precision=step.amp.name, threads=torch.get_num_threads())
         if not self.rows:
             self.record.write('start', config=self.config, config_hash=config_hash(self.config),
                               inputs=self.inputs, **here, **run_info())
         elif 0 < self.first < cfg.steps:
+            was = [r['threads'] for r in self.rows if 'threads' in r][-1:]
+            if was != [here['threads']] * len(was) and next(model.parameters()).is_cpu:
+                print(f"{self.checkpoint}: {was[0]} threads until now, {here['threads']} from here "
+                      'on: the last bits of the numbers depend on that.', file=sys.stderr)
             self.record.write('resume', step=self.first, **here, **run_info())
 
     @property
@@ -550,18 +596,35 @@ class _RunLog:
 
     def resume(self):
         state, meta = load_checkpoint(self.checkpoint)
+        self.check_checkpoint(state, meta, math.inf)
         then = {k: v for k, v in meta['config'].items() if (k, v) != ('world', 1)}
         was, now = meta.get('precision'), self.step.amp.name
         same_config(self.config, then, self.checkpoint, (*FREE, 'precision') if was else FREE)
+        self.check_checkpoint(state, meta, self.cfg.steps)
         if was not in (None, now):
             raise InputError(f'{self.checkpoint} was made in {was}, this run would go on in {now}. '
                              f'Add --train.precision {was}, or name another folder.')
-        restore_training_state(self.model, self.step, state)
+        restore_training_state(self.model, self.step, state, self.checkpoint)
         self.step.amp.scaler.load_state_dict(meta['scaler']) if meta['scaler'] else None
         self.first, self.step.passes = meta['step'], meta['passes']
         self.spent += (meta['wall_s'], meta['cpu_s'])
         self.reduced += round(meta.get('reduced_mb', 0) * 1e6)
         self.settled = meta.get('settled', [])
+
+    def check_checkpoint(self, state: dict, meta: dict, steps: float):
+        "Refuse a checkpoint whose header is not one that `save` writes within so many steps."
+        number = int, float
+        kinds = dict(config=dict, step=int, passes=number, wall_s=number, cpu_s=number, scaler=dict,
+                     settled=list, tensors=int, reduced_mb=number)
+        given = {'settled': [], 'tensors': len(state), 'reduced_mb': 0} | meta  # some are younger
+        wrong = [k for k, kind in kinds.items() if not isinstance(given.get(k), kind)]
+        if not wrong and given['tensors'] != len(state): wrong = ['tensors']
+        taken = [float(t) for n, t in state.items() if n.startswith('optim.') and n[-5:] == '.step']
+        if not wrong and not max(taken, default=0) <= given['step'] <= steps: wrong = ['step']
+        if wrong:
+            found = len(state) if wrong[0] == 'tensors' else given.get(wrong[0])
+            raise InputError(f'{self.checkpoint} is damaged: its {wrong[0]} cannot be {found!r}. '
+                             'Put back a copy, or delete it to start over.')
 
     def check_start(self):
         "Refuse processes that do not belong together."
@@ -579,7 +642,7 @@ class _RunLog:
         state, scaler = training_state(self.model, self.step), self.step.amp.scaler.state_dict()
         self.finite('a weight', all(bool(t.isfinite().all()) for t in state.values()), done)
         meta = dict(config=self.config, scaler=scaler, settled=self.settled,
-                    precision=self.step.amp.name, **self.so_far(done))
+                    precision=self.step.amp.name, tensors=len(state), **self.so_far(done))
         error = None
         try:
             if self.checkpoint and self.main:
@@ -615,9 +678,10 @@ class _RunLog:
 
     def finite(self, what, yes, done):
         if yes: return
-        raise InputError(f"{what} is not finite by step {done}. The last checkpoint "
-                         f"({self.checkpoint or 'none was asked for'}) is from before it: "
-                         f'lower the learning rate (lr = {self.cfg.lr:g}) or lengthen the warm-up.')
+        there = self.checkpoint and self.checkpoint.exists()
+        kept = f'{self.checkpoint} is from before it. ' if there else 'No checkpoint was written. '
+        raise InputError(f'{what} is not finite by step {done}. {kept}'
+                         f'Lower the learning rate (lr = {self.cfg.lr:g}) or lengthen the warm-up.')
 
     def means(self, done) -> dict:
         "Means of what the steps since the last line returned."

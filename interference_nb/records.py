@@ -8,7 +8,7 @@ __all__ = ['PACKED', 'COUNTS', 'COLUMNS', 'Run', 'read_runs', 'pack', 'unpack', 
            'text_name', 'numbers', 'summarise', 'spread_out', 'describe']
 
 # %% ../nbs/07d_records.ipynb #aa07d005
-import json, lzma, math, shutil
+import json, lzma, math, shutil, sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .files import (InputError, load_checkpoint, read_jsonl, save_checkpoint,
                                    write_atomically)
 from .gradient_probes import conflict
 from .tasks import TASKS, task_spec
-from .experiments import SYSTEMS
+from .experiments import SYSTEMS, run_of
 
 # %% ../nbs/07d_records.ipynb #aa07d009
 PACKED = 'records.jsonl.xz'  # all records of a study in one file
@@ -35,14 +35,19 @@ def read_runs(folder,  # of a study
               names: Iterable[str] | None = None,  # of runs; None: all that are there
               whole: bool = True,  # leave out those that are being added to
               ) -> dict[str, Run]:  # by name
-    "Read the runs of a study, packed or not, that were trained to their end."
+    "Read the runs of a study, packed or not, that were trained to their end; name damaged ones."
     last = ('done',) if whole else ('end', 'gates', 'finetune', 'no lesson', 'done')
     out, wanted = {}, None if names is None else set(names)
     for name, files in sorted(stored(Path(folder)).items()):
         if wanted is not None and name not in wanted: continue
-        rows = lines_of(files['record.jsonl'])
+        try:
+            rows, probe = (lines_of(files.get(f, [])) for f in ('record.jsonl', 'probe.jsonl'))
+            if rows and not run_of(rows):
+                raise InputError(f"the first row of {folder}/{name}/record.jsonl names no run.")
+        except InputError as e:
+            print(f'left out: {e}', file=sys.stderr)
+            continue
         if rows and rows[-1]['kind'] in last:
-            probe = lines_of(files.get('probe.jsonl', []))
             out[name] = Run(rows, [r for r in probe if r['kind'] == 'probe'])
     return out
 
@@ -74,8 +79,11 @@ def parse(path: Path, changed: int, size: int) -> list[dict] | dict:
     if path.name != PACKED: return read_jsonl(path)
     out = {}
     with lzma.open(path, 'rt', encoding='utf-8') as lines:
-        for line in map(json.loads, lines):
-            out.setdefault(line['run'], {}).setdefault(line['file'], []).append(line['row'])
+        try:
+            for line in map(json.loads, lines):
+                out.setdefault(line['run'], {}).setdefault(line['file'], []).append(line['row'])
+        except (ValueError, TypeError, KeyError, EOFError, lzma.LZMAError) as e:
+            raise InputError(f'{path} is damaged ({e}). Put back a copy.') from e
     return out
 
 # %% ../nbs/07d_records.ipynb #aa07d012

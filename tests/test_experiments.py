@@ -1,9 +1,10 @@
 "Runs where a notebook does not go: killed workers, locked folders, data without test sets."
-import errno, multiprocessing, os
+import errno, multiprocessing, os, signal
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 import pytest
 import torch
+from interference_nb import experiments
 from interference_nb.files import InputError, read_jsonl, run_lock
 from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, default_workers,
                                          finetuning_jobs, on_cpu, plan, run, run_all)
@@ -18,14 +19,22 @@ TINY = Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16), TrainConfig.toy(
 def specs(seeds): return plan(['joint'], ('en', 'x3'), seeds, TINY, tasks=('ner',))
 
 def test_a_killed_worker_stops_no_other_run(tmp_path):
-    ending = run_all(specs(5), tmp_path, workers=1)
+    "Nor its own: it is tried once more, alone."
+    ending = run_all(specs(5), tmp_path, workers=2)
     first = next(ending)
-    for child in multiprocessing.active_children(): child.kill()
-    ended = [first, *ending]
-    assert len({s.name for s, _ in ended}) == 5
-    failed = [rows for _, rows in ended if isinstance(rows, Exception)]
-    assert len(failed) < 4 and all(isinstance(f, BrokenProcessPool) for f in failed)
-    assert not any(isinstance(rows, Exception) for _, rows in run_all(specs(5), tmp_path, 1))
+    multiprocessing.active_children()[0].kill()
+    ended = dict((s.name, rows) for s, rows in [first, *ending])
+    assert len(ended) == 5 and all(rows[-1]['kind'] == 'done' for rows in ended.values())
+
+def die_when_seed_is_one(spec, *_):
+    "In place of `run`: it dies at each try."
+    if spec.seed == 1: os.kill(os.getpid(), signal.SIGKILL)
+    return [dict(kind='done')]
+
+def test_a_run_that_is_killed_again_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, 'run', die_when_seed_is_one)
+    ended = dict((s.seed, rows) for s, rows in run_all(specs(2), tmp_path, workers=1))
+    assert isinstance(ended[1], BrokenProcessPool) and ended[0] == [dict(kind='done')]
 
 def test_a_folder_is_worked_on_by_one(tmp_path):
     spec, = specs(1)

@@ -116,7 +116,7 @@ def test_a_folder_cut_short_is_refused(copy, name, damage):
     (lambda c: c['interference_nb']['model'].update(n_layers=3), 'does not belong'),
     (lambda c: c['interference_nb']['model'].update(vocab_size=99), 'does not belong'),
     (lambda c: c['interference_nb']['model'].update(fancy=1), 'fancy'),
-    (lambda c: c['interference_nb']['model'].update(n_heads=0), '0 heads'),
+    (lambda c: c['interference_nb']['model'].update(n_heads=0), 'n_heads is 0'),
     (lambda c: c['interference_nb']['model'].update(language_embeddings=True), 'two orders'),
     (lambda c: c['interference_nb'].pop('files'), 'another export'),
     (lambda c: c['interference_nb'].pop('langs'), 'langs')])

@@ -1,0 +1,316 @@
+"""Damaged records and checkpoints, signals, code that is not in a repository of its own."""
+
+import json, os, shutil, signal, subprocess, sys, time
+from contextlib import suppress
+from pathlib import Path
+import pytest
+import torch
+from interference_nb import pretrain
+from interference_nb.data import Stream, dev_batches, prepare_corpus
+from interference_nb.distributed import StopSignals
+from interference_nb.experiments import Scale, plan, run, run_all
+from interference_nb.files import InputError, load_checkpoint, read_jsonl, save_checkpoint
+from interference_nb.finetune import FinetuneConfig
+from interference_nb.pretrain import BatchSampler, TrainConfig, code_version, train
+from interference_nb.records import load
+from interference_nb.toy_languages import ToySource, toy_tokenizer
+from interference_nb.transformer import MaskedLM, ModelConfig
+
+LANGS = ('en', 'x3')
+TINY = Scale(
+    ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16),
+    TrainConfig.toy(steps=6, warmup=2),
+    {'ner': FinetuneConfig.toy(epochs=1, max_train=16, max_dev=16, max_eval=16)},
+)
+CFG = TrainConfig.toy(steps=6, warmup=2, batch_size=4, eval_every=6, checkpoint_every=3)
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    source = ToySource(seed=0, n_train=200, n_dev=40)
+    tok = toy_tokenizer(source, LANGS)
+    return tok.vocab_size, prepare_corpus(
+        source, LANGS, tok, tmp_path_factory.mktemp('text'), workers=1
+    )
+
+
+def trained(toy, folder, cfg=CFG, **kw):
+    "Train a tiny model; return the rows of its record."
+    V, corpora = toy
+    torch.manual_seed(0)
+    model = MaskedLM(ModelConfig.toy(V, dim=8, n_layers=1, ffn_dim=16), LANGS)
+    streams = {
+        l: Stream(corpora[l]['train'], cfg.batch_size, cfg.seq_len, 0, V, cfg.mask_prob)
+        for l in LANGS
+    }
+    dev = {l: dev_batches(corpora[l]['validation'], 8, 32, V, n_batches=1) for l in LANGS}
+    return train(model, BatchSampler(streams, cfg), cfg, dev, folder=folder, progress=False, **kw)
+
+
+@pytest.fixture(scope='module')
+def half(toy, tmp_path_factory):
+    "A run that was stopped at step 3 of 6."
+    home = tmp_path_factory.mktemp('half')
+    trained(toy, home, stop_at=3)
+    return home
+
+
+CHECKPOINTS = {  # what is done to tensors and header; what the message names
+    'missing tensor': (lambda t, m: t.pop('model.bias'), 'tensors cannot be'),
+    'missing tensor, older header': (
+        lambda t, m: (t.pop('model.bias'), m.pop('tensors')),
+        'model.bias is missing',
+    ),
+    'extra tensor': (
+        lambda t, m: (t.update(x=torch.ones(1)), m.pop('tensors')),
+        'x is [1], should be absent',
+    ),
+    'misshaped': (
+        lambda t, m: t.update({'model.bias': torch.ones(3)}),
+        'model.bias is [3], should be',
+    ),
+    'one moment gone': (
+        lambda t, m: (t.pop('optim.all.0.exp_avg'), m.pop('tensors')),
+        'lacks a moment',
+    ),
+    'misshaped moment': (
+        lambda t, m: t.update({'optim.all.0.exp_avg': torch.ones(3)}),
+        'exp_avg is [3]',
+    ),
+    'moments of one parameter gone': (
+        lambda t, m: [t.pop(n) for n in [*t] if n.startswith('optim.all.0.')],
+        'tensors cannot be',
+    ),
+    'no such parameter': (
+        lambda t, m: (t.update({'optim.all.999.step': torch.ones(())}), m.pop('tensors')),
+        'belongs to no parameter',
+    ),
+    'no such optimiser': (
+        lambda t, m: (t.update({'optim.x.0.step': torch.ones(())}), m.pop('tensors')),
+        'belongs to no parameter',
+    ),
+    'step beyond the end': (lambda t, m: m.update(step=10**6), 'its step cannot be 1000000'),
+    'step below zero': (lambda t, m: m.update(step=-1), 'its step cannot be -1'),
+    'step of a moment': (
+        lambda t, m: t.update({'optim.all.0.step': torch.tensor(1e6)}),
+        'its step cannot be 3',
+    ),
+    'step as text': (lambda t, m: m.update(step='3'), "its step cannot be '3'"),
+    'no step': (lambda t, m: m.pop('step'), 'its step cannot be None'),
+    'no config': (lambda t, m: m.pop('config'), 'its config cannot be None'),
+    'config as a list': (lambda t, m: m.update(config=[1]), 'its config cannot be [1]'),
+    'scaler as a number': (lambda t, m: m.update(scaler=3), 'its scaler cannot be 3'),
+    'seconds as text': (lambda t, m: m.update(wall_s='x'), "its wall_s cannot be 'x'"),
+    'settled as a number': (lambda t, m: m.update(settled=1), 'its settled cannot be 1'),
+}
+
+
+@pytest.mark.parametrize('case', CHECKPOINTS)
+def test_a_damaged_checkpoint_is_refused_and_stays(case, toy, half, tmp_path):
+    harm, said = CHECKPOINTS[case]
+    shutil.copytree(half, tmp_path / 'run')
+    path = tmp_path / 'run' / 'checkpoint.safetensors'
+    tensors, meta = load_checkpoint(path)
+    harm(tensors, meta)
+    save_checkpoint(path, tensors, meta)
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    with pytest.raises(InputError) as e:
+        trained(toy, tmp_path / 'run')
+    assert said in str(e.value) and str(path) in str(e.value) and 'delete it' in str(e.value)
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_a_whole_checkpoint_of_an_older_version_goes_on(toy, half, tmp_path):
+    shutil.copytree(half, tmp_path / 'run')
+    path = tmp_path / 'run' / 'checkpoint.safetensors'
+    tensors, meta = load_checkpoint(path)
+    save_checkpoint(
+        path, tensors, {k: v for k, v in meta.items() if k not in ('tensors', 'settled')}
+    )
+    assert trained(toy, tmp_path / 'run')[-1]['step'] == 6
+
+
+def test_a_lost_terminal_loses_no_step(toy, tmp_path):
+    "SIGHUP is answered as SIGTERM is; a command under nohup does not hear it."
+
+    def hang_up(k, *_):
+        signal.raise_signal(signal.SIGHUP) if k == 1 else None
+
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(SystemExit) as e:
+        trained(toy, tmp_path, callbacks=[hang_up])
+    assert e.value.code == 128 + signal.SIGHUP and signal.getsignal(signal.SIGHUP) is before
+    assert load_checkpoint(tmp_path / 'checkpoint.safetensors')[1]['step'] == 2
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals(True) as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert not signals.number
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_are_told(toy, half, tmp_path, monkeypatch, capsys):
+    shutil.copytree(half, tmp_path / 'run')
+    now = torch.get_num_threads()
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: now + 1)
+    rows = trained(toy, tmp_path / 'run')
+    assert f'{now} threads until now, {now + 1} from here on' in capsys.readouterr().err
+    assert [r['threads'] for r in rows if 'threads' in r] == [now, now + 1]
+
+
+def specs(seeds):
+    return plan(['joint'], LANGS, seeds, TINY, tasks=('ner',))
+
+
+RECORDS = {
+    'garbage': b'garbage\n',
+    'a number': b'5\n',
+    'no kind': b'{"a": 1}\n',
+    'no text': b'\xff\xfe\n',
+}
+
+
+@pytest.mark.parametrize('where', [0, 2, -1])
+@pytest.mark.parametrize('case', RECORDS)
+def test_one_damaged_record_stops_that_run_only(case, where, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    a, b = specs(2)
+    path = tmp_path / a.name / 'record.jsonl'
+    lines = path.read_bytes().splitlines(keepends=True)
+    at = where if where >= 0 else len(lines)
+    lines.insert(at, RECORDS[case])
+    path.write_bytes(b''.join(lines))
+    ended = dict(((s.name, rows) for s, rows in run_all([a, b], tmp_path, workers=1)))
+    assert isinstance(ended[a.name], InputError) and ended[b.name][-1]['kind'] == 'done'
+    assert f'{path}, line {at + 1} is no row of a record' in str(ended[a.name])
+    assert path.read_bytes() == b''.join(lines)  # nothing was rewritten
+    capsys.readouterr()
+    table = load(tmp_path)
+    assert set(table['run']) == {b.name}
+    assert f'left out: {path}, line {at + 1}' in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "Two finished runs."
+    home = tmp_path_factory.mktemp('finished')
+    for spec in specs(2):
+        run(spec, home)
+    return home
+
+
+@pytest.mark.parametrize(
+    'first',
+    [
+        {'kind': 'start'},
+        {'kind': 'start', 'config': 3},
+        {'kind': 'eval', 'step': 1},
+        {'kind': 'start', 'config': {'run': [1]}},
+    ],
+    ids=str,
+)
+def test_a_record_without_its_config_is_named(first, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    a, b = specs(2)
+    path = tmp_path / a.name / 'record.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(''.join([json.dumps(first) + '\n', *lines[1:]]))
+    ended = dict(((s.name, rows) for s, rows in run_all([a, b], tmp_path, workers=1)))
+    assert str(path) in str(ended[a.name]) and 'first row' in str(ended[a.name])
+    assert set(load(tmp_path)['run']) == {b.name} and 'left out' in capsys.readouterr().err
+
+
+def copied_package(home):
+    "Put a package into a folder, as pip would."
+    shutil.copytree(
+        Path(pretrain.__file__).parent, home / 'interference_nb', ignore=lambda *_: ['__pycache__']
+    )
+    return home / 'interference_nb'
+
+
+def repository(home):
+    "Make a user's own repository, with one commit."
+    home.mkdir()
+    git = lambda *args: subprocess.run(
+        ['git', '-c', 'user.name=a', '-c', 'user.email=a@b.c', '-C', home, *args],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    git('init', '-q')
+    (home / 'mine.txt').write_text('mine')
+    (home / '.gitignore').write_text('venv\n')
+    git('add', '.')
+    git('commit', '-qm', 'mine')
+    return git
+
+
+def test_a_users_own_commit_is_not_ours(tmp_path, monkeypatch):
+    "Only a repository that holds the package at its top names it; GIT_DIR does not lead elsewhere."
+    from interference_nb import __version__
+
+    git = repository(tmp_path / 'theirs')
+    for place in ('venv', '.'):  # ignored, and at the top but not theirs either
+        package = copied_package(tmp_path / 'theirs' / place)
+        assert code_version(package) == f'v{__version__}'
+    git('add', '-f', 'interference_nb')
+    git('commit', '-qm', 'ours')
+    head = git('rev-parse', '--short=12', 'HEAD')
+    assert code_version(package) == head
+    (package / 'cli.py').write_text('')
+    assert code_version(package) == f'{head} with changes'
+    alone = copied_package(tmp_path / 'alone')
+    monkeypatch.setenv('GIT_DIR', str(tmp_path / 'theirs' / '.git'))
+    assert (
+        code_version(alone) == f'v{__version__}' and code_version(package) == f'{head} with changes'
+    )
+    monkeypatch.setenv('PATH', str(tmp_path))  # no git at all
+    assert code_version(package) == f'v{__version__}'
+
+
+def test_versions_are_recorded(half):
+    import datasets, numpy, sentencepiece
+
+    start = read_jsonl(half / 'record.jsonl')[0]
+    assert start['torch'] == torch.__version__ and start['commit'] and start['threads']
+    assert start['versions'] == {
+        m.__name__: m.__version__ for m in (numpy, sentencepiece, datasets)
+    }
+
+
+def test_ctrl_c_ends_a_demo_in_one_line(tmp_path):
+    "Workers are ended by their command, and say nothing of their own."
+    args = [
+        'demo',
+        '--systems',
+        'joint',
+        '--seeds',
+        '4',
+        '--steps',
+        '20000',
+        '--workers',
+        '2',
+        '--out',
+        tmp_path,
+    ]
+    command = subprocess.Popen(
+        [sys.executable, '-m', 'interference_nb', *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not any(tmp_path.glob('*/record.jsonl')):
+            assert command.poll() is None, command.stderr.read()
+            time.sleep(0.05)
+        os.killpg(command.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+        _, said = command.communicate(timeout=300)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(command.pid, signal.SIGKILL)
+    assert (command.returncode, said) == (
+        130,
+        'interference: stopped. The same command goes on from the last checkpoint.\n',
+    )
