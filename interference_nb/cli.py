@@ -7,8 +7,8 @@ __all__ = ['TORCHRUN', 'REAL', 'OLD_OPTIONS', 'DataOptions', 'StudyOptions', 'De
            'SystemOptions', 'RunOptions', 'PrepareConfig', 'StatisticsConfig', 'PretrainConfig', 'PlanConfig',
            'ExportCommand', 'FinetuneCommand', 'prepare', 'statistics', 'plan_pretraining', 'export_run', 'pretrain',
            'finetune_run', 'ProbeCommand', 'PruneCommand', 'CausesConfig', 'probe_run', 'probe_table', 'prune_run',
-           'interference_causes', 'ReproduceConfig', 'interference_reproduce', 'Command', 'Group', 'command_tree',
-           'option_names', 'upgrade_options', 'main']
+           'interference_causes', 'ReproduceConfig', 'interference_reproduce', 'CapacityConfig',
+           'interference_capacity', 'Command', 'Group', 'command_tree', 'option_names', 'upgrade_options', 'main']
 
 # %% ../nbs/09_cli.ipynb #8ae5884a
 import difflib, io, os, re, sys, textwrap, time
@@ -25,10 +25,11 @@ from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, complete, is_pretrain
                                          load_run_data, open_run, prune_model, run, default_workers,
                                          make_batches)
 import pandas as pd
+from .capacity import Sweep, run_sweep, sweep_runs, write_sweep
 from .claims import text_table
 from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, gate_table,
-                                       loss_table, make_study, numbers_of_study, run_study,
-                                       specs_of, tell_failed, write_index)
+                                       loss_table, make_study, numbers_of_study, one_line,
+                                       run_study, specs_of, tell_failed, write_index)
 from .distributed import process_group, rank_and_world_size
 from .finetune import FinetuneConfig, finetune
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
@@ -425,6 +426,41 @@ def _executor_of(cfg: ReproduceConfig, out: Path):
     executor.update_parameters(name='interference', cpus_per_task=1, **cfg.slurm)
     return executor
 
+# %% ../nbs/09_cli.ipynb #8395e3ce
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig:
+    "Run the sweep of interference against capacity and training, on toy languages."
+    widths: tuple[int, ...] = Sweep.widths  # of the models, in the order of running
+    partners: tuple[str, ...] = Sweep.partners  # of English (spaces or commas between)
+    steps: int = Sweep.steps  # batches of each language, at the end
+    seeds: int = Sweep.seeds  # how many
+    treatments: tuple[str, ...] = Sweep.treatments  # beside mono and joint, after them
+    data: str = 'toy'  # 'toy', 'toy:big' or 'toy:pairs'
+    out: Path = Path('runs/capacity-toy')  # folder of records, page and picture
+    workers: int | None = None  # runs side by side; one a core, if not given
+    write_only: bool = False  # run nothing: write what the records that are there show
+
+def interference_capacity(cfg: CapacityConfig) -> Path:  # folder of records, page, picture
+    "Run what is missing of the sweep, say how far it is, write its page and its picture."
+    _check_counts(cfg)
+    if not cfg.data.startswith('toy'):
+        raise InputError(f"the sweep is on toy languages, not on '{cfg.data}'. Use --data toy.")
+    sweep = Sweep(cfg.widths, split_commas(cfg.partners), cfg.steps, cfg.seeds,
+                  split_commas(cfg.treatments), cfg.data)
+    t0, failed, out = time.time(), {}, cfg.out
+    n = sum(len(specs) for _, specs in sweep_runs(sweep))
+    if not cfg.write_only:
+        print(f'{n} runs of {sweep.seeds} seeds; records in {out}/', flush=True)
+        for share, width, spec, rows in run_sweep(sweep, out, cfg.workers):
+            gone = (time.time() - t0) / 60
+            if isinstance(rows, Exception): failed[f'width {width}, {spec.name}'] = rows
+            print(f'{share:4.0%} | {gone:.1f} min gone, about {gone / share - gone:.0f} left | '
+                  f'width {width} {one_line(spec, rows)}', flush=True)
+    paths = write_sweep(out, sweep)
+    print('Page and picture:', *paths)
+    tell_failed(failed, n)
+    return out
+
 # %% ../nbs/09_cli.ipynb #2a0b5317
 class Command(NamedTuple):
     "What the program does at the end of its words."
@@ -464,6 +500,7 @@ def command_tree() -> Group:
         'causes': Command(interference_causes, CausesConfig(), shared=True),
         'reproduce': Command(interference_reproduce, ReproduceConfig(exhibits=MISSING),
                              shared=True),
+        'capacity': Command(interference_capacity, CapacityConfig()),
         'probe': Command(probe_run, ProbeCommand()),
         'prune': Command(prune_run, PruneCommand()),
         'export': Command(export_run, ExportCommand(run=MISSING, folder=MISSING)),
