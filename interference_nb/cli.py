@@ -7,8 +7,9 @@ __all__ = ['TORCHRUN', 'REAL', 'OLD_OPTIONS', 'DataOptions', 'StudyOptions', 'De
            'SystemOptions', 'RunOptions', 'PrepareConfig', 'StatisticsConfig', 'PretrainConfig', 'PlanConfig',
            'ExportCommand', 'FinetuneCommand', 'prepare', 'statistics', 'plan_pretraining', 'export_run', 'pretrain',
            'finetune_run', 'ProbeCommand', 'PruneCommand', 'CausesConfig', 'probe_run', 'probe_table', 'prune_run',
-           'interference_causes', 'ReproduceConfig', 'interference_reproduce', 'CapacityConfig',
-           'interference_capacity', 'Command', 'Group', 'command_tree', 'option_names', 'upgrade_options', 'main']
+           'interference_causes', 'CheckConfig', 'check_data', 'ReproduceConfig', 'interference_reproduce',
+           'CapacityConfig', 'interference_capacity', 'Command', 'Group', 'command_tree', 'option_names',
+           'upgrade_options', 'main']
 
 # %% ../nbs/09_cli.ipynb #8ae5884a
 import difflib, io, os, re, sys, textwrap, time
@@ -18,7 +19,10 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from .data import corpus_statistics, statistics_table
+from .data import SPLITS, corpus_statistics, statistics_table, train_tokenizer
+from .folders import FolderSource, describe_text, find_files, unread_files
+from .tasks import TASKS, usable_rows
+from .tokenizers import load_tokenizer
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
                                    write_atomically)
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, complete, is_pretrained,
@@ -199,8 +203,8 @@ def prepare(cfg: PrepareConfig):  # the command's options
                     train=replace(paper.train, temperature=cfg.temperature, rows=cfg.rows))
     _, tokenizer, corpora = load_run_data(_spec_of(cfg, scale), cfg.out, workers=None)
     for lang, splits in corpora.items():
-        sizes = '; '.join(f'{split} {c.n_tokens:,} tokens in {c.n_sentences:,} sentences'
-                          for split, c in splits.items())
+        sizes = '; '.join(f'{split} {c.n_tokens:,} tokens in {c.n_sentences:,} sentences, '
+                          f'{c.n_unknown / c.n_tokens:.2%} <unk>' for split, c in splits.items())
         print(f'{lang}: {sizes}')
     print(f'{tokenizer.vocab_size:,} pieces. '
           f'Vocabulary, ids and manifest are in {cfg.out/"data"}/.')
@@ -268,11 +272,12 @@ def finetune_run(cfg: FinetuneCommand,  # the command's options
     if cfg.search and not grid:
         raise InputError('this scale has no values to search. Leave --search out, or name '
                          "'paper' as the scale.")
-    _, source, tokenizer, _, model = open_run(cfg.run, cfg.data)
+    spec, source, tokenizer, _, model = open_run(cfg.run, cfg.data)
     langs = split_commas(cfg.test_langs) or model.langs
     folder = cfg.run/f'finetune-{task}-{cfg.train_lang}'
     result = finetune(model, tokenizer, task, source, cfg.train_lang, langs, cfg.finetune,
-                    grid if cfg.search else None, folder, cfg.workers, progress=True)
+                    grid if cfg.search else None, folder, cfg.workers, progress=True,
+                    trained_len=spec.train.seq_len)
     result.pop('counts')
     anew = JsonlLog(folder/'record.jsonl', keep=lambda row: False)
     anew.write('finetune', **result)
@@ -358,6 +363,68 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
     study = replace(STUDIES[name], data=cfg.data, seeds=cfg.seeds)
     if cfg.pairs: study = replace(study, pairs=tuple(split_commas((p,)) for p in cfg.pairs))
     return _run_and_show(cfg, study, CAUSES, name)
+
+# %% ../nbs/09_cli.ipynb #da7a0042
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    "Look at a folder of your own text and labelled rows: what is found, and what is wrong with it."
+    folder: Path  # holds <text|ner|pos|qa|nli>/<language>/<files>
+    vocabulary: Path | None = None  # a saved tokenizer, to tell the share of unknown pieces
+    vocab_size: int = 0  # or train one of so many pieces on all the text here; 0: do not
+
+def check_data(cfg: CheckConfig):  # the command's options
+    "Print what a folder holds. Raises `InputError` if something in it cannot be used."
+    source = FolderSource(cfg.folder)
+    if cfg.vocabulary: tokenizer = load_tokenizer(cfg.vocabulary)
+    else: tokenizer = cfg.vocab_size and train_tokenizer(source, source.languages, cfg.vocab_size)
+    texts, tasks, problems = [], [], []
+    for lang in source.languages:
+        try: found = describe_text(source, lang, tokenizer or None)
+        except InputError as e: problems.append(str(e))
+        else:
+            texts.append(_text_row(lang, found))
+            if not found['rows']['train']: problems.append(f'{lang} has no training text.')
+    for task, spec in TASKS.items():
+        for lang in sorted(p.name for p in (cfg.folder/task).glob('*') if p.is_dir()):
+            counts = _count_usable(source, spec, lang, problems)
+            if counts: tasks.append(dict(task=task, language=lang) | counts)
+            else: problems.append(f'{task}/{lang} has no file that can be read.')
+    for rows in (texts, tasks):
+        if rows: print(text_table(pd.DataFrame(rows)), end='\n\n')
+    for (lang, split), rows in source.skipped.items():
+        if rows and split in ('train', *find_files(cfg.folder, 'text', lang)):
+            print(f'{len(rows):,} {split} rows of {lang} hold no text: {"; ".join(rows[:3])}')
+    if unread := unread_files(cfg.folder): print(f'Not read: {", ".join(unread[:12])}'
+                                                 f'{" ..." * (len(unread) > 12)}')
+    if problems:
+        print('\n'.join(problems))
+        raise InputError(f'{len(problems)} of the things in {cfg.folder} cannot be used; they are '
+                         'listed above. Mend or remove them. 00d_folders shows all forms.')
+    print('All of it can be used.')
+
+def _text_row(lang: str, found: dict) -> dict:
+    "Write what a text is made of as a line of a table."
+    scripts = ', '.join(f'{k.lower()} {v:.0%}' for k, v in [*found['scripts'].items()][:3])
+    row = dict(language=lang, **{s: f'{n:,}' for s, n in found['rows'].items()},
+               sentences=f"{found['sentences']:,}", scripts=scripts)
+    row['non-joiners'] = f"{found['non-joiners']:,}" if found['non-joiners'] else '-'
+    return row | ({'<unk>': f"{found['unknown']:.2%}"} if 'unknown' in found else {})
+
+def _count_usable(source, spec, lang: str, problems: list[str]) -> dict[str, str]:
+    "Count a task's rows by split, those left out apart; add what cannot be used to the problems."
+    counts = {}
+    for split in SPLITS:
+        try:
+            if not source.count(spec.data, lang, split): continue
+            kept, wrong = usable_rows(replace(spec, no_test=False), source, lang, split)
+            counts[split] = f'{len(kept):,}' + f' (less {len(wrong)})' * bool(wrong)
+        except InputError as e:
+            counts[split] = 'unusable'
+            problems.append(str(e))
+    if 'train' in counts and 'validation' not in counts:
+        problems.append(f'{spec.name}/{lang} has rows to train on, but none to choose the best '
+                        'epoch by: add a validation file.')
+    return {split: counts.get(split, '-') for split in SPLITS} if counts else {}
 
 # %% ../nbs/09_cli.ipynb #99b1659a
 @dataclass(frozen=True, kw_only=True)
@@ -504,7 +571,8 @@ def command_tree() -> Group:
         'probe': Command(probe_run, ProbeCommand()),
         'prune': Command(prune_run, PruneCommand()),
         'export': Command(export_run, ExportCommand(run=MISSING, folder=MISSING)),
-        'data': Group('Prepare text, or count it.', {
+        'data': Group('Check a folder of your own, prepare text, or count it.', {
+            'check': Command(check_data, CheckConfig(folder=MISSING)),
             'prepare': Command(prepare, PrepareConfig()),
             'statistics': Command(statistics, StatisticsConfig())}),
         'plan': Group('Say what pretraining a system will take. First comes a scale.', plans),

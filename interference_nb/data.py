@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS', 'LABELS', 'LABEL_COLUMN', 'TASK_COLUMNS', 'CODE',
            'COLUMNS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'XNLI', 'HUB_LANGUAGES', 'ROWS',
-           'IDS_PER_BYTE', 'Source', 'explain_row', 'short', 'map_labels', 'label_names', 'name_labels',
-           'split_sentences', 'sampling_probabilities', 'cap_sentences', 'check_languages', 'check_caps',
+           'IDS_PER_BYTE', 'UNKNOWN', 'Source', 'explain_row', 'short', 'map_labels', 'label_names', 'name_labels',
+           'split_sentences', 'sampling_probabilities', 'cap_sentences', 'check_languages', 'check_code', 'check_caps',
            'train_tokenizer', 'split_of', 'check_task', 'hub_row', 'HubSource', 'Corpus', 'check_rows', 'disk_needed',
-           'check_room', 'prepare_corpus', 'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'corpus_statistics',
-           'statistics_cells', 'statistics_table']
+           'check_room', 'prepare_corpus', 'text_notes', 'mask_tokens', 'Batch', 'Stream', 'dev_batches',
+           'corpus_statistics', 'statistics_cells', 'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
-import copy, functools, hashlib, heapq, json, re, zlib
+import copy, functools, hashlib, heapq, json, re, sys, zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
 from .distributed import cpu_count, parallel_map
-from .files import InputError, free_space, run_lock, write_atomically
+from .files import (InputError, file_hash, free_space, run_lock, say_once,
+                                   write_atomically)
 from .tokenizers import BOS, EOS, MASK, SPECIALS, UNK, Tokenizer, WordTokenizer
 
 # %% ../nbs/00_data.ipynb #64ba85b6
@@ -91,7 +92,9 @@ class Source:
 # %% ../nbs/00_data.ipynb #da7a0002
 CODE = re.compile('(?=.{1,32}$)[A-Za-z0-9]+([-_][A-Za-z0-9]+)*')  # what a language may be called
 
-def _is_text(x): return isinstance(x, str)
+def _is_text(x): return isinstance(x, str) and (x.isascii() or not _HALF.search(x))
+_HALF = re.compile('[\ud800-\udfff]')   # half a character, as a cut escape of JSON leaves it
+
 def _is_id(x): return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 def _is_list(of): return lambda x: isinstance(x, (list, tuple, np.ndarray)) and all(map(of, x))
 
@@ -182,7 +185,8 @@ def sampling_probabilities(sizes: dict[str, int],  # size L_i of each language's
         raise InputError(f"language {', '.join(empty)} has no text. Leave it out, or add text.")
     if not T > 0: raise InputError(f"temperature {T} is not above 0. Use 1 or more.")
     L = np.array(list(sizes.values()), dtype=float)
-    p = (L / L.sum()) ** (1 / T)
+    with np.errstate(over='ignore', under='ignore'): p = (L / L.sum()) ** (1 / T)
+    if not p.sum() > 0: raise InputError(f"temperature {T} is too small. Use 1 or more.")
     return dict(zip(sizes, (p / p.sum()).tolist(), strict=True))
 
 # %% ../nbs/00_data.ipynb #76600297
@@ -226,14 +230,20 @@ def check_languages(source: Source,  # has `languages`
     have = ', '.join(source.languages)
     if not langs: raise InputError(f"no language given. The {source.name} source has: {have}.")
     for lang in langs:
-        if not CODE.fullmatch(lang):
-            raise InputError(f"{lang!r} is no language code: letters and digits, with hyphens or "
-                             f"underscores inside, 32 at most. The {source.name} source has: "
-                             f"{have}.")
+        check_code(lang, have)
         if lang not in source.languages and not source.any_language:
             raise InputError(f"unknown language {lang!r}. The {source.name} source has: {have}.")
         if langs.count(lang) > 1: raise InputError(f"language {lang!r} comes twice. Name it once.")
     return langs
+
+def check_code(lang: str,  # what names a language, and folders
+               have: str = '',  # codes that there are, for the message
+               ) -> str:  # the same
+    "Raise `InputError` for what is no language code: it becomes part of names and paths."
+    if isinstance(lang, str) and CODE.fullmatch(lang): return lang
+    more = f' There are: {have}.' if have else ''
+    raise InputError(f'{short(lang)} is no language code. It has letters and digits, with hyphens '
+                     f'or underscores inside, and 32 of them at most.{more}')
 
 def check_caps(max_sentences: dict | int | None,  # caps, as for prepare_corpus
                langs: Iterable[str],  # the languages that have text here
@@ -495,6 +505,8 @@ class Corpus:
     split: str        # 'train', 'validation' or 'test'
     n_documents: int  # rows of the source
     n_sentences: int  # by split_sentences
+    n_unknown: int = 0  # ids of <unk>
+    n_skipped: int = 0  # rows of the source without text
 
     @property
     def n_tokens(self) -> int:
@@ -525,15 +537,17 @@ def _encode_documents(tokenizer, form: str, documents: list[str]) -> tuple:
 def _tokenise(documents: Iterable[str], tokenizer, path: Path, workers: int,
               form: str) -> dict[str, int]:
     "Write the ids of documents to a file, whole or not at all, and count."
-    total = np.zeros(4, dtype=np.int64)
+    total, digest = np.zeros(4, dtype=np.int64), hashlib.sha256()
     def encoded():
         nonlocal total
         encode = functools.partial(_encode_documents, tokenizer, form)
         for ids, *counts in parallel_map(encode, _chunks(documents), workers):
             total += counts
+            digest.update(ids)
             yield ids
     write_atomically(path, encoded())
-    return dict(zip(('tokens', 'documents', 'sentences', 'unknown'), total.tolist(), strict=True))
+    counts = zip(('tokens', 'documents', 'sentences', 'unknown'), total.tolist(), strict=True)
+    return dict(counts, sha256=digest.hexdigest())
 
 # %% ../nbs/00_data.ipynb #d29c507b
 def _text_revision(source: Source, lang: str) -> dict[str, str]:
@@ -571,6 +585,13 @@ def _find(folder: Path, key: dict) -> tuple[Path, dict] | None:
         path = folder / name
         if _matches(entry, key) and path.exists() and path.stat().st_size == 2 * entry['tokens']:
             return path, entry
+
+def _undamaged(path: Path, entry: dict) -> bool:
+    "Say whether ids are what was written; those of older versions have no hash to tell by."
+    if entry.get('sha256') in (None, file_hash(path)): return True
+    print(f'{path} is damaged and is made anew.', file=sys.stderr)
+    path.unlink()
+    return False
 
 # %% ../nbs/00_data.ipynb #d18cf02f
 IDS_PER_BYTE = .65  # bytes of ids for one of text: more than 8,000 pieces take in English
@@ -632,6 +653,8 @@ def check_room(rows: list[dict],  # from disk_needed
                 "HubSource(streaming=True), which keeps no copy of the hub's text.")
 
 # %% ../nbs/00_data.ipynb #7b2b5b1a
+UNKNOWN = .01       # largest share of unknown pieces that is passed over in silence
+
 def prepare_corpus(source: Source,        # where the text comes from
                    langs: Iterable[str],  # the languages to tokenise
                    tokenizer: Tokenizer | WordTokenizer,  # its vocabulary fits 16 bits
@@ -652,14 +675,27 @@ def prepare_corpus(source: Source,        # where the text comes from
     check_room(disk_needed(source, langs, folder, *about), folder)
     for lang, split in ((lang, split) for lang in langs for split in splits):
         key = _key(source, lang, split, tokenizer, max_sentences, seed, rows)
-        found = _find(folder, key) or _prepare(source, key, tokenizer, folder, workers)
+        found = _find(folder, key)
+        if not found or not _undamaged(*found):
+            found = _prepare(source, key, tokenizer, folder, workers)
         if found is None: continue
         ids, entry = np.memmap(found[0], dtype=np.uint16, mode='r'), found[1]
-        corpus = Corpus(ids, lang, split, entry['documents'], entry['sentences'])
+        corpus = Corpus(ids, lang, split, entry['documents'], entry['sentences'], entry['unknown'],
+                        entry.get('skipped', 0))
+        if (share := corpus.n_unknown / len(ids)) > UNKNOWN:
+            say_once(f'{share:.1%} of the {split} pieces of {lang} are <unk>, unknown to the '
+                     'vocabulary: the model cannot tell them apart. Train a vocabulary with this '
+                     'language, a larger one, or with a higher character_coverage.')
         corpora.setdefault(lang, {})[split] = corpus
     return corpora
 
 # %% ../nbs/00_data.ipynb #9c2b3fc7
+def text_notes(corpora: dict[str, dict[str, Corpus]],  # of prepare_corpus
+               ) -> dict[str, dict]:  # {lang: {split: {'unknown': share, 'skipped': rows}}}
+    "Tell for the record how much of the text the model cannot see."
+    return {lang: {split: dict(unknown=round(c.n_unknown / c.n_tokens, 6), skipped=c.n_skipped)
+                   for split, c in of.items()} for lang, of in corpora.items()}
+
 def _prepare(source: Source, key: dict, tokenizer, folder: Path,
              workers: int) -> tuple[Path, dict] | None:
     "Tokenise one language's split and enter it in the manifest; None where there is no test text."
@@ -674,10 +710,16 @@ def _prepare(source: Source, key: dict, tokenizer, folder: Path,
         if found := _find(folder, key): return found        # another process made it meanwhile
         documents = cap_sentences(documents, key['max_sentences'], key['seed'] or 0)
         counts = _tokenise(documents, tokenizer, folder / name, workers, _form(key))
+        skipped = getattr(source, 'skipped', {}).get((lang, split), [])
+        some = '; '.join(skipped[:3])
         if not counts['documents']:
             (folder / name).unlink()
             if split == 'test': return None
-            raise InputError(f"language {lang!r} has no {split} text. Leave it out, or add text.")
+            raise InputError(f"language {lang!r} has no {split} text{f' ({some})' * bool(some)}. "
+                             "Leave it out, or add text.")
+        if skipped:
+            say_once(f'{len(skipped):,} rows of {lang} hold no text and are left out: {some}')
+        counts['skipped'] = len(skipped)
         manifest = _read_manifest(folder) | {name: key | counts}
         write_atomically(folder/'manifest.json', json.dumps(manifest, indent=1, sort_keys=True))
     return folder / name, manifest[name]
@@ -820,7 +862,8 @@ def corpus_statistics(source: Source,        # where the text comes from
     "Count the training text of each language, and the rows of its tasks [paper Table 1]."
     rows, workers = [], workers or min(cpu_count(), 16)
     names = ('documents', 'sentences', 'words', 'bytes') + ('tokens',) * bool(tokenizer)
-    for lang in check_languages(source, langs):
+    check_caps(max_sentences, langs := check_languages(source, langs))
+    for lang in langs:
         documents = cap_sentences(source.text(lang, 'train'), _cap(max_sentences, lang))
         counts = parallel_map(functools.partial(_count, tokenizer), _chunks(documents), workers)
         total = {what: sum(n) for what, *n in zip(names, *counts)}

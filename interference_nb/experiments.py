@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SCALES', 'FORMAT', 'System', 'Scale', 'for_tasks', 'RunSpec', 'plan', 'load_run_data', 'vocabulary', 'run',
-           'checkpoint_size', 'with_vocabulary', 'make_step', 'is_pretrained', 'finetuning_jobs', 'make_batches',
-           'open_run', 'prune_model', 'complete', 'holds_all', 'own_rows', 'check_rows', 'inputs_of', 'check_inputs',
-           'matching_row', 'run_of', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'ready', 'smoke_test_spec',
-           'smoke_test', 'cost', 'default_workers', 'run_all']
+           'checkpoint_size', 'with_vocabulary', 'make_step', 'is_pretrained', 'check_task_rows', 'finetuning_jobs',
+           'make_batches', 'open_run', 'prune_model', 'complete', 'holds_all', 'own_rows', 'check_rows', 'inputs_of',
+           'check_inputs', 'matching_row', 'run_of', 'check_format', 'device', 'on_cpu', 'pretrain_all', 'ready',
+           'smoke_test_spec', 'smoke_test', 'cost', 'default_workers', 'run_all']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
 import itertools, json, math, shutil, sys, tempfile, time
@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 import torch
-from .data import (Stream, check_languages, check_room, dev_batches, disk_needed,
+from .data import (Stream, check_caps, check_code, check_languages, check_room,
+                                  dev_batches, disk_needed, text_notes,
                                   prepare_corpus, train_tokenizer)
 from .tokenizers import load_tokenizer
 from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_jsonl,
@@ -38,7 +39,7 @@ from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from .meta_adapters import MetaConfig, MetaStep, upgrade_meta
 from .finetune import GRIDS, FinetuneConfig, finetune
 from .hub_models import XLM_100, open_encoder
-from .tasks import TASKS, task_spec
+from .tasks import TASKS, task_spec, usable_rows
 
 # %% ../nbs/07_experiments.ipynb #3e93fba4
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ class RunSpec:
     meta: MetaConfig | None = None  # in place of the system's own, where it has one
     probe: ProbeConfig | None = None  # compare the languages' gradients during training
     prune: tuple[PruneConfig, ...] = ()  # learn gates of the trained model, once for each config
+
+    def __post_init__(self):
+        for lang in {*self.langs, *self.pair}: check_code(lang)
+        check_caps(self.max_sentences, self.pair)
 
     @property
     def model(self) -> str:
@@ -219,8 +224,9 @@ def run(spec: RunSpec,  # what to run
             if first: locked.enter_context(run_lock(home))
             if first and not hub: _room_for_checkpoint(spec, home)
             data = None if hub else load_run_data(spec, folder, workers)
-            if data: finetuning_jobs(spec, data[0])                 # refuses tasks without rows
+            if data: check_task_rows(spec, data[0])         # before any work is lost
             trained = is_pretrained(spec, home)
+
         if not first and (hub or trained): return None
         return _run_hub(spec, home, progress) if hub else _run_own(spec, home, data, progress)
 
@@ -282,7 +288,8 @@ def _finetune_missing(spec: RunSpec, home: Path, model, tokenizer, source, recor
             protocol = spec.protocol(task)
             cfg = replace(spec.scale.finetune[task], seed=spec.seed)
             result = finetune(model, tokenizer, task, source, lang, tests, cfg, protocol['search'],
-                              None if spec.data.startswith('toy') else folder, progress=progress)
+                              None if spec.data.startswith('toy') else folder, progress=progress,
+                              trained_len=None if SYSTEMS[spec.system].hub else spec.train.seq_len)
             counts = {f'{task}/{lang}/{test}': torch.tensor(n, dtype=torch.float16)
                       for test, n in result.pop('counts').items()}
             before = load_checkpoint(counted)[0] if counted.exists() else {}
@@ -306,7 +313,8 @@ def _pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, sam
                 if '/' not in k or k.split('/')[1] in spec.pair}
     about = dict(run=spec.config, variant=system.variant, tokenizer=tokenizer.fingerprint,
                  source=source.name, revision=revision,
-                 inputs=inputs_of(spec, source) | dict(vocabulary=tokenizer.fingerprint),
+                 noted=dict(inputs=inputs_of(spec, source) | dict(vocabulary=tokenizer.fingerprint),
+                            text=text_notes(corpora)),
                  sentences={l: corpora[l]['train'].n_sentences for l in spec.langs})
     probe = [GradientProbe(spec.probe, home)] if spec.probe else []
     train(model, sampler, cfg, dev, step, probe, home, about, progress,
@@ -348,6 +356,16 @@ def _keep_finished_rows(before: Path, path: Path):
     for row in old:
         if row['kind'] in ('gates', 'finetune', 'no lesson'): record.write(**row)
     before.unlink()
+
+def check_task_rows(spec: RunSpec,  # the run, with its tasks
+                    source):  # of the data, with the labelled rows
+    "Read all rows that a run will finetune on. Raises `InputError` as `usable_rows` does."
+    jobs = finetuning_jobs(spec, source)
+    if source.name == 'toy': return             # makes its rows, and makes them whole
+    for (task, lang), tests in jobs.items():
+        for split in ('train', 'validation') if tests else ():
+            usable_rows(task_spec(task), source, lang, split)
+        for test in tests: usable_rows(task_spec(task), source, test, 'test')
 
 def finetuning_jobs(spec: RunSpec,  # the run, with its tasks
             source,  # of the data, with the labelled rows
@@ -632,7 +650,9 @@ def run_all(specs: list[RunSpec],  # no two of one name
     todo.sort(key=cost, reverse=True)
     if len(todo) > 2: todo.insert(1, todo.pop())     # a short one early: a first number to look at
     for same in sharing_data(todo):
-        try: load_run_data(same[0], folder, workers=None)
+        try:
+            source, *_ = load_run_data(same[0], folder, workers=None)
+            for spec in same: check_task_rows(spec, source)
         except Exception as e:
             for spec in same:
                 todo.remove(spec)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['InputError', 'check_ranges', 'explain_write_errors', 'remedy_of', 'write_atomically', 'free_space', 'run_lock',
-           'read_jsonl', 'JsonlLog', 'save_checkpoint', 'load_checkpoint', 'weights_hash']
+           'read_jsonl', 'JsonlLog', 'save_checkpoint', 'load_checkpoint', 'weights_hash', 'file_hash', 'say_once']
 
 # %% ../nbs/00b_files.ipynb #f2a87e30
-import errno, hashlib, json, os, secrets, shutil
+import errno, functools, hashlib, json, os, secrets, shutil, sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from numbers import Integral, Real
@@ -190,3 +190,19 @@ def weights_hash(model: torch.nn.Module) -> str:  # 16 hex digits
         found.update(name.encode())
         found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
+
+# %% ../nbs/00b_files.ipynb #da7a0022
+def file_hash(path: str | Path,  # of a file
+              ) -> str:          # 64 hex digits
+    "Name the content of a file; read once in a process, as long as its size and time stay."
+    about = Path(path).stat()
+    return _file_hash(Path(path).resolve(), about.st_size, about.st_mtime_ns)
+
+@functools.lru_cache(maxsize=4096)
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+@functools.cache
+def say_once(text: str):    # one line
+    "Tell the user something on stderr, once in a process."
+    print(text, file=sys.stderr)

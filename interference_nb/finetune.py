@@ -247,15 +247,21 @@ def tune(
     cfg: FinetuneConfig,        # of the run
     folder=None,                # where checkpoints go and a killed run resumes
     progress: bool = False,     # print a line an epoch
+    trained_len: int | None = None,     # positions that pretraining saw, to count what goes beyond
 ) -> tuple[TaskModel, list[dict], int]:     # the best epoch's model, a row an epoch, the best epoch
     """Finetune on one language; its validation split chooses the best epoch [paper App. A].
 
     Raises `InputError` for missing data, an unknown language or a folder of another run."""
+    run = _tune(model, tokenizer, task, source, train_lang, cfg, folder, progress, trained_len)
+    return run.model, run.history, run.best_epoch()
+
+def _tune(model, tokenizer, task, source, train_lang, cfg, folder, progress, trained_len):
+    "Finetune; give the `Trainer`, with the best epoch's weights in its model."
     spec = task_spec(task)
     _check_model(model, tokenizer, [train_lang])
     max_len, device = min(cfg.max_len, model.cfg.max_len), next(model.parameters()).device
     read = lambda split, limit, seed=0: read_data(spec, source, train_lang, split, tokenizer,
-                                                  max_len, limit, seed)
+                                                  max_len, limit, seed, trained_len)
     data, dev = read('train', cfg.max_train, cfg.seed), read('validation', cfg.max_dev)
     inputs = _describe_inputs(model, tokenizer, source, spec, train_lang) if folder else None
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
@@ -266,9 +272,11 @@ def tune(
             if progress: print(spec.name, train_lang, *(f'{k} {v:.4g}' for k, v in row.items()))
     if run.record.rows[-1]['kind'] != 'done':
         run.record.write('done', best_epoch=run.best_epoch(), wall_s=round(sum(
-            row['wall_s'] for row in run.record.rows if row['kind'] == 'epoch'), 2))
+            row['wall_s'] for row in run.record.rows if row['kind'] == 'epoch'), 2),
+            notes={f'{split}/{train_lang}': d.notes for split, d in
+                   dict(train=data, validation=dev).items() if d.notes})
     run.model.load_state_dict(run.best)
-    return run.model, run.history, run.best_epoch()
+    return run
 
 # %% ../nbs/06_finetune.ipynb #c2b92f11
 def _check_model(model, tokenizer, langs: list[str]):
@@ -312,28 +320,30 @@ def grid_points(
 # %% ../nbs/06_finetune.ipynb #6bc41d31
 def _trial(
     job: tuple,         # settings; folder or None
-    model, tokenizer, task, source, train_lang, progress,
-) -> tuple[dict, dict | None]:      # 'best_epoch', 'dev', 'wall_s'; the weights, where no folder is
+    model, tokenizer, task, source, train_lang, progress, trained_len,
+) -> tuple[dict, dict | None]:      # as `_read_trial`; the weights, where no folder is
     "Tune at one point of a grid, unless the folder's record says that it is done."
     (cfg, home), start, spec = job, time.perf_counter(), task_spec(task)
     config = home and _run_config(spec, train_lang, cfg, _describe_inputs(
         model, tokenizer, source, spec, train_lang))
     if home and (row := _read_trial(home, config)): return row, None
-    tuned, dev, best = tune(model, tokenizer, spec, source, train_lang, cfg, home, progress)
+    run = _tune(model, tokenizer, spec, source, train_lang, cfg, home, progress, trained_len)
     if home: return _read_trial(home, config), None
     seconds = round(time.perf_counter() - start, 2)
-    return dict(best_epoch=best, dev=dev, wall_s=seconds), tuned.state_dict()
+    return dict(best_epoch=run.best_epoch(), dev=run.history, wall_s=seconds,
+                notes=run.record.rows[-1]['notes']), run.model.state_dict()
 
 def _read_trial(
     home: Path,         # the trial's folder
     config: dict,       # what `_run_config` returns for it
-) -> dict | None:       # 'best_epoch', 'dev', 'wall_s'; None: not done
+) -> dict | None:       # 'best_epoch', 'dev', 'wall_s', 'notes'; None: not done
     "Read a finished trial; raises `InputError` for a folder of another one."
     rows = read_jsonl(home/'record.jsonl') if (home/'record.jsonl').exists() else []
     if not rows or rows[-1]['kind'] != 'done': return None
     same_config(config, rows[0]['config'], home)
     dev = [{k: v for k, v in row.items() if k not in ('kind', 'wall_s')} for row in rows[1:-1]]
-    return dict(best_epoch=rows[-1]['best_epoch'], dev=dev, wall_s=rows[-1]['wall_s'])
+    return dict(best_epoch=rows[-1]['best_epoch'], dev=dev, wall_s=rows[-1]['wall_s'],
+                notes=rows[-1].get('notes', {}))
 
 # %% ../nbs/06_finetune.ipynb #cf6063e3
 def run_trials(
@@ -374,6 +384,7 @@ def finetune(
     folder=None,                # one subfolder a trial: its checkpoints and record; None: nothing
     workers: int = 1,           # processes side by side, each on a GPU if there is one, in turn
     progress: bool = False,     # print a line an epoch
+    trained_len: int | None = None,         # positions that pretraining saw; longer inputs are told
 ) -> dict:          # 'scores' {lang: {metric: percent}}, 'counts', 'best_epoch', 'dev', 'trials'
     """Finetune on one language and test on several, each by `evaluate_languages`.
 
@@ -382,17 +393,19 @@ def finetune(
     spec, start, changes = task_spec(task), time.perf_counter(), grid_points(grid)
     _check_model(model, tokenizer, [train_lang, *eval_langs])
     max_len = min(cfg.max_len, model.cfg.max_len)
-    tests = {l: read_data(spec, source, l, 'test', tokenizer, max_len, cfg.max_eval)
-             for l in eval_langs}
+    if model.cfg.positions != 'learned': trained_len = None     # no position has a vector
+    tests = {l: read_data(spec, source, l, 'test', tokenizer, max_len, cfg.max_eval,
+                          trained_len=trained_len) for l in eval_langs}
     names = [','.join(f'{k}={v}' for k, v in c.items()) or 'trial' for c in changes]
     trials, best, top = [], None, -math.inf
     with tempfile.TemporaryDirectory() as own:
         if workers > 1 and not folder: folder = own         # processes meet in files
         jobs = [(replace(cfg, **c), Path(folder)/n if folder else None)
                 for c, n in zip(changes, names, strict=True)]
-        shared = model, tokenizer, task, source, train_lang, progress
+        shared = model, tokenizer, task, source, train_lang, progress, trained_len
         done = run_trials(jobs, shared, workers)
         for change, name, job, (row, weights) in zip(changes, names, jobs, done, strict=True):
+            notes = row.pop('notes')
             trials.append(change | row)
             score = row['dev'][row['best_epoch'] - 1][spec.metric]
             if progress: print(spec.name, train_lang, name, f'{spec.metric} {score:.4g}')
@@ -401,6 +414,8 @@ def finetune(
         with torch.random.fork_rng([]): tuned = TaskModel(model, spec)
         if home: weights, _ = load_checkpoint(home/'best.safetensors', tuned.device)
     tuned.load_state_dict(weights)
+    notes |= {f'test/{l}': d.notes for l, d in tests.items() if d.notes}
     return dict(task=spec.name, train_lang=train_lang, **evaluate_languages(tuned, tests),
                 best_epoch=row['best_epoch'], dev=row['dev'], trials=trials, finetune=asdict(cfg),
+                notes=notes,
                 wall_s=round(time.perf_counter() - start, 2))

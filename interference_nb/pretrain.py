@@ -550,7 +550,7 @@ class _RunLog:
     def __init__(self, model, step, cfg, sampler, dev, folder, about):
         self.model, self.step, self.cfg, self.sampler, self.dev = model, step, cfg, sampler, dev
         about = dict(about or {})
-        self.inputs = about.pop('inputs', {})       # told, not compared: see `check_inputs`
+        self.noted = about.pop('noted', {})         # told, not compared here
         self.main, self.first = sampler.rank == 0, 0
         self.pending, self.settled = [], []     # what steps returned: on the device, then as floats
         self.spent, self.since = np.zeros(2), clocks()   # on training: wall and processor seconds
@@ -566,7 +566,7 @@ class _RunLog:
         here = dict(world=sampler.world, precision=step.amp.name, threads=torch.get_num_threads())
         if not self.rows:
             self.record.write('start', config=self.config, config_hash=config_hash(self.config),
-                              inputs=self.inputs, **here, **run_info())
+                              **self.noted, **here, **run_info())
         elif 0 < self.first < cfg.steps:
             was = [r['threads'] for r in self.rows if 'threads' in r][-1:]
             if was != [here['threads']] * len(was) and next(model.parameters()).is_cpu:

@@ -78,14 +78,13 @@ ASKED = dict(id='q1', title='', context='Ada met Bo .', question='who met Bo ?',
 @pytest.mark.parametrize('task, row, message', [
     ('nli', PAIR | dict(label=-1), 'label -1 in a row of nli'),
     ('nli', PAIR | dict(label=3), 'label 3 in a row of nli, whose labels are 0 to 2'),
-    ('nli', PAIR | dict(label=None), 'label None in a row of nli'),
+    ('nli', PAIR | dict(label=None), "column 'label' holds None"),
     ('qa', ASKED | dict(answers=dict(text=['Ada'], answer_start=[1])), "where 'da ' stands"),
     ('qa', ASKED | dict(answers=dict(text=['Ada'], answer_start=[-12])), 'at character -12'),
     ('qa', ASKED | dict(answers=dict(text=['Ada'], answer_start=[99])), "where '' stands"),
     ('qa', ASKED | dict(answers=dict(text=[''], answer_start=[0])), "the answer '' of question q1"),
     ('qa', ASKED | dict(answers=dict(text=[], answer_start=[])), 'q1 has 0 answers'),
-    ('qa', ASKED | dict(answers=dict(text=['Ada'], answer_start=[])), '1 answers with 0 places'),
-    ('qa', ASKED | dict(question='who ' * 62), 'q1 has 62 subwords and leaves no room')])
+    ('qa', ASKED | dict(answers=dict(text=['Ada'], answer_start=[])), '1 answers with 0 places')])
 def test_faulty_pairs(tmp_path, task, row, message):
     model, tok, _ = toy_model()
     with pytest.raises(InputError, match=message):

@@ -1,15 +1,24 @@
 "People's own files: which content a run was made from, labels by name, rows that cannot be used."
 import json
+import time
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from interference_nb.adapters import MultilingualLM
 from interference_nb.cli import main
-from interference_nb.data import NER_LABELS, NLI_LABELS, UPOS_LABELS
+from interference_nb.data import (NER_LABELS, NLI_LABELS, UPOS_LABELS, prepare_corpus,
+                                  split_sentences, train_tokenizer)
 from interference_nb.files import InputError, read_jsonl
+from interference_nb.finetune import FinetuneConfig, finetune
 from interference_nb.folders import FolderSource
+from interference_nb.tasks import read_data
+from interference_nb.tokenizers import UNK, WordTokenizer
+from interference_nb.transformer import ModelConfig
 
 LINES = {'zh-yue': ['今日落雨。我唔去。', '佢話好。', '落完雨喇。我哋去啦。'],
          'sr-Latn': ['Ada čita knjigu. Pada kiša.', 'Selo je malo.', 'Voda je hladna. Ada peva.']}
@@ -126,3 +135,124 @@ def test_labels_are_mapped_by_name(tmp_path, task, column, ours, names):
     class_label(column, more, rows, tmp_path/task/'zh-yue'/'train.parquet')
     with pytest.raises(InputError, match=f"{task}/zh-yue/train.parquet, row 1: label 'B-SHIP'"):
         source.examples(task, 'zh-yue', 'train')
+
+
+TAGGED = dict(tokens=['Ada', 'ide'], ner_tags=[1, 0])
+PAIR = dict(premise='a', hypothesis='b', label=0)
+ASKED = dict(id='q', title='', context='Ada ide', question='ko', answers=dict(text=['Ada'],
+                                                                          answer_start=[0]))
+
+
+@pytest.mark.parametrize('task, good, bad, said', [
+    ('ner', TAGGED, TAGGED | dict(tokens=None), "'tokens' holds None; wanted is a list of words"),
+    ('ner', TAGGED, TAGGED | dict(ner_tags=[1]), '2 words with 1 labels'),
+    ('nli', PAIR, PAIR | dict(premise=None), "'premise' holds None; wanted is a string"),
+    ('qa', ASKED, ASKED | dict(context=None), "'context' holds None; wanted is a string"),
+    ('qa', ASKED, ASKED | dict(answers=None), "'answers' holds None; wanted is {'text'")])
+def test_one_bad_row_among_many_is_counted_and_named(tmp_path, capsys, task, good, bad, said):
+    "The run goes on without it, and the count stands beside the rows; one of six stops it."
+    text_of(tmp_path)
+    rows = [good | dict(id=str(i)) if task == 'qa' else good for i in range(200)]
+    place = tmp_path/task/'sr-Latn'
+    write(place/'train.parquet', [*rows[:7], bad, *rows[7:]])
+    write(place/'validation.parquet', rows[:5] + [bad])
+    write(place/'test.parquet', rows[:5])
+    source, tok = FolderSource(tmp_path), WordTokenizer(['Ada', 'ide', 'ko', 'a', 'b'])
+    data = read_data(task, source, 'sr-Latn', 'train', tok, 16)
+    error = capsys.readouterr().err
+    assert len(data.rows) == 200 and data.notes == dict(left_out=1)
+    assert f'{task}/sr-Latn/train.parquet, row 8: ' in error and said in error
+    with pytest.raises(InputError) as e: read_data(task, source, 'sr-Latn', 'validation', tok, 16)
+    assert f'{task}/sr-Latn/validation.parquet, row 6: ' in str(e.value) and said in str(e.value)
+    assert '1 of 6 validation rows' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_long_question_loses_its_end_and_is_counted(tmp_path, capsys):
+    "65 pieces in 64: before, the whole run stopped, after pretraining."
+    text_of(tmp_path)
+    rows = [ASKED | dict(question='ko ' * n) for n in (65, 61, 60, 1)]
+    write(tmp_path/'qa'/'sr-Latn'/'validation.parquet', rows)
+    write(tmp_path/'qa'/'sr-Latn'/'train.parquet', rows)
+    tok = WordTokenizer(['Ada', 'ide', 'ko'])
+    data = read_data('qa', FolderSource(tmp_path), 'sr-Latn', 'test', tok, 64)
+    assert data.notes == dict(questions_cut=2)              # 60 pieces leave room for one
+    assert [len(f.ids) for f in data.features if f.row < 2] == [1 + 30 + 1 + 2 + 1] * 2
+    assert [f.targets for f in data.features if f.row < 2] == [[32, 32]] * 2
+    assert '2 of 4 questions are cut' in capsys.readouterr().err
+
+
+def test_inputs_beyond_the_trained_positions_are_counted(tmp_path, capsys):
+    "Finetuning at 16 after rows of 8: what is longer, borders included, meets initial vectors."
+    text_of(tmp_path)
+    rows = [dict(tokens=['Ada'] * n, ner_tags=[1] * n) for n in (6, 7, 12, 14, 15)]
+    for split in ('train', 'validation', 'test'): write(tmp_path/f'ner/sr-Latn/{split}.parquet',
+                                                        rows)
+    tok = WordTokenizer(['Ada'])
+    torch.manual_seed(0)
+    cfg = ModelConfig.toy(tok.vocab_size, dim=8, n_layers=1, ffn_dim=16, n_heads=2)
+    model = MultilingualLM(cfg, ('sr-Latn',), 'joint')
+    tune = FinetuneConfig.toy(epochs=1, max_len=16, batch_size=4)
+    r = finetune(model, tok, 'ner', FolderSource(tmp_path), 'sr-Latn', ['sr-Latn'], tune,
+                 trained_len=8)
+    # lengths with borders: 8, 9, 14, 16, and 15 words in two parts of 16 and 3
+    want = dict(beyond_trained_positions=4)
+    assert r['notes'] == {f'{s}/sr-Latn': want for s in ('train', 'validation', 'test')}
+    assert '4 of 6 inputs are longer than the 8 positions' in capsys.readouterr().err
+    r = finetune(model, tok, 'ner', FolderSource(tmp_path), 'sr-Latn', ['sr-Latn'], tune,
+                 trained_len=16)
+    assert r['notes'] == {}
+
+
+DOCUMENTS = dict(zh=('今天下雨。', 400), ur=('یہ ایک جملہ ہے۔', 400), th=('ฉันไปตลาด ', 400),
+                 my=('ဒါစာကြောင်း။', 50), hi=('यह एक है।', 50))
+
+
+@pytest.mark.parametrize('lang', DOCUMENTS)
+def test_one_line_of_many_sentences_counts_as_many(lang):
+    "In scripts whose full stop needs no blank, and in one that has none."
+    sentence, n = DOCUMENTS[lang]
+    assert split_sentences(sentence * n) == [sentence.strip()] * n
+
+
+def test_splitting_is_linear_in_runs_of_blanks():
+    "100,000 blanks took more than a minute."
+    began = time.perf_counter()
+    for text in (' ' * 200_000, 'a' + ' \n ' * 100_000 + 'b', 'a.' + '\t' * 200_000,
+                 '。' * 200_000):
+        split_sentences(text)
+    assert time.perf_counter() - began < 5
+
+
+def test_a_language_of_long_lines_keeps_its_pieces(tmp_path, capsys):
+    "Lines over 32,768 bytes were passed over unseen, and the language became <unk> altogether."
+    chars = [chr(c) for c in range(0x4e00, 0x4e00 + 300)]
+    rng = np.random.default_rng(0)
+    for split in ('train', 'validation', 'test'):
+        write(tmp_path/f'text/zh/{split}.parquet',
+              [dict(text=''.join(rng.choice(chars, 20_000)))] * 2)
+        write(tmp_path/f'text/en/{split}.parquet',
+              [dict(text='The sea is cold. A bird sings.')] * 50)
+    source = FolderSource(tmp_path)
+    tok = train_tokenizer(source, ['en', 'zh'], 400, workers=1)
+    ids = prepare_corpus(source, ['en', 'zh'], tok, tmp_path/'ids', workers=1)
+    assert ids['zh']['test'].n_unknown == 0 and capsys.readouterr().err == ''
+    blind = train_tokenizer(source, ['en'], 30, workers=1)
+    ids = prepare_corpus(source, ['en', 'zh'], blind, tmp_path/'blind', workers=1)
+    share = ids['zh']['train'].n_unknown / ids['zh']['train'].n_tokens
+    assert share == float((np.asarray(ids['zh']['train'].ids) == UNK).mean()) > .2
+    assert f'{share:.1%} of the train pieces of zh are <unk>' in capsys.readouterr().err
+
+
+def test_damaged_ids_are_made_anew(tmp_path, capsys):
+    "64 flipped bytes in a file of the right length passed."
+    source = FolderSource(text_of(tmp_path))
+    tok = WordTokenizer(['Ada', 'Voda'])
+    first = prepare_corpus(source, ['sr-Latn'], tok, tmp_path/'ids', workers=1)
+    good = np.array(first['sr-Latn']['train'].ids)
+    path = next((tmp_path/'ids').rglob('train-*.ids'))
+    damaged = bytearray(path.read_bytes())
+    damaged[20:84] = bytes(b ^ 255 for b in damaged[20:84])
+    path.write_bytes(damaged)
+    again = prepare_corpus(source, ['sr-Latn'], tok, tmp_path/'ids', workers=1)
+    assert np.array_equal(again['sr-Latn']['train'].ids, good)
+    assert f'{path.name} is damaged and is made anew' in capsys.readouterr().err
