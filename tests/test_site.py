@@ -2,7 +2,7 @@
 
 The site is built first if it is missing or older than what it is made of.
 """
-import re, subprocess, sys, threading
+import importlib.util, re, subprocess, sys, threading
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,12 +26,14 @@ def page_of(notebook):
     name = re.sub(r'^\d+[a-zA-Z0-9]*_', '', notebook.stem)
     return notebook.relative_to(NBS).with_name(f'{name}.html').as_posix()
 
-PAGES = [page_of(p) for p in notebooks()]
+PAGES = [page_of(p) for p in notebooks()] + ['api.html']
+AXE = importlib.util.find_spec('axe_playwright_python')
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
     "Build the site if need be, and serve it."
-    sources = [*notebooks(), ROOT / '_quarto.yml', NBS / 'styles.css', ROOT / 'tools/build_docs.py']
+    sources = [*notebooks(), ROOT / '_quarto.yml', NBS / 'styles.css', NBS / 'assets/site.inc',
+               ROOT / 'tools/build_docs.py', ROOT / 'tools/pages.py']
     newest, index = max(p.stat().st_mtime for p in sources), SITE / 'index.html'
     with FileLock(tmp_path_factory.getbasetemp().parent / 'site.lock'):  # pytest's workers share it
         if not index.exists() or index.stat().st_mtime < newest:
@@ -60,6 +62,10 @@ def page(browser, site):
     tab.on('pageerror', lambda e: tab.faults.append(f'script error: {e}'))
     tab.on('console', lambda m: m.type == 'error' and tab.faults.append(f'console: {m.text}'))
     tab.on('response', lambda r: r.status >= 400 and tab.faults.append(f'{r.status}: {r.url}'))
+    tab.bytes = 0
+    def count(response):
+        if 'woff' not in response.url: tab.bytes += int(response.headers.get('content-length', 0))
+    tab.on('response', count)
     yield tab
     tab.close()
 
@@ -103,9 +109,25 @@ BADLY_DRAWN = """() => {
           ...numbers.map(e => `number ${e.innerText} on its formula`)];
 }"""
 
+# formulas have the colour of the text around them, code has its own, which one page shows
+VIOLATIONS = """async ([tags, exclude]) =>
+  (await axe.run({exclude: exclude}, {runOnly: tags, resultTypes: ['violations']}))
+  .violations.filter(v => ['serious', 'critical'].includes(v.impact))
+  .map(v => `${v.id} (${v.nodes.length}): ${v.nodes[0].html.slice(0, 160)} `
+            + v.nodes[0].failureSummary.slice(0, 200))"""
+WCAG = ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']
+
+def violations(page, rules=WCAG, leave_out=('.katex', 'pre code')):
+    "Return what axe-core finds serious or critical of WCAG 2.1 AA (nothing where it is absent)."
+    if not AXE: return []
+    page.add_script_tag(content=(Path(AXE.origin).parent / 'axe.min.js').read_text('utf-8'))
+    return page.evaluate(VIOLATIONS, [rules, [[css] for css in leave_out]])
+
 @pytest.mark.parametrize('name', PAGES)
 def test_page(name, page, site):
     page.goto(site + name, wait_until='networkidle')
+    if page.bytes > 900_000: page.faults.append(f'{page.bytes / 1000:.0f} kB before fonts')
+    page.faults += violations(page)
     page.locator('body').wait_for(state='attached')
     text = page.evaluate(TEXT)
     for fault, pattern in UNRENDERED.items():
@@ -120,7 +142,56 @@ def test_page(name, page, site):
     page.faults += page.evaluate(BADLY_DRAWN)
     width = page.evaluate('document.documentElement.scrollWidth')
     if width > 390: page.faults.append(f'{width} px wide on a telephone of 390')
+    unnamed = 'imgs => imgs.filter(i => !i.alt.trim()).map(i => i.src.slice(0, 80))'
+    page.faults += [f'no alt text: {src}' for src in page.eval_on_selector_all('img', unnamed)]
     assert not page.faults, '\n'.join(dict.fromkeys(page.faults))
+
+@pytest.mark.parametrize('name', ['index.html', 'meta_adapters.html', 'finetune.html'])
+def test_colours_of_the_dark_mode(name, page, site):
+    page.emulate_media(color_scheme='dark')
+    page.goto(site + name, wait_until='networkidle')
+    colours = 'e => getComputedStyle(e).backgroundColor.match(/[0-9]+/g).map(Number)'
+    body = page.locator('body')
+    assert sum(body.evaluate(colours)) < 150
+    page.wait_for_timeout(100)
+    assert not (found := violations(page, ['wcag2aa'], ('.katex',))), '\n'.join(found)
+    page.locator('.quarto-color-scheme-toggle').click()
+    page.wait_for_timeout(200)
+    assert sum(body.evaluate(colours)) > 700
+    page.reload()                                       # it remembers
+    assert sum(body.evaluate(colours)) > 700
+
+def test_sidebar_opens_at_the_page(page, site):
+    page.goto(site + 'runs/finetuning.html', wait_until='networkidle')
+    box = page.locator('#quarto-sidebar [aria-current=page]').bounding_box()
+    assert box and 0 < box['y'] < 850
+    numbers = page.locator('#quarto-sidebar .number').all_inner_texts()
+    assert '05' in numbers and '18' in numbers
+
+def test_mathematics_where_a_page_has_an_amd_loader(page, site):
+    "Quarto puts require.js into pages with HTML outputs: KaTeX must not hand itself to that."
+    page.add_init_script('window.define = Object.assign(() => 0, {amd: {}})')
+    page.goto(site + 'figs/meta_step.html', wait_until='networkidle')
+    formulas = page.locator('.math').count()
+    assert formulas > 20
+    assert page.locator('.math .katex').count() == formulas
+
+def test_pages_lead_to_their_sources_and_to_places_that_run_them(site):
+    for name in PAGES:
+        text = (SITE / name).read_text(encoding='utf-8')
+        edit = re.findall(r'href="[^"]*/(?:edit|blob)/main/([^"#]*)"[^>]*class="toc-action', text)
+        assert edit and all((ROOT / p).is_file() for p in edit), (name, edit)
+        if name == 'api.html': continue
+        for path in re.findall(r'href="[^"]*(?:blob/main|labpath=)/?([^"]*\.ipynb)"', text)[:2]:
+            assert (ROOT / path).is_file(), path
+        assert re.search(r'\d+ minutes? to read', text), name
+
+def test_a_signature_stands_once(site):
+    "A short function shows its source alone; a long one its signature, and the source folded."
+    text = (SITE / 'adapters.html').read_text(encoding='utf-8')
+    assert len(re.findall(r'(?:class|def)</span> (?:<[^>]*>)?Adapter\b', text)) == 1
+    for details in re.findall(r'(?s)<details( open="")? class="code-fold">(.*?)</details>', text):
+        assert bool(details[0]) == (details[1].count('\n') <= 30)
 
 def test_sliding_figures_slide(page, site):
     names = [n for n in PAGES if 'type="range"' in (SITE / n).read_text(encoding='utf-8')]

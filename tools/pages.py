@@ -1,0 +1,173 @@
+"""What both builders of the site read: notebooks in _proc/, with what no notebook holds itself.
+
+Numbers in the sidebar, minutes to read, links to run the page, descriptions of pictures, signatures
+that stand once, and an index of the API.
+"""
+import ast, html, importlib, json, re
+from pathlib import Path
+from cells import headings
+
+WORDS, LINES = 200, 25          # prose words and code lines read in a minute
+NUMBER = re.compile(r'(\d+[a-z]?)_')
+LONG = 30                       # lines of source that are shown at once
+SIGNATURE = re.compile(r'(?s)```python\n.*?\n```\n*')
+join = lambda s: ''.join(s) if isinstance(s, list) else s
+text_of = lambda cell: join(cell['source'])
+
+def hidden(source):
+    "Say whether a code cell is not shown on its page."
+    return bool(re.search(r'(?m)^#\|\s*(hide\b|export\b|exporti\b|default_exp|hide_input|'
+                          r'(echo|include):\s*false)', source))
+
+def minutes(nb):
+    "Return how long a page takes to read: its prose, and the code that it shows."
+    words = lines = 0
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'markdown':
+            text = re.sub(r'(?s)<details.*?</details>|\$\$.*?\$\$|```.*?```', ' ', text_of(cell))
+            words += len(re.findall(r'\w[\w\'-]*', re.sub(r'\]\([^)]*\)|\{[^}]*\}', ' ', text)))
+        elif cell['cell_type'] == 'code' and not hidden(text_of(cell)):
+            if re.search(r'(?m)^#\| code-fold: true', text_of(cell)): continue
+            lines += sum(1 for l in text_of(cell).splitlines() if l.strip() and l[:2] != '#|')
+    return max(1, round(words / WORDS + lines / LINES))
+
+def places(cfg, name):
+    "Return links to run a notebook elsewhere: {where: address}."
+    at = f'{cfg.user}/{cfg.repo}'
+    colab = f'https://colab.research.google.com/github/{at}/blob/{cfg.branch}/nbs/{name}'
+    binder = f'https://mybinder.org/v2/gh/{at}/{cfg.branch}?labpath=nbs/{name}'
+    return {'Open in Colab': colab, 'Run on Binder': binder}
+
+def info(cfg, name, nb):
+    "Return the line under a page's title."
+    links = ' · '.join(f'[{where}]({url})' for where, url in places(cfg, name).items())
+    n = minutes(nb)
+    return f'::: {{.page-info}}\n{n} minute{"s" * (n > 1)} to read · {links}\n:::'
+
+def descriptions():
+    "Return what each plot of the package says that it draws: {name: first line}."
+    found = {}
+    for path in (Path(__file__).parent.parent / 'interference_nb').glob('[!_]*.py'):
+        for node in ast.parse(path.read_text(encoding='utf-8')).body:
+            if not isinstance(node, ast.FunctionDef) or not node.name.startswith('plot_'): continue
+            said = (ast.get_docstring(node) or '').splitlines()
+            if said: found[node.name] = re.sub(r'\s*\[[^]]*\]\.?$', '', said[0]).rstrip('.')
+    return found
+
+def plain(text):
+    "Return a caption without its markup, fit for an attribute."
+    text = re.sub(r'\]\([^)]*\)|\{#[^}]*\}|@\w+-[\w-]+', '', text).replace('"', "'")
+    return ' '.join(re.sub(r'[\[\]`*$\\{}]', '', text).split()).strip(" '")
+
+def alternative(cell, trail, plots):
+    "Describe a cell's picture in words: its caption, else what its plot draws, else its heading."
+    source = text_of(cell)
+    caption = re.search(r'(?m)^#\|\s*fig-cap:\s*(.*)$', source)
+    drawn = [plots[name] for name in re.findall(r'\bplot_\w+', source) if name in plots]
+    words = [plain(caption[1])] if caption else list(dict.fromkeys(drawn))
+    return '. '.join(words) or f'Figure: {plain(trail)}'
+
+def describe(nb, plots):
+    "Give each picture of a page words for those who do not see it."
+    trail = ''
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'markdown':
+            trail = [trail, *(title for _, title in headings(text_of(cell)))][-1]
+        shown = any('image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {})
+                    for o in cell.get('outputs', []))
+        if shown and not re.search(r'(?m)^#\|\s*fig-alt:', text_of(cell)):
+            cell['source'] = f'#| fig-alt: "{alternative(cell, trail, plots)}"\n{text_of(cell)}'
+
+def once(nb):
+    "Show a signature once: in the source where that is short, else above it, the source folded."
+    blocks = []
+    for cell in nb['cells']:
+        source = text_of(cell)
+        if 'show_doc(' in source and '#| echo: false' in source: blocks.append(cell); continue
+        if '#| code-fold: show' in source:
+            if source.count('\n') > LONG:
+                cell['source'] = source.replace('#| code-fold: show', '#| code-fold: true')
+            else:
+                for data in (o.get('data', {}) for b in blocks for o in b.get('outputs', [])):
+                    if 'text/markdown' in data:
+                        data['text/markdown'] = SIGNATURE.sub('', join(data['text/markdown']), 1)
+        blocks = []
+
+def number(cache):
+    "Put a notebook's number before its title in the sidebar."
+    config, titles = cache / '_quarto.yml', {}
+    for p in cache.rglob('*.ipynb'):
+        front = text_of(json.loads(p.read_text(encoding='utf-8'))['cells'][0])
+        m = re.search(r'(?m)^title: (.*)$', front)
+        if m and (n := NUMBER.match(p.name)):
+            titles[p.relative_to(cache).as_posix()] = f'{n[1]} {m[1].strip(chr(39) + chr(34))}'
+    def entry(m):
+        if m[2] not in titles: return m[0]
+        return f'{m[1]}- text: {json.dumps(titles[m[2]], ensure_ascii=False)}\n{m[1]}  href: {m[2]}'
+    text = re.sub(r'(?m)^( +)- ([\w/-]+\.ipynb)$', entry, config.read_text(encoding='utf-8'))
+    config.unlink()                     # here it may still be a link to the file at the top
+    config.write_text(text, encoding='utf-8')
+
+def heads(source, exported):
+    "Yield (name, docstring, signature with its comments) of what a module exports."
+    lines = source.splitlines()
+    def head(node):
+        start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+        body = node.body[0]
+        end = body.lineno - 1 if body.lineno > node.lineno else node.lineno
+        return '\n'.join(lines[start - 1:end]).rstrip()
+    for node in ast.parse(source).body:
+        if getattr(node, 'name', None) not in exported: continue
+        text = head(node)
+        if isinstance(node, ast.ClassDef):
+            fields = [i for i in node.body if isinstance(i, ast.AnnAssign)]
+            parts = [lines[i.lineno - 1:i.end_lineno] for i in fields]
+            parts += [head(i).splitlines() for i in node.body if isinstance(i, ast.FunctionDef)
+                      and (i.name[0] != '_' or i.name in ('__init__', '__call__'))]
+            text += ''.join('\n' + line for part in parts for line in part)
+        yield node.name, ast.get_docstring(node) or '', text
+
+def entry(module, name, doc, text):
+    "Return a name's place in the index: what it does, and its signature, folded."
+    said = re.sub(r'\[?@eq-[\w-]+\]?', '', ' '.join(doc.split('\n\n')[0].split()))
+    return (f'```{{=html}}\n<p class="api" id="{module}.{name}">'
+            f'<a href="{module}.html#{name.lower()}"><code>{name}</code></a> '
+            f'{html.escape(said) or "Used as it stands."}</p>\n'
+            f'<details class="api"><summary>signature of {name}</summary>\n'
+            f'<pre>{html.escape(text)}</pre></details>\n'.replace('\n\n', '\n') + '```\n')
+
+def api(cache, lib='interference_nb'):
+    "Write the index of the API, by name and by module, into `cache`."
+    root, names, parts = Path(__file__).parent.parent / lib, [], []
+    pages = {re.sub(r'^\d+[a-z]?_', '', p.stem): p.name for p in cache.glob('*.ipynb')}
+    for path in sorted(p for p in root.glob('[!_]*.py') if p.stem in pages):
+        module, source = path.stem, path.read_text(encoding='utf-8')
+        exported = importlib.import_module(f'{lib}.{module}').__all__
+        parts.append(f'## {module} {{#{module}}}\n\nMade in [{pages[module]}]({pages[module]}).\n')
+        for found in heads(source, exported):
+            names.append((found[0].lower(), f'<a href="#{module}.{found[0]}">{found[0]}</a>'))
+            parts.append(entry(module, *found))
+    top = ('---\ntitle: API by module and name\ntoc-depth: 2\n'
+           'description: What each module exports, with the meaning of every parameter\n---\n\n'
+           '## All names {#all-names}\n\n<p class="api-names">'
+           f'{" ".join(link for _, link in sorted(names))}</p>\n\n')
+    (cache / 'api.qmd').write_text(top + '\n'.join(parts), encoding='utf-8')
+
+def raw_html(nb):
+    "Hand HTML outputs on as raw blocks: for others, Quarto adds require.js from a CDN to the page."
+    for data in (o.get('data', {}) for c in nb['cells'] for o in c.get('outputs', [])):
+        if 'text/html' in data and 'text/markdown' not in data:
+            data['text/markdown'] = f'\n```{{=html}}\n{join(data.pop("text/html"))}\n```\n'
+
+def prepare(cache, cfg, quarto=False):
+    "Make the pages in `cache` ready for a builder."
+    plots = descriptions()
+    number(cache)
+    for p in sorted(cache.rglob('*.ipynb')):
+        nb, name = json.loads(p.read_text(encoding='utf-8')), p.relative_to(cache).as_posix()
+        once(nb)
+        describe(nb, plots)
+        if quarto: raw_html(nb)
+        nb['cells'].insert(1, dict(cell_type='markdown', metadata={}, source=info(cfg, name, nb)))
+        p.write_text(json.dumps(nb), encoding='utf-8')
+    api(cache)
