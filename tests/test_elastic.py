@@ -4,13 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
-from interference_nb import cli, experiments, files, pretrain
+from interference_nb import files, pretrain
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Stream, dev_batches, prepare_corpus
 from interference_nb.distributed import process_group, launch, rank_and_world_size
 from interference_nb.pretrain import BatchSampler, TrainConfig, train
 from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_jsonl
-from interference_nb.finetune import FinetuneConfig
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 from waiting import LIMIT, wait_for
@@ -160,6 +159,8 @@ def test_a_run_begun_anew_says_where_it_ran(tmp_path, monkeypatch):
 
 def test_weights_that_are_gone_do_not_take_results_with_them(tmp_path):
     "Pretraining anew keeps what was finetuned, or refuses: rows that training did not make stay."
+    from interference_nb import cli, experiments    # not above: torchrun's processes import this
+    from interference_nb.finetune import FinetuneConfig
     cfg = TrainConfig.toy(steps=6, warmup=2, eval_every=3)
     scale = experiments.Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16), cfg, {
         'ner': FinetuneConfig.toy(epochs=1, max_train=32, max_dev=16, max_eval=16)})

@@ -1,6 +1,7 @@
 """`HubSource` against a stand-in for the hub on this machine: pinned commits, no remote code; then
 the same with the stand-in gone, from the local copy. And a folder without test text."""
 import hashlib, http.server, json, os, subprocess, sys, threading, urllib.parse
+from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -9,6 +10,7 @@ from interference_nb.pretrain import TrainConfig
 from interference_nb.toy_languages import ToySource
 from interference_nb.transformer import ModelConfig
 
+pytestmark = pytest.mark.xdist_group('hub')
 MAIN, PARQUET = 'a' * 40, 'b' * 40
 REVISIONS = {'main': MAIN, MAIN: MAIN, 'refs/convert/parquet': PARQUET, PARQUET: PARQUET}
 
@@ -67,10 +69,12 @@ def save(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
 
-@pytest.fixture
-def hub(tmp_path):
-    "A hub with two data sets: Wikipedia, and treebanks whose main branch holds a loading script."
-    Hub.root = tmp_path / 'repos'
+@pytest.fixture(scope='module')
+def answers(tmp_path_factory):
+    """What fresh processes get from a hub, and once it is gone; it has two data sets: Wikipedia,
+    and treebanks whose main branch holds a loading script."""
+    home = tmp_path_factory.mktemp('hub')
+    Hub.root = home / 'repos'
     wikipedia = Hub.root / 'wikimedia/wikipedia' / MAIN
     save(wikipedia / '20231101.sw/train-00000-of-00001.parquet',
          [dict(id=str(i), url='', title='', text=f'Mtoto {i}.') for i in range(3000)])
@@ -83,8 +87,11 @@ def hub(tmp_path):
              [dict(tokens=['a', 'b'], upos=[0, 13], misc=[''])])
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
+    online = ask(server, home, SIZES + CLIENT, ways=2)
     server.shutdown(); server.server_close()
+    offline = ask(server, home, CLIENT + SIZES)
+    return SimpleNamespace(sizes=online[:4], online=online[4:], offline=offline[:6],
+                           sizes_offline=offline[6:])
 
 CARD = '''---
 configs:
@@ -133,19 +140,19 @@ print(len(list(HubSource().text('sw'))) > 2000)
 tell(HubSource())
 '''
 
-def ask(server, home, ways=1, client=CLIENT):
+def ask(server, home, client, ways=1):
     "What a fresh process gets from the hub, line by line."
     address = f'http://127.0.0.1:{server.server_port}'
-    environment = os.environ | {'HF_HOME': str(home), 'HF_ENDPOINT': address}
+    environment = os.environ | {'HF_HOME': str(home / 'home'), 'HF_ENDPOINT': address}
     environment.pop('HF_HUB_OFFLINE', None)
     done = subprocess.run([sys.executable, '-c', client, str(ways)], env=environment,
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
-def test_hub_pins_commits_streams_and_falls_back_on_the_local_copy(hub, tmp_path):
+def test_hub_pins_commits_streams_and_falls_back_on_the_local_copy(answers):
     "Online, streaming, then with no hub; what was never fetched gives one sentence that helps."
-    online = ask(hub, tmp_path / 'home', ways=2)
+    online, offline = answers.online, answers.offline
     assert online[:6] == online[6:]                 # with a local copy, and streaming
     assert online[0] == str([f'universal-dependencies/universal_dependencies@{PARQUET}',
                              f'wikimedia/wikipedia@{MAIN} 20231101 held-out 0.01'])
@@ -153,20 +160,17 @@ def test_hub_pins_commits_streams_and_falls_back_on_the_local_copy(hub, tmp_path
     assert online[2:4] == ['[1, 2]', "[{'tokens': ['a'], 'upos': [0]}]"]
     assert online[4].startswith("InputError: the hub has no pos validation rows of 'hi'. ")
     assert online[5].startswith('InputError: facebook/xnli (hi) could not be read from the hub: ')
-    hub.shutdown(); hub.server_close()
-    offline = ask(hub, tmp_path / 'home')
     assert offline[:5] == online[:5]
     assert offline[5] == ('InputError: no network and no local copy of facebook/xnli (hi). '
                           'Go online once, or use --data FOLDER (parquet files) or --data toy.')
 
-def test_what_the_card_says_is_known_before_anything_is_fetched(hub, tmp_path):
+def test_what_the_card_says_is_known_before_anything_is_fetched(answers):
     "Bytes of the text, and of a copy: none where it is streamed, none once it is there."
     ids = round(98_000 * .65) + 2 * round(1000 * .65)
     text = '98000 1000 100000'
-    streamed, before, read, after = ask(hub, tmp_path / 'home', client=SIZES)
+    streamed, before, read, after = answers.sizes
     assert streamed == f'{text} {ids} 0' and before == f'{text} {ids} 130000' and read == 'True'
-    hub.shutdown(); hub.server_close()
-    assert after.endswith(' 0') and ask(hub, tmp_path / 'home', client=SIZES)[3] == after
+    assert after.endswith(' 0') and answers.sizes_offline[3] == after
 
 def test_a_folder_without_test_text_trains(tmp_path, capsys):
     "A share of the training text is set aside, which is said once; perplexity is measured on it."

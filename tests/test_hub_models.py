@@ -1,5 +1,5 @@
 "Other people's models: tiny random ones of three families, through the loop and its instruments."
-import copy, re, subprocess, sys
+import copy, re
 import pytest
 import torch
 
@@ -263,9 +263,3 @@ def test_tied_weights_are_saved_once_and_come_back():
     bert.load_state_dict(state)
     assert all(torch.equal(t, state[n]) for n, t in bert.state_dict().items())
     assert bert.module.cls.predictions.decoder.weight is bert.module.get_input_embeddings().weight
-
-
-def test_package_does_not_import_transformers():
-    code = ('import sys, interference_nb.hub_models, interference_nb.experiments; '
-            'assert "transformers" not in sys.modules')
-    subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,11 +1,13 @@
 "The account of memory against two allocators, plans that do not fit, and the commands."
 import json, os, subprocess, sys
+from contextlib import redirect_stderr
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest
 import torch
 from interference_nb import planner
 from interference_nb.cli import main
+from interference_nb.distributed import launch, rank_and_world_size
 from interference_nb.experiments import SCALES, SYSTEMS, RunSpec, cost, on_cpu
 from interference_nb.files import InputError, read_jsonl
 from interference_nb.meta_adapters import MetaConfig
@@ -289,18 +291,16 @@ def test_export_command(capsys, tmp_path, monkeypatch):
                                                            dict(private=True))], err
 
 
-def torchrun(n, *args):
-    "Run a command in several processes; give what they printed."
-    program = [sys.executable, '-c', 'from interference_nb.cli import main; main()']
-    return subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n),
-         '--no-python', *program, *map(str, args)], capture_output=True, text=True, timeout=LIMIT)
+PROGRAM = [sys.executable, '-c', 'from interference_nb.cli import main; main()']
 
 
 def test_pretrain_by_torchrun(tmp_path):
     "Two processes train one run, and one of them prints."
-    done = torchrun(2, 'pretrain', 'toy', '--langs', 'en,x3', '--train.steps', 4,
-                    '--train.warmup', 1, '--train.accumulate', 2, '--out', tmp_path)
+    torchrun = '-m torch.distributed.run --standalone --nproc-per-node 2 --no-python'.split()
+    args = ('pretrain toy --langs en,x3 --train.steps 4 --train.warmup 1 --train.accumulate 2 '
+            f'--out {tmp_path}').split()
+    done = subprocess.run([sys.executable, *torchrun, *PROGRAM, *args], capture_output=True,
+                          text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('record and checkpoint in') == 1 == done.stdout.count('tokens/s')
     rows = read_jsonl(tmp_path/'joint-en+x3-0'/'record.jsonl')
@@ -310,8 +310,7 @@ def test_pretrain_by_torchrun(tmp_path):
 
 def test_help_may_be_cut_short():
     "As by `head`: no message, and the status of a closed pipe."
-    program = [sys.executable, '-c', 'from interference_nb.cli import main; main()']
-    with subprocess.Popen([*program, 'plan', 'paper', '--help'], stdout=subprocess.PIPE,
+    with subprocess.Popen([*PROGRAM, 'plan', 'paper', '--help'], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
         process.stdout.close()
         said = process.stderr.read()
@@ -319,8 +318,12 @@ def test_help_may_be_cut_short():
 
 
 def test_one_process_for_what_one_process_does(tmp_path):
-    done = torchrun(2, 'plan', 'toy', '--out', tmp_path)
-    assert done.returncode != 0 and 'Start it without torchrun' in done.stderr
+    "In a group, such as torchrun starts."
+    def planned():
+        with open(tmp_path/f'{rank_and_world_size()[0]}', 'w') as f, redirect_stderr(f):
+            with pytest.raises(SystemExit, match='2'): main(['plan', 'toy', '--out', str(tmp_path)])
+    launch(planned, processes=2)
+    for rank in '01': assert 'Start it without torchrun' in (tmp_path/rank).read_text()
 
 
 def test_a_laptop_plans_for_the_gpus_of_the_paper(capsys, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 "Models of the hub under finetuning: several processes, and kin of XLM."
-import json, subprocess, sys
+import json
 from dataclasses import replace
 import pytest
 import torch
@@ -95,9 +95,3 @@ def test_kin(kind, source):
     assert tok.encode(context) == tok.hub.convert_tokens_to_ids(tok.hub.tokenize(context))
     for task in ('pos', 'qa'):
         assert set(finetune(model, tok, task, source, 'en', LANGS, CFG)['scores']) == set(LANGS)
-
-
-def test_package_does_not_import_transformers():
-    code = ('import sys, interference_nb.hub_models; '
-            'assert "transformers" not in sys.modules')
-    subprocess.run([sys.executable, '-c', code], check=True)
