@@ -7,30 +7,32 @@ __all__ = ['TORCHRUN', 'REAL', 'OLD_OPTIONS', 'DataOptions', 'StudyOptions', 'De
            'SystemOptions', 'RunOptions', 'PrepareConfig', 'StatisticsConfig', 'PretrainConfig', 'PlanConfig',
            'ExportCommand', 'FinetuneCommand', 'prepare', 'statistics', 'plan_pretraining', 'export_run', 'pretrain',
            'finetune_run', 'ProbeCommand', 'PruneCommand', 'CausesConfig', 'probe_run', 'probe_table', 'prune_run',
-           'interference_causes', 'CheckConfig', 'check_data', 'ReproduceConfig', 'interference_reproduce',
-           'CapacityConfig', 'interference_capacity', 'Command', 'Group', 'command_tree', 'option_names',
-           'upgrade_options', 'main']
+           'interference_causes', 'CompareCommand', 'compare_runs', 'CheckConfig', 'check_data', 'ReproduceConfig',
+           'interference_reproduce', 'CapacityConfig', 'interference_capacity', 'Command', 'Group', 'command_tree',
+           'option_names', 'upgrade_options', 'main']
 
 # %% ../nbs/09_cli.ipynb #8ae5884a
-import difflib, io, os, re, sys, textwrap, time
+import difflib, io, math, os, re, sys, textwrap, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from .data import SPLITS, corpus_statistics, statistics_table, train_tokenizer
+from .data import (SPLITS, check_languages, corpus_statistics, statistics_table,
+                                  train_tokenizer)
 from .folders import FolderSource, describe_text, find_files, unread_files
 from .tasks import TASKS, usable_rows
 from .tokenizers import load_tokenizer
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
-                                   write_atomically)
-from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, complete, is_pretrained,
-                                         load_run_data, open_run, prune_model, run, default_workers,
-                                         make_batches)
+                                   remedy_of, write_atomically)
+from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, check_specs, complete,
+                                         default_workers, is_pretrained, load_run_data,
+                                         make_batches, open_run, prune_model, run, run_of)
 import pandas as pd
 from .capacity import Sweep, run_sweep, sweep_runs, write_sweep
 from .claims import text_table
+from .records import compare, read_rows
 from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, gate_table,
                                        loss_table, make_study, numbers_of_study, one_line,
                                        run_study, specs_of, tell_failed, write_index)
@@ -95,7 +97,9 @@ def _run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of reco
         train = replace(study.scale.train, steps=cfg.steps)
         study = replace(study, scale=replace(study.scale, train=train))
     out, t0 = cfg.out or Path('runs')/name, time.time()
-    n = len(exhibit.runs(exhibit, study))
+    specs = exhibit.runs(exhibit, study)
+    check_specs(specs, rank_and_world_size()[1])
+    n = len(specs)
     pairs = ', '.join(' and '.join(p) for p in study.pairs)
     print(f'{n} runs of {cfg.seeds} seeds on {pairs} ({cfg.data}); records in {out}/', flush=True)
     failed = run_study(study, [exhibit], out, cfg.workers)
@@ -108,11 +112,11 @@ def _run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of reco
 
 # %% ../nbs/09_cli.ipynb #21d80ca5
 def _check_counts(cfg):
-    "Refuse a number of seeds or workers with which nothing runs."
-    if cfg.seeds is not None and cfg.seeds < 1:
-        raise InputError(f'{cfg.seeds} seeds make no run. Use --seeds 3.')
-    if cfg.workers is not None and cfg.workers < 1:
-        raise InputError(f'{cfg.workers} workers do no work. Use --workers 2.')
+    "Refuse a number of seeds or workers with which nothing runs, or that nobody means."
+    for name, few in (('seeds', 3), ('workers', 2)):
+        n = getattr(cfg, name, None)
+        if n is not None and not 1 <= n <= 1000:
+            raise InputError(f'{n} {name}. Give 1 to 1000, such as --{name} {few}.')
 
 # %% ../nbs/09_cli.ipynb #ff55495a
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +237,10 @@ def _pretraining(cfg: SystemOptions) -> RunSpec:
 def plan_pretraining(cfg: PlanConfig):  # the command's options
     "Print the plan of a run; an error if it does not fit."
     from interference_nb.planner import plan_run
-    if cfg.processes < 1: raise InputError(f'{cfg.processes} processes. Use --processes 4.')
-    if cfg.seconds < 0: raise InputError(f'{cfg.seconds:g} seconds. Use --seconds 30.')
+    if not 1 <= cfg.processes <= 4096:
+        raise InputError(f'{cfg.processes} processes. Use --processes 4.')
+    if not 0 <= cfg.seconds < math.inf:
+        raise InputError(f'{cfg.seconds:g} seconds. Use --seconds 30.')
     print(plan_run(_pretraining(cfg), cfg.processes, cfg.seconds, cfg.out, strict=True))
 
 def export_run(cfg: ExportCommand):  # the command's options
@@ -242,6 +248,8 @@ def export_run(cfg: ExportCommand):  # the command's options
     from interference_nb import export
     if cfg.public and not cfg.push:
         raise InputError('--public is for a model on the hub. Name it with --push OWNER/NAME.')
+    if Path(cfg.folder).name in ('', '..'):
+        raise InputError(f"'{cfg.folder}' cannot be an export. Name a new folder of its own.")
     spec, _, tokenizer, _, model = open_run(cfg.run, cfg.data)
     began = read_jsonl(Path(cfg.run)/'record.jsonl')[0]
     made = export.export_hf(model.cpu(), tokenizer, cfg.folder, cfg.lang, run=spec.name,
@@ -255,6 +263,7 @@ def pretrain(cfg: PretrainConfig):  # the command's options
     if cfg.probe_every:
         spec = replace(spec, probe=ProbeConfig(cfg.probe_every, cfg.probe_batches))
     home = cfg.out/spec.name
+    check_specs([spec], rank_and_world_size()[1])
     if not rank_and_world_size()[0] and complete(spec, home):   # the checkpoint must be whole, too,
         if (home/'checkpoint.safetensors').exists(): load_checkpoint(home/'checkpoint.safetensors')
         else: is_pretrained(spec, home)                 # or it trains again, and keeps the rest
@@ -269,6 +278,7 @@ def finetune_run(cfg: FinetuneCommand,  # the command's options
                  grid: dict[str, tuple],  # settings, and their values to search
                  ):
     "Finetune the model of a run, print its scores and write them to a record of their own."
+    _check_counts(cfg)
     if cfg.search and not grid:
         raise InputError('this scale has no values to search. Leave --search out, or name '
                          "'paper' as the scale.")
@@ -307,7 +317,8 @@ class CausesConfig(StudyOptions):
 # %% ../nbs/09_cli.ipynb #debca023
 def probe_run(cfg: ProbeCommand) -> list[dict]:  # rows, also in the run's probe/probe.jsonl
     "Print the cosines of a checkpoint's gradients: by kind of parameter and by layer."
-    if cfg.repeats < 1: raise InputError(f'{cfg.repeats} probes see nothing. Use --repeats 20.')
+    if not 1 <= cfg.repeats <= 10**6:
+        raise InputError(f'{cfg.repeats} probes. Use --repeats 20.')
     settings = ProbeConfig(n_batches=cfg.batches)
     spec, _, tokenizer, corpora, model = open_run(cfg.run, cfg.data)
     sampler, _ = make_batches(spec, tokenizer, corpora)
@@ -316,7 +327,11 @@ def probe_run(cfg: ProbeCommand) -> list[dict]:  # rows, also in the run's probe
         for i in range(cfg.repeats):
             probe(i * settings.every, model, sampler)
             bar.update(1)
-    print(text_table(probe_table(probe.rows)))
+    table = probe_table(probe.rows)
+    print(text_table(table))
+    if (table == '–').any(axis=None):
+        print('–: no corrected cosine, since the noise dominates: two gradients of one language '
+              'are hardly more alike than those of two. More --batches help.')
     own = f'{spec.langs[0]}-{spec.langs[0]}'
     print(f'{probe.passes} passes. {own}: how alike two gradients of one language are; '
           '"corrected" divides by that noise. '
@@ -335,7 +350,7 @@ def probe_table(rows: list[dict]):  # rows of a probe -> pandas.DataFrame of tex
         found = conflict(rows, group)
         yield from (f"{found[p]['mean']:.2f}" for p in pairs)
         for p in across:
-            yield f"{found[p]['corrected']:.2f}"
+            yield f'{c:.2f}' if abs(c := found[p]['corrected']) <= 1 else '–'
             yield f"{found[p]['negative']:.0%}"
     return pd.DataFrame([[g, *line(g)] for g in groups], columns=header)
 
@@ -349,7 +364,8 @@ def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to p
     study = prune_model(model, sampler, dev, cfg.prune, cfg.run/'prune', progress=True)
     JsonlLog(cfg.run/'prune'/'record.jsonl', keep=lambda row: False).write('gates', **study)
     numbers = numbers_of_study(study, spec.seed)
-    print(text_table(gate_table(numbers)), text_table(loss_table(numbers)), sep='\n\n', end='\n\n')
+    loss = loss_table(numbers).set_index('loss').T.rename_axis('loss').reset_index()
+    print(text_table(gate_table(numbers)), text_table(loss), sep='\n\n', end='\n\n')
     for name, figure in dict(similarity=figures.plot_similarity([study]),
                              extremes=figures.plot_extremes(study),
                              pruned=figures.plot_pruned([study])).items():
@@ -363,6 +379,33 @@ def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, 
     study = replace(STUDIES[name], data=cfg.data, seeds=cfg.seeds)
     if cfg.pairs: study = replace(study, pairs=tuple(split_commas((p,)) for p in cfg.pairs))
     return _run_and_show(cfg, study, CAUSES, name)
+
+# %% ../nbs/09_cli.ipynb #aa47a357
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand:
+    "Say what two runs were made from, and why their numbers differ."
+    first: Path  # folder of a run, or its name in a packed study: records/toy/joint-en+x3-0
+    second: Path  # another
+
+def compare_runs(cfg: CompareCommand):  # the command's options
+    "Print the differences of two records, their numbers, and what follows."
+    records = []
+    for path in (cfg.first, cfg.second):
+        rows = read_rows(path.absolute().parent, path.absolute().name)
+        if not run_of(rows):
+            raise InputError(f'no run in {path}. Name a folder that `interference` made, with its '
+                             'record.jsonl.')
+        records.append(rows)
+    differences, found, why = compare(*records)
+    short = lambda x: '–' if x is None else textwrap.shorten(str(x), 24, placeholder='…')
+    if len(differences): print(text_table(differences.map(short)), end='\n\n')
+    if len(found):
+        found['difference'] = [f'{b - a:+.2f}' if None not in (a, b) else '–'
+                               for a, b in zip(found['first'], found['second'], strict=True)]
+        number = lambda x: f'{x:.2f}' if isinstance(x, float) and x == x else short(x)
+        print(text_table(found.map(number)), end='\n\n')
+    print(why)
+
 
 # %% ../nbs/09_cli.ipynb #da7a0042
 @dataclass(frozen=True, kw_only=True)
@@ -452,9 +495,11 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
                        tasks=split_commas(cfg.tasks), family=cfg.family)
     if cfg.engine not in ('local', 'slurm'):
         raise InputError(f"unknown engine '{cfg.engine}'. Use local or slurm.")
+    if targets := split_commas(cfg.targets): check_languages(open_source(study.data), targets)
     exhibits = choose(split_commas(cfg.exhibits), study)
     out, source = cfg.out or Path('runs')/f'reproduce-{cfg.scale}', open_source(study.data)
     t0 = time.time()
+    if not cfg.write_only: check_specs(specs_of(exhibits, study, source), rank_and_world_size()[1])
     if cfg.dry_run or not cfg.write_only:
         print(f'{study.seeds} seed{"s" * (study.seeds > 1)} on {study.data}; records in {out}/\n')
         workers = cfg.workers or default_workers()
@@ -570,6 +615,7 @@ def command_tree() -> Group:
         'capacity': Command(interference_capacity, CapacityConfig()),
         'probe': Command(probe_run, ProbeCommand()),
         'prune': Command(prune_run, PruneCommand()),
+        'compare': Command(compare_runs, CompareCommand(first=MISSING, second=MISSING)),
         'export': Command(export_run, ExportCommand(run=MISSING, folder=MISSING)),
         'data': Group('Check a folder of your own, prepare text, or count it.', {
             'check': Command(check_data, CheckConfig(folder=MISSING)),
@@ -691,8 +737,8 @@ def main(args: list[str] | None = None,  # None: those of the process
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except OSError as e:
-        _end(f"{e.filename or 'a file'}: {e.strerror or e}. Name another folder with --out, or "
-             'make room on the disk.', 2)
+        _end(f"{e.filename or 'the system refused'}: {e.strerror or e}. {remedy_of(e)}", 2)
+    except MemoryError: _end('out of memory. Use a smaller batch, model or number of workers.', 2)
     except KeyboardInterrupt: _end(stopped, 130)
     except SystemExit as e:
         if isinstance(e.code, int) and e.code > 128: _end(stopped, e.code)   # a signal

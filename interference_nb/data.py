@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from .distributed import cpu_count, parallel_map
 from .files import (InputError, file_hash, free_space, run_lock, say_once,
-                                   write_atomically)
+                                   size_in_words, write_atomically)
 from .tokenizers import BOS, EOS, MASK, SPECIALS, UNK, Tokenizer, WordTokenizer
 
 # %% ../nbs/00_data.ipynb #64ba85b6
@@ -648,7 +648,7 @@ def check_room(rows: list[dict],  # from disk_needed
         if need > (free := free_space(place)):
             raise InputError(
                 f"the text of {', '.join(dict.fromkeys(r['lang'] for r in rows))} takes about "
-                f"{need / 1e9:,.2f} GB on the disk of {place}, which has {free / 1e9:,.2f} GB "
+                f"{size_in_words(need)} on the disk of {place}, which has {size_in_words(free)} "
                 "free. Make room, name a folder on another disk, or prepare it from "
                 "HubSource(streaming=True), which keeps no copy of the hub's text.")
 

@@ -8,7 +8,7 @@ __all__ = ['LINEAR', 'WEIGHTS', 'ADAPTERS', 'OWN_TOKENIZER', 'FILES', 'xlm_shape
            'push_to_hub']
 
 # %% ../nbs/05b_export.ipynb #a2d998a9
-import filecmp, hashlib, json, os, shutil, unicodedata
+import filecmp, hashlib, json, os, re, shutil, unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .adapters import SLOTS, MultilingualLM
 from .tokenizers import (BOS, EOS, MASK, PAD, SPECIALS, UNK, Tokenizer,
                                         WordTokenizer, load_tokenizer)
-from .files import InputError, explain_write_errors
+from .files import InputError, explain_write_errors, write_atomically
 from .hub_models import require_package
 from .transformer import ModelConfig, upgrade_model
 
@@ -226,8 +226,8 @@ def save_hf_tokenizer(
     about = {f'{n}_token': SPECIALS[i] for n, i in names.items()} | dict(
         tokenizer_class='PreTrainedTokenizerFast', model_max_length=max_len, padding_side='right',
         model_input_names=['input_ids', 'attention_mask'], clean_up_tokenization_spaces=False)
-    out.save(str(folder / 'tokenizer.json'))
-    (folder / 'tokenizer_config.json').write_text(json.dumps(about, indent=1))
+    write_atomically(folder / 'tokenizer.json', out.to_str(pretty=True))
+    write_atomically(folder / 'tokenizer_config.json', json.dumps(about, indent=1))
 
 # %% ../nbs/05b_export.ipynb #216f3e26
 def one_language(
@@ -294,17 +294,21 @@ def _save(path, tensors):
     tensors = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
     path.write_bytes(save(tensors, {'format': 'pt'}))
 
+def _plain(text):
+    "Return text that Markdown shows as it is."
+    return re.sub(r'([\\`*_{}\[\]<>#|~!])', r'\\\1', ' '.join(str(text).split()))
+
 def _card(model, about):
     "Return the model card, in Markdown."
     cfg, (copies, *_) = model.cfg, xlm_shape(model.cfg)
     head = dict(language=list(model.langs), library_name='transformers', pipeline_tag='fill-mask',
                 mask_token=SPECIALS[MASK], tags=['xlm', 'interference-nb', model.variant])
     lines = ['---', *(f'{k}: {json.dumps(v)}' for k, v in head.items()), '---', '',
-             f"# A masked language model of {', '.join(model.langs)}", '',
+             f"# A masked language model of {', '.join(map(_plain, model.langs))}", '',
              f'Variant `{model.variant}`, trained with `interference_nb`. {cfg.n_layers} layers, '
              f'{cfg.dim} wide, {cfg.n_heads} heads of {cfg.head_width}, {cfg.vocab_size} subwords, '
              f'at most {cfg.max_len} tokens.', '',
-             *(f'- {k}: {v}' for k, v in about.items()), '', '```python',
+             *(f'- {_plain(k)}: {_plain(v)}' for k, v in about.items()), '', '```python',
              'from transformers import AutoModelForMaskedLM, AutoTokenizer',
              'model = AutoModelForMaskedLM.from_pretrained(FOLDER)',
              'tokenizer = AutoTokenizer.from_pretrained(FOLDER)', '```', '',
@@ -328,7 +332,7 @@ def _card(model, about):
                   'output of `attentions.N.out_lin` or of `ffns.N.lin2` before residual and norm. '
                   '`interference_nb.export.with_adapters(model, FOLDER, lang)` puts them there.',
                   '', '| name | shape |', '|---|---|',
-                  *(f'| {n} | {list(t.shape)} |' for n, t in adapters.items()), '']
+                  *(f'| {_plain(n)} | {list(t.shape)} |' for n, t in adapters.items()), '']
     return '\n'.join(lines)
 
 # %% ../nbs/05b_export.ipynb #8cea5e4b
@@ -356,6 +360,8 @@ def export_hf(
                          'has no place for them. Choose one: '
                          f"lang={' or '.join(map(repr, model.langs))}.")
     folder = Path(folder)
+    if folder.name in ('', '..'):
+        raise InputError(f"'{folder}' cannot be an export. Name a new folder of its own.")
     part = folder.with_name(f'{folder.name}.{os.getpid()}.part')
     try:
         with explain_write_errors(folder):
@@ -443,6 +449,8 @@ def _described(folder):
         raise InputError(f"{folder} holds a model of kind {config.get('model_type')!r} that "
                          'export_hf did not write. To probe it, use open_masked_lm.')
     try:
+        if not isinstance(langs := about['langs'], list) or {*map(type, langs)} - {str}:
+            raise TypeError(f'langs is {langs!r}, no list of codes')
         cfg = ModelConfig(**upgrade_model(about['model']))
         model = _empty(cfg, tuple(about['langs']), about['variant'])
     except (KeyError, TypeError) as e:

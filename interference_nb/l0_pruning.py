@@ -273,6 +273,8 @@ class PruneConfig:
         check_ranges(self, steps=(1, 10**8), batch_size=(1, 2**16), lr=(1e-12, 1e30), l0=(0., 1e9),
                      warmup=(0, 10**8), init=(-100., 100.), init_noise=(0., 100.),
                      temperature=(1e-3, 1e3), seeds=(0, 1000))
+        if unknown := set(self.groups) - GROUPS.keys():
+            raise InputError(f"unknown groups '{min(unknown)}'. Use some of {', '.join(GROUPS)}.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f'betas are {self.betas}. Give two numbers, at least 0 and below 1.')
         if self.seeds < 2:

@@ -301,6 +301,18 @@ class MetaConfig:
         check_ranges(self, beta=(1e-12, 1e6), eps=(1e-12, 1e6), log_every=(1, 10**8),
                      meta_every=(1, 10**8), sampled_languages=(1, 10**4))
 
+    def check(
+        self,
+        K: int,         # languages in training
+    ):
+        "Raise `InputError` for settings that so many languages do not allow."
+        if self.exclude_own_language and K < 2:
+            raise InputError("exclude_own_language leaves no validation loss with one language. "
+                             "Train on two, or switch it off.")
+        if (self.sampled_languages or 0) > K:
+            raise InputError(f"sampled_languages is {self.sampled_languages}, but there are "
+                             f"{K} languages. Draw fewer, or leave it at None.")
+
     def passes(
         self,
         K: int,         # languages in training
@@ -467,12 +479,7 @@ class MetaStep(JointStep):
                 f"validation is {meta.validation!r}, but the sampler draws validation batches "
                 f"from {'a held-out split' if held_out else 'the training text'}. "
                 "Change the setting, or what BatchSampler is given as held_out.")
-        if meta.exclude_own_language and len(sampler.langs) < 2:
-            raise InputError("exclude_own_language leaves no validation loss with one language. "
-                             "Train on two, or switch it off.")
-        if (meta.sampled_languages or 0) > len(sampler.langs):
-            raise InputError(f"sampled_languages is {meta.sampled_languages}, but there are "
-                             f"{len(sampler.langs)} languages. Draw fewer, or leave it at None.")
+        meta.check(len(sampler.langs))
 
     def describe(self) -> dict:
         "Name the step and its settings, for records and checkpoints."

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'PRECISIONS', 'BEFORE', 'OWN_ROWS', 'FREE', 'TrainConfig', 'learning_rate', 'BatchSampler',
            'check_shares', 'pinned', 'perplexity', 'make_adam', 'Precision', 'JointStep', 'training_state',
            'restore_training_state', 'config_hash', 'code_version', 'run_info', 'train', 'clocks', 'seed_step',
-           'prepare_model', 'keep_memory', 'progress_bar', 'same_config', 'data_name', 'upgraded']
+           'prepare_model', 'keep_memory', 'progress_bar', 'flattened', 'same_config', 'data_name', 'upgraded']
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
@@ -503,18 +503,23 @@ OWN_ROWS = 'start', 'step', 'eval', 'resume', 'end'     # kinds of rows that tra
 # change no weight, or by rounding only
 FREE = 'eval_every', 'checkpoint_every', 'activation_checkpointing', 'compile'
 
+def flattened(config: dict,  # of this version or an older one, as JSON gives it
+              ) -> dict:  # {'train.lr': value}
+    "Give the settings of a nested config their paths for names."
+    def flat(config, pre=''):
+        out = {}
+        for k, v in config.items():
+            out |= flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}
+        return out
+    return flat(upgraded(config))
+
 def same_config(now: dict,  # this run's
                 then: dict,  # the checkpoint's
                 path,  # of the checkpoint, for the message
                 free=FREE,  # names of settings that may differ
                 ):
     "Raise an `InputError` that names the settings in which a checkpoint differs from this run."
-    def flat(config, pre=''):
-        out = {}
-        for k, v in config.items():
-            out |= flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}
-        return out
-    a, b = flat(json.loads(json.dumps(now))), flat(upgraded(json.loads(json.dumps(then))))
+    a, b = flattened(json.loads(json.dumps(now))), flattened(json.loads(json.dumps(then)))
     for k, v in a.items():
         was = BEFORE.get(k.split('.')[-1])          # a setting that is younger than `then`
         if was is not None or not v: b.setdefault(k, v if was is None else was)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKED', 'COUNTS', 'COLUMNS', 'Run', 'read_runs', 'pack', 'unpack', 'read_counts', 'gradient_metrics', 'gate_metrics',
            'similarity_metrics', 'extremes', 'loss_metrics', 'strongest', 'price', 'load', 'table_of', 'numbers_of_run',
-           'text_name', 'numbers', 'summarise', 'spread_out', 'describe']
+           'text_name', 'numbers', 'summarise', 'spread_out', 'describe', 'made_from', 'compare']
 
 # %% ../nbs/07d_records.ipynb #aa07d005
 import json, lzma, math, shutil, sys
@@ -20,6 +20,7 @@ from .files import (InputError, load_checkpoint, read_jsonl, save_checkpoint,
                                    write_atomically)
 from .gradient_probes import conflict
 from .tasks import TASKS, task_spec
+from .pretrain import flattened
 from .experiments import SYSTEMS, run_of
 
 # %% ../nbs/07d_records.ipynb #aa07d009
@@ -308,3 +309,51 @@ def describe(folder, names: Iterable[str] | None = None) -> str:
             f"pruning took {seconds / 60:.1f} minutes summed over runs (probes and evaluation not "
             f"counted) on {some('hardware')}; torch {some('torch')}, "
             f"commit {some('commit')}, {min(s['date'] for s in starts)[:10]}.")
+
+# %% ../nbs/07d_records.ipynb #827d7b92
+def made_from(rows: list[dict]) -> dict[str, dict]:  # {part: {what: value}}
+    "Sort what a record says of its making: settings, data, code, machine."
+    start, of_data = rows[0], ('tokenizer', 'source', 'revision', 'sentences')
+    about = {k: v for k, v in flattened(start['config']).items() if not k.startswith('run.scale.')}
+    data = {k: v for k, v in about.items() if k.split('.')[0] in of_data}
+    settings = {k: v for k, v in about.items() if k not in data}
+    data |= start.get('inputs', {})
+    for r in (r for r in rows if r['kind'] == 'finetune'):
+        data |= r.get('inputs', {})
+        settings |= flattened({r['task']: r.get('protocol', r.get('finetune', {}))})
+    code = {k: start.get(k) for k in ('commit', 'python', 'torch')} | start.get('versions', {})
+    machine = {k: start.get(k) for k in ('hardware', 'world', 'precision', 'threads')}
+    return dict(settings=settings, data=data, code=code, machine=machine)
+
+def compare(first: list[dict], second: list[dict],  # rows of two records
+            ) -> tuple[pd.DataFrame, pd.DataFrame, str]:  # differences; numbers; what follows
+    "Say in what two runs differ, and why their numbers do."
+    a, b = made_from(first), made_from(second)
+    found = [(part, what, a[part].get(what), b[part].get(what)) for part in a
+             for what in sorted(a[part].keys() | b[part].keys())
+             if a[part].get(what) != b[part].get(what)]
+    last = lambda rows: {row[:4]: row[6] for row in numbers(Run(rows, []))
+                         if row[0] == 'ppl' or row[0] in TASKS}
+    x, y = last(first), last(second)
+    table = [(' '.join(dict.fromkeys(filter(None, key))), x.get(key), y.get(key))
+             for key in {**x, **y}]
+    columns = ['differs', 'what', 'first', 'second'], ['number', 'first', 'second']
+    return (pd.DataFrame(found, columns=columns[0]), pd.DataFrame(table, columns=columns[1]),
+            _reason(found, x, y, all('inputs' in rows[0] for rows in (first, second))))
+
+def _reason(found, x, y, named):
+    parts = list(dict.fromkeys(f[0] for f in found))
+    of = lambda part: [f[1] for f in found if f[0] == part and not f[1].endswith('seed')]
+    data, others = of('data'), of('settings')           # a seed also draws the toy languages' text
+    unknown = '' if named else ' A record does not name its files: their content may differ too.'
+    if x == y: why = 'The numbers are the same.'
+    elif not found: why = 'Nothing that the records name differs, but the numbers do.'
+    elif data: why = (f"They were made from other data ({', '.join(data[:3])}"
+                      + ', ...' * (len(data) > 3) + '), so their numbers measure other text.')
+    elif others: why = f"They were made by other settings: {', '.join(others)}."
+    elif 'settings' in parts: why = ('Only the seed differs: they are two draws of one experiment, '
+                                     'and differ as its seeds do.')
+    elif 'code' in parts: why = 'The same settings and data by other code or library versions.'
+    else: why = 'The same run on another machine: sums are rounded in another order.'
+    return why + unknown
+

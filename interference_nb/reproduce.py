@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from .data import LANGUAGES, TASK_COLUMNS, corpus_statistics, statistics_cells
-from .files import InputError, read_jsonl
+from .files import InputError, read_jsonl, write_atomically
 from .toy_languages import open_source
 from .distributed import rank_and_world_size
 from .pretrain import TrainConfig
@@ -446,7 +446,7 @@ def choose(names: Iterable[str],  # of exhibits, or 'all'
         if not given: raise InputError(f'no {what}. Use some of {", ".join(known)}.')
         if unknown := [x for x in given if x not in known]:
             raise InputError(f"unknown {what} '{unknown[0]}'. Use some of {', '.join(known)}.")
-    if study.seeds < 1: raise InputError(f'{study.seeds} seeds make no run. Use --seeds 3.')
+    if study.seeds < 1: raise InputError(f'{study.seeds} seeds. Use --seeds 3.')
     return [narrow(EXHIBITS[n], study) for n in names]
 
 def narrow(exhibit: Exhibit, study: Study) -> Exhibit:
@@ -885,7 +885,7 @@ def write(exhibit: Exhibit, study: Study, source, folder,
     parts, files = (exhibit.write or page_of_cells)(e, figures)
     files = {'md': '\n\n'.join(p for p in parts if p) + '\n'} | files
     paths = [e.folder/f'{name}.{end}' for end in files]
-    for path, text in zip(paths, files.values(), strict=True): path.write_text(text, 'utf-8')
+    for path, text in zip(paths, files.values(), strict=True): write_atomically(path, text)
     return paths + [e.folder/f'{f}.svg' for f in figures]
 
 def write_figures(e: Evidence) -> list[str]:  # their names
@@ -896,7 +896,7 @@ def write_figures(e: Evidence) -> list[str]:  # their names
     for name, plot in e.exhibit.draw(e, figures).items():
         try: text = figures.svg(plot(), f'{name}-' if e.exhibit.groups else '')
         except InputError: continue             # its runs are not there
-        (e.folder/f'{name}.svg').write_text(text, encoding='utf-8')
+        write_atomically(e.folder/f'{name}.svg', text)
         out.append(name)
     return out
 
@@ -948,8 +948,7 @@ def write_index(study: Study, source, folder) -> Path:
              f"Runs that are there, and how many of the paper's statements and our controls show "
              f'in them. {about_study(study)}')
     path = Path(folder)/'index.md'
-    path.write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
-    return path
+    return write_atomically(path, '\n\n'.join(parts) + '\n')
 
 # %% ../nbs/07a_reproduce.ipynb #aa07a006
 def run_study(study: Study, exhibits: list[Exhibit], folder,

@@ -5,6 +5,7 @@ import pytest
 from interference_nb import __version__, cli
 from interference_nb.cli import Command, Group, command_tree, main, option_names, upgrade_options
 from interference_nb.experiments import SYSTEMS
+from interference_nb.files import read_jsonl
 from interference_nb.meta_adapters import MetaConfig
 
 
@@ -79,7 +80,8 @@ def test_every_command_reads_its_own_options(capsys):
         if words[1:2] in (('pocket',), ('mini',)): continue     # as toy, with other numbers
         status, out, err = command(capsys, *words, '--help')
         assert status == 0, err
-        names = {n for n in option_names(found.options)} - {'--run', '--folder', '--exhibits'}
+        names = {n for n in option_names(found.options)} - {
+            '--run', '--folder', '--exhibits', '--first', '--second'}
         assert not [n for n in names if n not in out], words
 
 
@@ -137,3 +139,26 @@ def test_text_is_prepared_by_the_line_or_by_the_document(rows, tmp_path, capsys)
     assert re.search(r'^en: train [\d,]+ tokens in 60 sentences', out, re.M)
     manifest, = tmp_path.rglob('manifest*')
     assert ('segments' in manifest.read_text()) == (rows == 'segments')
+
+
+def test_two_runs_are_compared(tmp_path, capsys):
+    "The same run, another seed, another rate; what the records name of data and code."
+    for name, seed, *more in (('a', 0), ('b', 0), ('c', 1), ('d', 0, '--train.lr', '.02')):
+        args = ['--train.steps', 3, '--train.warmup', 1, '--model.dim', 8, '--train.seed', seed]
+        status, _, err = command(capsys, 'pretrain', 'toy', '--out', tmp_path/name, *args, *more)
+        assert status == 0, err
+    runs = {name: next((tmp_path/name).glob('joint*')) for name in 'abcd'}
+    ask = lambda x, y: command(capsys, 'compare', runs[x], runs[y])
+    status, out, err = ask('a', 'b')
+    assert (status, err, out.splitlines()[-1]) == (0, '', 'The numbers are the same.')
+    assert 'Only the seed differs' in ask('a', 'c')[1]
+    out = ask('a', 'd')[1]
+    assert 'They were made by other settings: train.lr' in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert re.search(r'settings +train\.lr +0\.01 +0\.02\n', out), out
+    ends = [next(r for r in read_jsonl(runs[x]/'record.jsonl') if r['kind'] == 'end') for x in 'ad']
+    a, d = (end['ppl']['en'] for end in ends)
+    assert re.search(rf'ppl en +{a:.2f} +{d:.2f} +{re.escape(f"{d - a:+.2f}")}\n', out), out
+    path, text = runs['b']/'record.jsonl', (runs['b']/'record.jsonl').read_text()
+    path.write_text(text.replace('"inputs": {', '"inputs": {"text/en/train.parquet": "ab", ', 1))
+    assert 'text/en/train.parquet' in ask('a', 'b')[1]
