@@ -83,7 +83,7 @@ class MultilingualLM(MaskedLM):
                 setattr(block, slot, new)
 
     def routed(self) -> dict[str, ByLanguage]:  # by name, in the order of the forward pass
-        "List the places where the languages part."
+        "List the switches between languages by name."
         return {n: m for n, m in self.named_modules() if isinstance(m, ByLanguage)}
 
     @property
@@ -103,7 +103,7 @@ class MultilingualLM(MaskedLM):
         lang: str,                  # code of the new language
         like: str | None = None,    # language to copy the modules of; None: fresh ones
     ) -> 'MultilingualLM':          # this model, changed in place; rebuild optimisers
-        """Give a new language modules of its own; the others stay bit-identical.
+        """Add modules for a new language; those of the others stay bit-identical.
 
         Raises `InputError` for a language that is there already, or a `like` that is not."""
         if lang in self.langs:
@@ -122,7 +122,7 @@ class MultilingualLM(MaskedLM):
 def frozen(
     params: Iterable[Tensor],   # parameters; those that need no gradient anyway are passed over
 ) -> Iterator[None]:            # afterwards they need gradients again, also after an exception
-    "Keep what is computed in a block from giving parameters a gradient."
+    "Give some parameters no gradients inside a block."
     params = [p for p in params if p.is_leaf and p.requires_grad]
     try:
         for p in params: p.requires_grad_(False)
@@ -145,7 +145,7 @@ PATTERNS = {'norms': 'norm|ln_', 'adapters': 'adapter',
 def locate_parameter(
     name: str,      # of a parameter, as `named_parameters` gives it
 ) -> Place:         # its layer and kind
-    "Read a parameter's place off its name: ours, and those of Hugging Face's Transformers."
+    "Find layer and kind of a parameter from its name, ours or of a Hugging Face model."
     layer = next((int(part) for part in name.split('.') if part.isdigit()), None)
     for kind, pattern in PATTERNS.items():
         if re.search(pattern, name.lower()): return Place(layer, kind)

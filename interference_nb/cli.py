@@ -160,18 +160,18 @@ class PretrainConfig(SystemOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(SystemOptions):
-    "Say what a run will take: steps, tokens, hours, memory, disk; fail if this is not there."
-    processes: int = 1  # that will share each step's batches, one on each GPU
-    seconds: float = 30.  # to measure a step for, on this machine; 0: no hours
+    "Say what a run will need: steps, tokens, hours, memory, disk; fail if the machine has less."
+    processes: int = 1  # that share the batches of each step, one per GPU
+    seconds: float = 30.  # time to spend measuring a step on this machine; 0: no hours
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand(RunOptions):
-    "Write a pretrained run in Hugging Face's format, and give it away if you want."
+    "Write a pretrained run in Hugging Face's format, and upload it if asked."
     run: Path  # folder that `interference pretrain` made
     folder: Path  # new, or empty
     lang: str | None = None  # keep this language only; needed for ffn and attn
     push: str | None = None  # owner/name: upload it to the hub as well
-    public: bool = False  # there, for everybody to see
+    public: bool = False  # make the uploaded copy public
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneCommand(RunOptions):
@@ -180,7 +180,7 @@ class FinetuneCommand(RunOptions):
     train_lang: str = 'en'
     test_langs: tuple[str, ...] = ()  # all of the model's if not given
     search: bool = False  # try the scale's values of batch size and learning rates; take the best
-    workers: int = 1  # trials side by side, one on each GPU in turn
+    workers: int = 1  # trials side by side, one per GPU
 
 # %% ../nbs/09_cli.ipynb #87063af8
 def _spec_of(cfg: TextOptions, scale: Scale, system: str = 'joint',
@@ -300,8 +300,8 @@ def finetune_run(cfg: FinetuneCommand,  # the command's options
 @dataclass(frozen=True, kw_only=True)
 class ProbeCommand(RunOptions):
     "Compare the gradients of a pretrained run's languages, at its checkpoint."
-    batches: int = 8  # behind each gradient, of the run's size
-    repeats: int = 20  # probes, each on other batches
+    batches: int = 8  # averaged for each gradient, of the run's size
+    repeats: int = 20  # probes, each on different batches
 
 @dataclass(frozen=True, kw_only=True)
 class PruneCommand(RunOptions):
@@ -312,7 +312,7 @@ class PruneCommand(RunOptions):
 class CausesConfig(StudyOptions):
     "Look for the causes of interference: gradients and gates of pairs of languages, over seeds."
     pairs: tuple[str, ...] = ()  # with a comma: en,fr en,ar; the study's own if not given
-    seeds: int = 5  # how many; three at least for a standard error worth the name
+    seeds: int = 5  # how many; at least three for a meaningful standard error
 
 # %% ../nbs/09_cli.ipynb #debca023
 def probe_run(cfg: ProbeCommand) -> list[dict]:  # rows, also in the run's probe/probe.jsonl

@@ -124,7 +124,7 @@ def attend(
     multiple: int = 1,              # pad heads with zeros to a multiple of it: GPU kernels want 8
     bias: Tensor | None = None,     # [H,T,T] added to the scores, from query (rows) to key
 ) -> Tensor:                        # [B,T,H*D/H]
-    "Take means of the values, weighted by how well keys fit queries [@eq-attention]."
+    "Average the values, weighted by how well keys match queries [@eq-attention]."
     d = qkv.shape[-1]
     if d % multiple: qkv = F.pad(qkv, (0, -d % multiple))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)          # each [B,H,T,D/H]
@@ -154,7 +154,7 @@ class Attention(nn.Module):
                 lang=None,  # not used: a caller picks the module
                 bias=None,  # [H,T,T], added to the scores; None: nothing
                 ):  # [B,T,D]
-        "Return what each position reads from the others."
+        "Return for each position the weighted mean of the others' values."
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_heads, self.head_dim)
         p, multiple = self.p if self.training else 0., 8 if x.is_cuda else 1
         return self.out(attend(qkv, mask, p, multiple, bias))
@@ -175,14 +175,14 @@ class RelativeBias(nn.Module):
         self,
         T: int,     # positions
     ) -> Tensor:    # [H,T,T], from the one that looks (rows) to the one looked at
-        "Lay the numbers out by pairs of positions."
+        "Return the bias for each pair of positions."
         t = torch.arange(T, device=self.weight.device)
         distance = (t - t[:, None]).clamp(-REACH, REACH) + REACH
         return self.weight[:, distance]
 
 # %% ../nbs/01_transformer.ipynb #e0cfa1ac
 class FeedForward(nn.Module):
-    "Transform each position by itself: wide, GELU, narrow [paper sec. 3.2]."
+    "Transform each position separately: expand, GELU, project back [paper sec. 3.2]."
     def __init__(self, cfg: ModelConfig,  # sizes of the model
                  ):
         super().__init__()
@@ -191,7 +191,7 @@ class FeedForward(nn.Module):
     def forward(self, x,  # [B,T,D]
                 lang=None,  # not used: a caller picks the module
                 ):  # [B,T,D]
-        "Transform each position by itself."
+        "Transform each position separately."
         return self.out(F.gelu(self.inner(x)))
 
 # %% ../nbs/01_transformer.ipynb #b9c60c65
