@@ -602,10 +602,11 @@ def plot_pruned(studies: list[dict],  # of `prune_study`, one a seed
 
 # %% ../nbs/08_figures.ipynb #35785dbf
 def svg(
-    fig: Figure,            # closed afterwards
+    fig: Figure | str,      # closed afterwards; a drawing is SVG already
     prefix: str = '',       # keeps the ids of several figures on one page apart
 ) -> str:                   # an `<svg>` element, the same in every run
     "Return a figure as SVG, and close it."
+    if isinstance(fig, str): return fig
     out = io.StringIO()
     plain = {'svg.fonttype': 'none', 'svg.hashsalt': prefix, 'font.sans-serif': ['DejaVu Sans']}
     with plt.rc_context(plain): fig.savefig(out, format='svg', metadata={'Date': None})

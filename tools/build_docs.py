@@ -204,7 +204,7 @@ def frames(page):
         label, values = ' '.join(m[3].split()) or 'frame', iter(m[2].split('|'))
         svg = lambda s: (f'<img alt="{label} {next(values, "")}" src="data:image/svg+xml;base64,'
                          f'{base64.b64encode(s[0].encode()).decode()}">')
-        body = re.sub(r'(?s)<svg.*?</svg>', svg, m[0])
+        body = re.sub(r'(?s)<svg(?! xmlns="[^"]*" class="drawing").*?</svg>', svg, m[0])
         return body.replace('<input type="range"', f'<input type="range" aria-label="{label}"', 1)
     box = r'(?s)(<div class="slider" data-values="([^"]*)"><label>([^<]*)).*?</div></div></div>'
     return re.sub(box, named, page)

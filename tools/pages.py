@@ -73,8 +73,9 @@ def describe(nb, plots):
     for cell in nb['cells']:
         if cell['cell_type'] == 'markdown':
             trail = [trail, *(title for _, title in headings(text_of(cell)))][-1]
-        shown = any('image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {})
-                    for o in cell.get('outputs', []))
+        data = [o.get('data', {}) for o in cell.get('outputs', [])]
+        shown = any('image/png' in d for d in data) or any(     # drawings name themselves
+            'aria-label' not in join(d.get('image/svg+xml', 'aria-label')) for d in data)
         if shown and not re.search(r'(?m)^#\|\s*fig-alt:', text_of(cell)):
             cell['source'] = f'#| fig-alt: "{alternative(cell, trail, plots)}"\n{text_of(cell)}'
 
