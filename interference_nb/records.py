@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKED', 'COUNTS', 'COLUMNS', 'Run', 'read_runs', 'pack', 'unpack', 'read_counts', 'gradient_metrics', 'gate_metrics',
            'similarity_metrics', 'extremes', 'loss_metrics', 'strongest', 'price', 'load', 'table_of', 'numbers_of_run',
-           'text_name', 'numbers', 'summarise', 'spread_out', 'describe', 'made_from', 'compare']
+           'text_name', 'numbers', 'summarise', 'spread_out', 'context_note', 'describe', 'made_from', 'compare']
 
 # %% ../nbs/07d_records.ipynb #aa07d005
 import json, lzma, math, shutil, sys
@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from .files import (InputError, load_checkpoint, read_jsonl, save_checkpoint,
                                    write_atomically)
+from .baselines import clearly_below_unigram
 from .gradient_probes import conflict
 from .tasks import TASKS, task_spec
 from .pretrain import flattened
@@ -297,7 +298,28 @@ def spread_out(table: pd.DataFrame, rows: str = 'system') -> pd.DataFrame:  # in
     return found.reindex(order[0], level=0)[order[1]].sort_index(level=1, sort_remaining=False)
 
 # %% ../nbs/07d_records.ipynb #aa07d028
-def describe(folder, names: Iterable[str] | None = None) -> str:
+def context_note(folder,  # of a study
+                 names: Iterable[str] | None = None,  # of runs; None: all that are there
+                 ) -> str:  # empty if all of its models use context
+    "Warn of models that have learned little more than which pieces are frequent."
+    ends = {name: r for name, run in read_runs(folder, names).items() for r in run.rows
+            if r['kind'] == 'end' and r['step']}        # random weights are there to know nothing
+    shallow = [name for name, r in ends.items()
+               if 'held_out' in r and not clearly_below_unigram(r['held_out'])]
+    unknown = sum('held_out' not in r for r in ends.values())
+    parts = []
+    if shallow: parts.append(
+        f'{len(shallow)} of {len(ends)} models do not stand clearly below the unigram baseline '
+        f'({", ".join(shallow[:3])}{", ..." * (len(shallow) > 3)}): they know little more than '
+        'which pieces are frequent, and differences between them say little.')
+    if unknown: parts.append(
+        f'Whether {"these" if unknown == len(ends) else unknown} models use context is not known: '
+        'their records hold no baselines.')
+    return ' '.join(parts)
+
+def describe(folder,  # of a study
+             names: Iterable[str] | None = None,  # of runs; None: all that are there
+             ) -> str:
     "Say where records come from: runs, seeds, time, hardware, commit, date."
     records = [run.rows for run in read_runs(folder, names).values()]
     starts = [rows[0] for rows in records]

@@ -38,12 +38,13 @@ from .gradient_probes import ProbeConfig
 from .tasks import task_spec
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, check_format, check_rows,
                                          cost, holds_all, plan, run_all)
-from .records import (COLUMNS, Run, describe, gate_metrics, load, numbers_of_run,
-                                     price, read_counts, read_rows, read_runs, spread_out,
-                                     summarise, text_name, unpack)
-from .claims import (ALIKE, VERDICTS, Claim, claims_about, comparison_table,
-                                    counts_of, findings, in_every_case, judge, latex, markdown,
-                                    mean_sd, not_run, paired, resample, seeds_needed, verdict_table)
+from .records import (COLUMNS, Run, context_note, describe, gate_metrics, load,
+                                     numbers_of_run, price, read_counts, read_rows, read_runs,
+                                     spread_out, summarise, text_name, unpack)
+from .claims import (MARGINS, VERDICTS, Claim, Difference, claims_about,
+                                    comparison_table, counts_of, findings, in_every_case,
+                                    interval, judge, latex, markdown, mean_sd, not_run, paired,
+                                    resample, seeds_needed, verdict_table)
 
 # %% ../nbs/07a_reproduce.ipynb #61dd3dd0
 TARGETS = 'ar', 'fr', 'ru', 'hi', 'sw', 'te'    # English's partners [paper 3.2]
@@ -311,7 +312,8 @@ def draw_gates(e: Evidence, figures) -> dict[str, Callable]:  # {file: function 
     return near | strong | dict(figure4c=partial(figures.plot_convergence, e.table))
 
 # %% ../nbs/07a_reproduce.ipynb #89bcbef9
-ALL = 'mono', 'joint', 'joint2x', 'joint6x', 'ffn', 'attn', 'adpt', 'share_adpt', 'meta_adpt'
+ALL = ('mono', 'joint', 'joint2x', 'joint6x', 'ffn', 'attn', 'adpt', 'share_adpt', 'meta_adpt',
+       'scratch')                       # the control: random weights, finetuned alike
 NO_SW = tuple(l for l in TARGETS if l != 'sw')
 TAGS = tuple(ColumnGroup(task, where, TARGETS if task == 'ner' else NO_SW)
              for task in ('ner', 'pos') for where in ('within', 'zero-shot'))
@@ -340,13 +342,13 @@ EXHIBITS = {e.name: e for e in (
     Exhibit('table4', 'Three languages', 'Does a third, similar language ease interference? '
             '(joint: two languages.)',
             'Marathi beside Hindi, Kannada beside Telugu: as good within the language, better '
-            'at transfer (3.3).', THREE, ('joint', 'trilingual'),
+            'at transfer (3.3).', THREE, ('joint', 'trilingual', 'scratch'),
             statements(THREE, lambda g, l: f'third {g.where}')),
     Exhibit('table5', 'Corpus size and distance', 'Does it take a large corpus to interfere, '
             'and is a distant language worse?',
             'English is worse beside Russian than beside French, and as good beside a small corpus '
             'as beside a large one. With little text joint is better than mono (3.3).',
-            CUT, ('mono', 'joint'), statements(CUT, of_size)),
+            CUT, ('mono', 'joint', 'scratch'), statements(CUT, of_size)),
     Exhibit('table6', 'Natural language inference (accuracy)', 'Do the treatments transfer from '
             'English on XNLI?', 'Meta-adapters are better than joint, plain adapters worse (4.2).',
             INFERENCE, ALL[1:], statements(INFERENCE, of_systems)),
@@ -381,8 +383,8 @@ EXHIBITS = {e.name: e for e in (
 # %% ../nbs/07a_reproduce.ipynb #38041e9f
 FAMILIES = {
     'monolingual': lambda s: s.system == 'mono' and not s.max_sentences,
-    'bilingual': lambda s: (s.system in ('joint', 'joint2x', 'joint6x') and len(s.pair) == 2
-                            and not s.max_sentences),
+    'bilingual': lambda s: (s.system in ('joint', 'joint2x', 'joint6x', 'scratch')
+                            and len(s.pair) == 2 and not s.max_sentences),
     'variants': lambda s: s.system in ('ffn', 'attn', 'adpt', 'share_adpt'),
     'meta-adapters': lambda s: s.system == 'meta_adpt',
     'low-resource': lambda s: bool(s.max_sentences),
@@ -552,7 +554,9 @@ def compare_rows(numbers: pd.DataFrame,  # of `numbers_of`
     a, b = (drawn.get(column, none).get(r, none).dropna() for r in (row, other))
     both = [a[s] - b[s] for s in a.index.intersection(b.index)] if d.n else []
     low, high = np.percentile(np.mean(both, 0), [2.5, 97.5]) if both else (math.nan, math.nan)
-    return dict(pairs=d.n, delta=d.delta, se=d.se, p=d.p, low=low, high=high)
+    over_seeds = (d.low, d.high) if d.n > 1 else (math.nan, math.nan)
+    return dict(pairs=d.n, delta=d.delta, se=d.se, p=d.p, low=over_seeds[0], high=over_seeds[1],
+                sentences_low=low, sentences_high=high)
 
 def best(numbers: pd.DataFrame, drawn: pd.DataFrame, column: str) -> str | None:
     "Name the row that is better than every other one, over seeds and over sentences."
@@ -560,7 +564,7 @@ def best(numbers: pd.DataFrame, drawn: pd.DataFrame, column: str) -> str | None:
     if len(means) < 2: return None
     first = means.idxmax()
     found = [compare_rows(numbers, drawn, column, first, r) for r in means.index.drop(first)]
-    return first if all(c['p'] < .05 and c['low'] > 0 for c in found) else None
+    return first if all(c['p'] < .05 and c['sentences_low'] > 0 for c in found) else None
 
 # %% ../nbs/07a_reproduce.ipynb #2ce1528a
 def over_shared(numbers: pd.DataFrame, claim: Claim, exhibit: Exhibit,
@@ -571,12 +575,13 @@ def over_shared(numbers: pd.DataFrame, claim: Claim, exhibit: Exhibit,
     if (group is None or paired(numbers, claim.metric, *rows).n
         or not set(rows) <= set(numbers.index.get_level_values(0))): return numbers, [claim]
     columns = {f'{group.title} {p}': p for p in group.partners}
-    own = numbers.loc[rows].reindex(columns=list(columns)).dropna(how='all')
+    every = numbers.reindex(columns=list(columns)).dropna(how='all')
+    own = every[every.index.isin(set(rows), level=0)]
     own = own[own.groupby(level=1).transform('size') == len(set(rows))]     # seeds of both
     shared = [c for c in columns if len(own) and own[c].notna().all()]
     if not shared: return numbers, [claim]
     of = ', '.join(columns[c] for c in shared)
-    return (own[shared].mean(axis=1).to_frame(claim.metric),
+    return (every[shared].mean(axis=1, skipna=False).to_frame(claim.metric),
             [replace(claim, text=f'{claim.text} (mean of {of} only)')])
 
 def judged(e: Evidence, cells: pd.DataFrame | None = None) -> pd.DataFrame:  # of `judge`
@@ -619,7 +624,8 @@ def sum_up(e: Evidence, cells: pd.DataFrame) -> pd.DataFrame:  # cells: of `cell
                     best=row == first, state=state))
     if not lines: return none
     table, whole = pd.DataFrame(lines), ('', 'no such cell', 'no data')
-    closed = table['state'].isin(whole).groupby([table['block'], table['column']]).transform('all')
+    closed = table['state'].isin(whole) | (table['row'] == 'scratch')   # no rival for the best
+    closed = closed.groupby([table['block'], table['column']]).transform('all')
     order = {x: i for i, x in enumerate((*(g.title for g in e.exhibit.groups), *e.exhibit.rows))}
     return table.assign(best=table['best'] & closed).sort_values(
         ['block', 'row'], key=lambda c: c.map(order), kind='stable', ignore_index=True)
@@ -639,10 +645,10 @@ def score_table(rows: pd.DataFrame, title: str) -> pd.DataFrame:  # of text
     return arrange(rows, title, show)
 
 def difference_table(rows: pd.DataFrame, title: str, baseline: str) -> pd.DataFrame:  # of text
-    "Lay one group out: paired differences to the baseline ± their standard errors."
+    "Lay one group out: paired differences to the baseline with their 95% intervals."
     def show(r):
         if r.delta != r.delta: return '–'
-        return f'{r.delta:+.1f}' + (f' ±{r.se:.1f}' if r.se == r.se else '')
+        return interval(Difference(r.pairs, r.delta, r.se, r.low, r.high))
     return arrange(rows[rows['row'] != baseline], title, show, f' − {baseline}')
 
 def arrange(rows: pd.DataFrame, title: str, show: Callable, end: str = '') -> pd.DataFrame:
@@ -661,8 +667,8 @@ LEGENDS = {
     'demo': 'Perplexity (ppl) is per masked token of held-out text, lower is better; NER, POS'
             ' and QA are F1, NLI is accuracy, in percent, finetuned and tested on one '
             'language (within) or on the other (zero-shot), means of the languages. First '
-            'line: mean ± standard deviation over seeds; second: paired difference to joint ±'
-            ' its standard error.',
+            'line: mean ± standard deviation over seeds; below: paired difference to joint, '
+            'and its 95% interval.',
     'causes': 'Cosines over the parameters of the layers, means over training. *Within*: two '
               'batches of one language, which is also the split-half reliability of the '
               'estimate; *corrected*: across languages, divided by it; *below zero*: share of'
@@ -670,9 +676,6 @@ LEGENDS = {
               ' or of two (across); *permuted*: of shuffled gates; λ: the price of an open '
               'gate, in nats. Loss in nats; *harm*: what closing the groups that one language'
               ' alone keeps adds to it. Mean ± standard deviation over seeds.',
-    'pairs': 'Verdicts from paired differences over seeds (mean ± standard error): *shows* or'
-             ' *the opposite shows* if the 95% interval lies on one side of zero, else '
-             '*undecided*; not corrected for the number of statements.',
     'family': 'Perplexity (ppl) is per masked token of held-out text; NER, POS and QA are F1,'
               ' NLI is accuracy, in percent: means over the languages of a model, ± standard '
               'deviation over seeds.',
@@ -684,16 +687,22 @@ LEGENDS = {
     'ppl': 'Perplexity per masked token of held-out text at the end of the training, of the '
            'partner: mean ± standard deviation over seeds.',
     'cells': 'Mean ± standard deviation over seeds, in percent; below, paired differences within '
-             'seeds ± standard errors. Bold: better than every other row of its column by a paired '
-             't test over seeds (p < 0.05) and by the 95% interval over 1000 resamples of the test '
-             'sentences, where every row has been run. '
-             'Nothing bold in a column that was tested: these records name no best.',
+             'seeds with 95% intervals. `scratch` is the control: random weights, finetuned '
+             'alike. Bold: better than every other row of its column by a paired t test over seeds '
+             '(p < 0.05) and by the 95% interval over 1000 resamples of the test sentences, where '
+             'every row has been run. Nothing bold in a column that was tested: these records '
+             'name no best.',
     'matched': 'Not in the paper: joint2x takes twice the steps, so that on average over its '
                'languages one gets as many batches as in mono (where corpora differ in size, '
                'the larger gets more, T = 5); joint6x takes as many passes as meta_adpt.',
-    'verdicts': f'A statement shows, or its opposite, if the 95% interval of the paired '
-                f'difference over seeds lies on one side of zero; "as good" shows if it lies '
-                f'within {ALIKE:g} points. Not corrected for the number of statements.'}
+    'verdicts': 'Exploratory: not corrected for the number of statements; those that the paper '
+                'stands on are judged together under Findings. A statement shows, or its opposite, '
+                'if the 95% interval of the paired difference over seeds lies on one side of zero. '
+                'Otherwise both sides are equivalent if two one-sided tests say that they differ '
+                f'by less than {MARGINS["points"]:g} points or {MARGINS["nats"]:g} nats, and "as '
+                'good" shows if they are. A statement about transfer is void where joint\'s '
+                'zero-shot score is not above that of random weights finetuned alike, and it is '
+                'not judged where that control was not run.'}
 
 def parts_of_page(e: Evidence, rows: pd.DataFrame,  # of `sum_up`
                   found: pd.DataFrame,  # of `judged`
@@ -701,7 +710,7 @@ def parts_of_page(e: Evidence, rows: pd.DataFrame,  # of `sum_up`
     "Write an exhibit as a page: tables, what the paper says, verdicts, origin."
     exhibit = e.exhibit
     heading = exhibit.name.replace('table', 'Table ').replace('figure', 'Figure ')
-    parts = [f'# {heading}. {exhibit.title}', exhibit.question]
+    parts = [f'# {heading}. {exhibit.title}', context_note(e.folder, e.names), exhibit.question]
     parts += [f'![{caption(f)}]({f}.svg)' for f in figures]
     for title in dict.fromkeys(rows['block'] if len(rows) else ()):
         table = score_table(rows, title)
@@ -731,7 +740,8 @@ def caption(file: str) -> str:
 
 def untested(rows: pd.DataFrame) -> str:  # rows: of `sum_up`
     "Say which columns could not be tested over sentences."
-    known = rows[rows['pairs'] > 0].groupby(['block', 'column'], sort=False)['low'].count()
+    known = rows[rows['pairs'] > 0].groupby(['block', 'column'], sort=False)[
+        'sentences_low'].count()
     blocks = {}
     for block, column in known[known == 0].index: blocks.setdefault(block, []).append(column)
     if not blocks: return ''
@@ -775,9 +785,10 @@ def about_size(name: str,  # of a study
 def demo_page(folder, names=None) -> str:  # Markdown
     "Write the demo's page: table, legend, findings, where they come from."
     numbers = numbers_of_demo(folder, names)
-    parts = (markdown(comparison_table(numbers)), LEGENDS['demo'],
-             findings(judge(numbers, claims_about('demo'))), describe(folder, names))
-    return '\n\n'.join(parts) + '\n'
+    parts = (context_note(folder, names), markdown(comparison_table(numbers)), LEGENDS['demo'],
+             findings(judge(numbers, claims_about('demo'))), LEGENDS['verdicts'],
+             describe(folder, names))
+    return '\n\n'.join(p for p in parts if p) + '\n'
 
 def numbers_of_demo(folder, names=None) -> pd.DataFrame:  # of `summarise`
     "Read a comparison of systems. Raises `InputError` if there is none."
@@ -790,9 +801,10 @@ def causes_page(folder, names=None) -> str:  # Markdown
     numbers = numbers_of_causes(folder, names)
     found = judge(numbers, claims_on_pairs(numbers))
     tables = (gradient_table(numbers), gate_table(numbers), loss_table(numbers))
-    parts = (*map(markdown, tables), LEGENDS['causes'], in_every_case(found),
-             markdown(verdicts_by_pair(found), 'left'), LEGENDS['pairs'], describe(folder, names))
-    return '\n\n'.join(parts) + '\n'
+    parts = (context_note(folder, names), *map(markdown, tables), LEGENDS['causes'],
+             in_every_case(found), markdown(verdicts_by_pair(found), 'left'), LEGENDS['verdicts'],
+             describe(folder, names))
+    return '\n\n'.join(p for p in parts if p) + '\n'
 
 def numbers_of_causes(folder, names=None) -> pd.DataFrame:  # of `causes_of`
     "Read a study of causes. Raises `InputError` if there is none."

@@ -22,7 +22,7 @@ from interference_nb.adapters import MultilingualLM, load_model
 from interference_nb.data import Corpus, Stream, dev_batches
 from interference_nb.tokenizers import BOS, EOS
 from interference_nb.experiments import SCALES, RunSpec, run, smoke_test_spec
-from interference_nb.claims import Claim, judge
+from interference_nb.claims import Claim, holm, judge
 from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evaluate,
                                       evaluate_languages, finetune, predict, tune)
 from interference_nb.meta_adapters import MetaConfig, MetaStep
@@ -414,16 +414,77 @@ def test_verdicts_respect_the_sign(differences, sign, verdict):
     assert mirrored == opposite.get(verdict, verdict)
 
 
+# By hand: mean 0.5, sd 0.1, se 0.058; t = (2 - 0.5) / 0.058 = 26 against 2.92 (2 degrees).
 ALIKE = [((.5, .6, .4), 'shows'), ((-.5, -.6, -.4), 'shows'),
          ((3., 3.1, 2.9), 'the opposite shows'), ((-3., -3.1, -2.9), 'the opposite shows'),
-         ((2., 2.1, 1.9), 'undecided'), ((9., -9., .1), 'undecided'), ((0.,), 'undecided')]
+         ((2., 2.1, 1.9), 'undecided'), ((9., -9., .1), 'undecided'), ((0.,), 'undecided'),
+         # mean 1, sd 0.5, se 0.289: t = 3.46 > 2.92, though the 95% interval reaches 2.24
+         ((.5, 1., 1.5), 'shows'),
+         # mean 1, sd 0.6, se 0.346: t = 2.89 < 2.92
+         ((.4, 1., 1.6), 'undecided')]
 
 
 @pytest.mark.parametrize('differences, verdict', ALIKE)
 def test_as_good_means_within_two_points_either_way(differences, verdict):
     "A difference that shows may still be small, and one that does not show may still be large."
-    found, = judge(made_up(differences), [Claim('', 'm', 'other', 'joint', 0)])['verdict']
+    points = made_up(differences).rename(columns={'m': 'NER within'})
+    found, = judge(points, [Claim('', 'NER within', 'other', 'joint', 0)])['verdict']
     assert found == verdict
+
+
+EQUAL = [((.5, -.6, .4), 'NER within', 'equivalent'), ((.5, -.6, .4), 'cosine cross', 'undecided'),
+         ((.5, -.6, .4), 'loss', 'undecided'), ((.005, -.006, .004), 'loss', 'equivalent'),
+         ((5., -6., 4.), 'NER within', 'undecided'), ((.5,), 'NER within', 'undecided'),
+         ((.5, .6, .4), 'NER within', 'shows')]         # small, but there
+
+
+@pytest.mark.parametrize('differences, metric, verdict', EQUAL)
+def test_no_difference_is_not_the_same_as_equal(differences, metric, verdict):
+    "Two points of a score or 0.02 nats of a loss do not matter, and it takes a test to say so."
+    numbers = made_up(differences).rename(columns={'m': metric})
+    found, = judge(numbers, [Claim('', metric, 'other', 'joint', +1)])['verdict']
+    assert found == verdict
+
+
+def transfer(joint, scratch, better=(2., 2.1, 1.9)):
+    "Zero-shot scores of joint, of random weights, and of a system better than joint."
+    of = {'joint': joint, 'scratch': scratch,
+          'adpt': [j + d for j, d in zip(joint, better, strict=True)]}
+    lines = [(s, i, v) for s, values in of.items() for i, v in enumerate(values)]
+    return pd.DataFrame(lines, columns=['system', 'seed', 'POS zero-shot']).set_index(
+        ['system', 'seed'])
+
+
+@pytest.mark.parametrize('joint, scratch, verdict', [
+    ((38., 37., 40.), (20., 21., 22.), 'shows'),
+    ((20., 22., 21.), (21., 20., 21.), 'no better than random weights'),
+    ((20., 21., 22.), (30., 31., 32.5), 'no better than random weights'),   # below them
+    ((38., 37., 40.), (), 'control not run'), ((38., 37., 40.), (20.,), 'undecided')])
+def test_nothing_is_said_of_transfer_where_random_weights_do_as_well(joint, scratch, verdict):
+    "The difference is the same in all cases; what decides is whether joint transfers at all."
+    numbers = transfer(joint, scratch)
+    about = [Claim('', 'POS zero-shot', 'adpt', 'joint', +1),
+             Claim('', 'POS zero-shot', 'adpt', 'joint', -1)]
+    turned = {'shows': 'the opposite shows'}
+    assert list(judge(numbers, about)['verdict']) == [verdict, turned.get(verdict, verdict)]
+    within = numbers.rename(columns=lambda c: 'POS within')
+    found, = judge(within, [replace(about[0], metric='POS within')])['verdict']
+    assert found == 'shows'                             # which needs no transfer
+
+
+def test_statements_made_together_are_corrected_together():
+    "Holm by its definition: reject in order, as long as p times the number of those left is small."
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p = rng.random(rng.integers(1, 8)) ** 3
+        adjusted = holm(p)
+        for level in (.01, .05, .2):
+            rejected = set()
+            for i in np.argsort(p):
+                if p[i] * (len(p) - len(rejected)) >= level: break
+                rejected.add(int(i))
+            assert rejected == set(np.flatnonzero(adjusted < level))
+    assert list(holm([.01, float('nan')])) == [.02, 1.]     # a statement that was not run counts
 
 
 # ---- what a table says of records ----
