@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RESERVE', 'ALONE', 'Memory', 'format_bytes', 'Ledger', 'StepSpec', 'cycle', 'fake_tensors', 'fake_processes',
-           'account', 'measured_peak', 'memory_cells', 'as_text', 'TextSize', 'Plan', 'plan_run', 'memory_of', 'gpu',
-           'text_size', 'time_steps', 'time_rows', 'measured_step', 'plan_family', 'step_of', 'plan_table',
-           'plan_finetuning', 'disk', 'plan_missing']
+           'account', 'measured_peak', 'as_text', 'TextSize', 'Plan', 'plan_run', 'memory_of', 'gpu', 'text_size',
+           'time_steps', 'time_rows', 'measured_step', 'plan_family', 'step_of', 'plan_table', 'plan_finetuning',
+           'disk', 'plan_missing']
 
 # %% ../nbs/07c_planner.ipynb #11ca592e
 import contextlib, gc, itertools, json, math, os, subprocess, sys, tempfile, time, weakref
@@ -309,13 +309,7 @@ def measured_peak(step: StepSpec) -> int:  # bytes
     return int(np.cumsum([e['args']['Bytes'] for e in blocks]).max())
 
 # %% ../nbs/07c_planner.ipynb #80db91d4
-def memory_cells(memories: dict[str, Memory]) -> tuple[list[str], list[list[str]]]:  # header, lines
-    "Write a table of memory in GB: a line for each, by kind, and the sum."
-    return ['', *KINDS, 'peak, GB'], [
-        [name, *(f'{n / 1e9:.2f}' for n in (*(getattr(m, k) for k in KINDS), m.peak))]
-        for name, m in memories.items()]
-
-def as_text(header: list[str], lines: list[list[str]]) -> str:  # as `memory_cells` gives them
+def as_text(header: list[str], lines: list[list[str]]) -> str:
     "Align a table for the terminal."
     import pandas as pd
     from interference_nb import claims
@@ -660,13 +654,16 @@ def plan_missing(groups: dict[str, list[RunSpec]],  # {name of a line: its runs}
                  folder,  # of their records
                  workers: int = 1,  # runs side by side
                  ) -> tuple[list[str], list[list[str]], str]:  # header, lines, note
-    "Write the plan of groups of runs: those held, those missing, and what the missing ones take."
+    "Plan what is missing of groups of runs. Raises `InputError` for a record of other settings."
+    from interference_nb.records import read_rows
     runs = {s.name: s for some in groups.values() for s in some}
-    done = {name for name, s in runs.items() if holds_all(s, _stored_rows(s, folder))}
-    measured = _pace(runs.values(), folder)
+    rows = {name: check_rows(s, read_rows(folder, name), Path(folder)/name)
+            for name, s in runs.items()}
+    done = [name for name, s in runs.items() if holds_all(s, rows[name])]
+    measured = _pace((runs[name], rows[name]) for name in done)
     plain = next(replace(s, system='joint') for s in runs.values())
     seconds = measured or in_subprocess(time_rows, plain, .5)
-    left = {name: _work_left(s, folder) for name, s in runs.items() if name not in done}
+    left = {name: _work_left(s, rows[name]) for name, s in runs.items() if name not in done}
     def line(name, specs):
         todo = [s for s in specs if s.name in left]
         hours = sum(left[s.name] for s in todo) * seconds / 3600
@@ -680,25 +677,18 @@ def plan_missing(groups: dict[str, list[RunSpec]],  # {name of a line: its runs}
     header = ['', 'runs', 'held', 'missing', 'steps', 'hours', f'by {workers} workers', 'GB']
     return header, [line(*item) for item in groups.items()], note
 
-def _stored_rows(spec: RunSpec, folder) -> list[dict]:  # none if there is no record
-    "Read a run's record in a study, packed or not; raises `InputError` for other settings."
-    from interference_nb.records import read_rows
-    return check_rows(spec, read_rows(folder, spec.name), Path(folder)/spec.name)
-
-def _pace(specs: Iterable[RunSpec], folder) -> float | None:  # None: none was finished here
+def _pace(finished: Iterable[tuple[RunSpec, list[dict]]]) -> float | None:  # None: none here
     "Read from finished runs how many seconds a plain step takes on this machine."
     machine = lambda hardware: hardware.split(', ')[:2]
     here, seconds, work = machine(run_info()['hardware']), 0., 0.
-    for spec in specs:
-        rows = _stored_rows(spec, folder)
-        if not holds_all(spec, rows) or machine(rows[0]['hardware']) != here: continue
+    for spec, rows in finished:
+        if machine(rows[0]['hardware']) != here: continue
         seconds += sum(r['wall_s'] for r in rows if r['kind'] in ('end', 'finetune', 'gates'))
         work += cost(spec)
     return seconds / work if work else None
 
-def _work_left(spec: RunSpec, folder) -> float:  # plain steps, as `cost`
-    "Estimate what a run's record lacks; raises `InputError` if it is of other settings."
-    rows = _stored_rows(spec, folder)
+def _work_left(spec: RunSpec, rows: list[dict]) -> float:  # plain steps, as `cost`
+    "Estimate what a run's record lacks."
     tasks = [t for t in spec.tasks if not all(matching_row(rows, (t, l)) for l in spec.langs)]
     prune = [p for p in spec.prune if not matching_row(rows, prune=p)]
     trained = max([r['step'] for r in rows if 'step' in r], default=0) / spec.train.steps
