@@ -7,12 +7,12 @@ __all__ = ['TORCHRUN', 'REAL', 'OLD_OPTIONS', 'DataOptions', 'StudyOptions', 'De
            'SystemOptions', 'RunOptions', 'PrepareConfig', 'StatisticsConfig', 'PretrainConfig', 'PlanConfig',
            'ExportCommand', 'FinetuneCommand', 'prepare', 'statistics', 'plan_pretraining', 'export_run', 'pretrain',
            'finetune_run', 'ProbeCommand', 'PruneCommand', 'CausesConfig', 'probe_run', 'probe_table', 'prune_run',
-           'interference_causes', 'CompareCommand', 'compare_runs', 'CheckConfig', 'check_data', 'ReproduceConfig',
-           'interference_reproduce', 'CapacityConfig', 'interference_capacity', 'Command', 'Group', 'command_tree',
-           'option_names', 'upgrade_options', 'main']
+           'interference_causes', 'CompareCommand', 'compare_runs', 'ReportCommand', 'report_model', 'CheckConfig',
+           'check_data', 'ReproduceConfig', 'interference_reproduce', 'CapacityConfig', 'interference_capacity',
+           'Command', 'Group', 'command_tree', 'option_names', 'upgrade_options', 'main']
 
 # %% ../nbs/09_cli.ipynb #8ae5884a
-import difflib, io, math, os, re, sys, textwrap, time
+import difflib, io, json, math, os, re, sys, textwrap, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -42,6 +42,7 @@ from .gradient_probes import GradientProbe, ProbeConfig, conflict
 from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
 from .pretrain import TrainConfig, progress_bar
+from .report import ReportConfig
 from .toy_languages import open_source
 from .transformer import ModelConfig
 
@@ -407,6 +408,32 @@ def compare_runs(cfg: CompareCommand):  # the command's options
     print(why)
 
 
+# %% ../nbs/09_cli.ipynb #dbe8192e
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand(ReportConfig, DataOptions):
+    "Which languages conflict in a model, where, and what to try: a page and its numbers."
+    model: str  # a name on the hub, a folder of transformers, or a run of `interference pretrain`
+    langs: tuple[str, ...] = ()  # two or more (spaces or commas between); a run's own if not given
+    out: Path = Path('report')  # folder of report.html, numbers.json, numbers.parquet
+    loss: str | None = None  # masked or causal; as the architecture says if not given
+    split: str = 'train'  # of the text
+    revision: str | None = None  # branch, tag or commit of a hub model
+    offline: bool = False  # use only what was downloaded before
+    dry_run: bool = False  # say what it takes and stop
+
+def report_model(cfg: ReportCommand) -> Path:  # the page
+    "Measure, write the page, and say the answer."
+    from interference_nb.report import make_report
+    settings = {f.name: getattr(cfg, f.name) for f in fields(ReportConfig)}
+    page = make_report(cfg.model, split_commas(cfg.langs), cfg.data, cfg.out,
+                       ReportConfig(**settings | dict(gates=split_commas(cfg.gates))), cfg.dry_run,
+                       progress=True, loss=cfg.loss, split=cfg.split, revision=cfg.revision,
+                       offline=cfg.offline)
+    if not cfg.dry_run and not rank_and_world_size()[0]:
+        print(*json.loads((cfg.out/'numbers.json').read_text(encoding='utf-8'))['advice'], sep='\n')
+        print(f'Page: {page}')
+    return page
+
 # %% ../nbs/09_cli.ipynb #da7a0042
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
@@ -612,6 +639,7 @@ def command_tree() -> Group:
         'causes': Command(interference_causes, CausesConfig(), shared=True),
         'reproduce': Command(interference_reproduce, ReproduceConfig(exhibits=MISSING),
                              shared=True),
+        'report': Command(report_model, ReportCommand(model=MISSING), shared=True),
         'capacity': Command(interference_capacity, CapacityConfig()),
         'probe': Command(probe_run, ProbeCommand()),
         'prune': Command(prune_run, PruneCommand()),

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMBINERS', 'disattenuated_cosine', 'eulerian_pair_order', 'gradients_into', 'gram', 'cosines', 'ProbeConfig',
-           'GradientProbe', 'conflict', 'pcgrad', 'vaccine', 'Mean', 'PCGrad', 'GradientVaccine', 'CombinedStep']
+           'GradientProbe', 'conflict', 'pcgrad', 'vaccine', 'Mean', 'PCGrad', 'GradientVaccine', 'CombinedStep',
+           'inner_products', 'halves', 'corrected_cosines', 'compare_rounds']
 
 # %% ../nbs/04_gradient_probes.ipynb #8c70f394
-import math
+import math, tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -342,3 +343,97 @@ class CombinedStep(JointStep):
     def describe(self) -> dict:
         "Name the step and its combiner, for records and checkpoints."
         return dict(name='combined', combiner=self.name)
+
+# %% ../nbs/04_gradient_probes.ipynb #6dc38eea
+def inner_products(
+    params: dict[str, Tensor],      # {name: leaf}; their `.grad`s are left as they are
+    draw: Callable[[str, int], Sequence[Callable[[], Tensor]]],     # (language, half) -> losses
+    langs: Sequence[str],           # K languages
+    folder: str | Path | None = None,   # where a temporary file takes 2 K gradients; None: /tmp
+    groups: Callable[[str], tuple[str, ...]] = parameter_groups,   # parameter's name -> its groups
+    average: Callable[[list], list] = list,     # mean over processes; the identity for one
+    parts: int = 1,                 # shares of the tensors taken in turn: 1 / parts of the memory
+) -> dict[str, np.ndarray]:         # {group: [2K,2K] float64}, rows 2 i and 2 i + 1 of language i
+    "Multiply two gradients of each language with all others, by 2 K gradients in all."
+    params = {n: p for n, p in params.items() if p.requires_grad}
+    if not params: raise InputError('no parameter to compare gradients of: none needs a gradient.')
+    found, order = {}, [(l, half) for l in langs for half in (0, 1)]
+    for names in np.array_split(list(params), min(parts, len(params))):
+        leaves = [params[n] for n in names]
+        sizes = [p.numel() for p in leaves]
+        flat = leaves[0].detach().new_empty(sum(sizes))         # all that is held
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for lang, half in order:
+                with gradients_into(leaves, flat.zero_()):
+                    for loss in draw(lang, half): loss().backward(inputs=leaves)
+                average([flat])
+                file.write(flat.float().cpu().numpy())
+            for name, product in zip(names, _products(file, len(order), sizes)):
+                for g in groups(str(name)): found[g] = found.get(g, 0) + product
+    return found
+
+def _products(file, n, sizes, block=2**16):     # a file of n rows -> [n,n] float64 for each size
+    "Multiply rows that stand in a file, a strip of columns at a time."
+    P, start = sum(sizes), 0
+    for size in sizes:
+        product = 0
+        for at in range(start, start + size, block):
+            width = min(block, start + size - at)
+            strip = torch.empty(n, width)
+            for i, row in enumerate(strip.numpy()):
+                file.seek(4 * (i * P + at))
+                file.readinto(row)
+            product = product + gram(strip, [width])[0].numpy()
+        yield product
+        start += size
+
+# %% ../nbs/04_gradient_probes.ipynb #338bc86f
+def halves(
+    product: np.ndarray,    # [2K,2K] inner products of a round: two gradients of each language
+) -> tuple[np.ndarray, np.ndarray]:     # [K,K] products without noise; [K,K] cosines with it
+    "Average over the halves of a round, and keep each from meeting itself."
+    K, size = len(product) // 2, np.sqrt(product.diagonal())
+    with np.errstate(invalid='ignore', divide='ignore'): cosine = product / np.outer(size, size)
+    def reduced(M):
+        M = M.reshape(K, 2, K, 2)
+        out = M.mean((1, 3))
+        np.fill_diagonal(out, M[range(K), 0, range(K), 1])
+        return out
+    return reduced(product), reduced(cosine)
+
+def corrected_cosines(
+    inner: np.ndarray,  # [...,K,K] mean products of `halves`
+) -> np.ndarray:        # [...,K,K]; nan where a language's own product is not positive
+    "Divide by the lengths of the true gradients [Spearman, 1904]: `disattenuated_cosine` at once."
+    own = np.diagonal(inner, axis1=-2, axis2=-1)
+    own = np.where(own > 0, own, np.nan)
+    return inner / np.sqrt(own[..., :, None] * own[..., None, :])
+
+def compare_rounds(
+    inner: np.ndarray,      # [R,G,K,K] products of `halves`, of R rounds and G groups
+    draws: int = 1000,      # of the bootstrap
+    seed: int = 0,          # of its random numbers
+) -> dict[str, np.ndarray]: # [G,K,K] each: cosine, low, high, p, conflict, rounds_needed, visible
+    "Compare languages over rounds. Raises `InputError` for fewer than three of them."
+    from scipy import stats
+    R, G, K, _ = inner.shape
+    if R < 3: raise InputError(f'{R} rounds leave no idea of the noise. Use 3 or more, better 10.')
+    rng, mean, sd = np.random.default_rng(seed), inner.mean(0), inner.std(0, ddof=1)
+    weights = rng.multinomial(R, np.full(R, 1 / R), draws) / R
+    tail = stats.norm.cdf(-math.sqrt(R / (R - 1)) * stats.t.ppf(.975, R - 1))
+    cosine, ends = corrected_cosines(mean), np.full((2, G, K, K), np.nan)
+    for g in range(G):                                          # group by group: less memory
+        again = corrected_cosines(np.tensordot(weights, inner[:, g], 1))
+        seen = np.isfinite(again).any(0)
+        ends[:, g, seen] = np.nanquantile(again[:, seen], [tail, 1 - tail], axis=0)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        p = stats.t.cdf(mean / (sd / math.sqrt(R)), R - 1)
+        need = np.ceil((_TOGETHER * sd / mean)**2 + 1.645**2 / 2)     # t, not normal: Guenther
+        visible = corrected_cosines(_TOGETHER * sd / math.sqrt(R) + np.eye(K) * mean)
+    pairs = np.triu(np.ones((K, K), bool), 1) & np.isfinite(p)
+    conflict = np.zeros_like(pairs)
+    if pairs.any(): conflict[pairs] = stats.false_discovery_control(p[pairs]) < .05
+    return dict(cosine=cosine, low=ends[0], high=ends[1], p=p, visible=visible,
+                conflict=conflict | conflict.swapaxes(1, 2), rounds_needed=need)
+
+_TOGETHER = 1.645 + .842    # standard normal quantiles: 5 % false alarms, 80 % power

@@ -1,0 +1,356 @@
+"""The report against models of known conflict: toy languages at graded distance, a layer in which
+two languages' labels are opposite, languages that are the same; its page, and what it refuses."""
+import dataclasses, gc, json
+from itertools import islice
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip('transformers')
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from interference_nb import report, toy_languages
+from interference_nb.cli import main
+from interference_nb.data import Batch
+from interference_nb.distributed import launch
+from interference_nb.files import InputError, read_jsonl
+from interference_nb.gradient_probes import inner_products
+from interference_nb.hub_models import AnyModel, guess_loss
+from interference_nb.report import (ReportConfig, Subject, conflicts, findings, make_report,
+                                    measure, open_subject)
+from interference_nb.toy_languages import Language, ToySource, vocabulary_overlap
+
+LANGS = ('en', 'fr', 'ar')
+SMALL = ReportConfig(rounds=4, batches=2, rows=16, length=24)
+
+
+def tokenizer_of(langs, source, **leave_out):
+    "A word tokenizer of the Hugging Face kind; `mask_token=None` and the like leave one out."
+    words = dict.fromkeys(w for l in langs for d in islice(source.text(l), 600)
+                          for w in d.split())
+    ids = {w: i for i, w in enumerate(['<s>', '<pad>', '</s>', '<unk>', '<mask>', *words])}
+    made = Tokenizer(models.WordLevel(ids, '<unk>'))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(
+        single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 2)])
+    names = dict(bos_token='<s>', cls_token='<s>', eos_token='</s>', sep_token='</s>',
+                 pad_token='<pad>', unk_token='<unk>', mask_token='<mask>') | leave_out
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, **{k: v for k, v in names.items() if v})
+
+
+def write_model(folder, kind='bert', langs=LANGS, source=None, head=True, tokenizer=None, **how):
+    "Save a tiny random model and its tokenizer."
+    tok = tokenizer or tokenizer_of(langs, source or ToySource(n_train=400))
+    torch.manual_seed(0)
+    if kind == 'bert':
+        cfg = transformers.BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=2,
+                                      num_attention_heads=2, intermediate_size=32,
+                                      max_position_embeddings=32, pad_token_id=1, **how)
+        module = (transformers.BertForMaskedLM if head else transformers.BertModel)(cfg)
+    else:
+        cfg = transformers.GPT2Config(vocab_size=len(tok), n_embd=16, n_layer=2, n_head=2,
+                                      n_positions=32, bos_token_id=0, eos_token_id=2, **how)
+        module = transformers.GPT2LMHeadModel(cfg)
+    module.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def bert(tmp_path_factory): return write_model(tmp_path_factory.mktemp('bert'))
+
+
+@pytest.fixture(scope='module')
+def gpt2(tmp_path_factory): return write_model(tmp_path_factory.mktemp('gpt2'), 'gpt2')
+
+
+# -- three truths
+
+SOUNDS = ('bl sn gl fl tr sp w z m gr th v dr', 'a e i o oo u', 'b g m p rk sh ff x ng')
+
+def test_matrix_orders_pairs_as_the_generator_does(tmp_path, monkeypatch):
+    graded = {f'g{n}': Language(f'{n} tenths English', anchors=n / 10, sounds=SOUNDS)
+              for n in (9, 6, 3, 0)}
+    known = toy_languages.TOY_LANGUAGES
+    for name, language in graded.items(): monkeypatch.setitem(known, name, language)
+    monkeypatch.setattr(ToySource, 'languages', tuple(known))
+    langs, source = ['en', *graded], ToySource()
+    folder = write_model(tmp_path/'model', 'gpt2', langs=langs, source=source)
+    cfg = ReportConfig(rounds=4, batches=2, rows=64, length=24)
+    subject = open_subject(folder, langs, 'toy', cfg)
+    step = torch.optim.Adam(subject.model.parameters(), 3e-3)   # until frequent words are known
+    for k in range(50):
+        step.zero_grad()
+        for stream in subject.streams.values():
+            (subject.model.loss(stream.independent_stream('training').batch(k)) / 5).backward()
+        step.step()
+    numbers = findings(measure(subject, cfg), subject)
+    cosine = {tuple(p['pair']): p for p in numbers['pairs'] if p['group'] == 'all'}
+    of_english = [cosine['en', l]['cosine'] for l in graded]
+    assert of_english == sorted(of_english, reverse=True)
+    assert cosine['en', 'g9']['low'] > cosine['en', 'g0']['high']
+    overlap = [vocabulary_overlap(source.speakers[a], source.speakers[b]) for a, b in cosine]
+    ranks = np.corrcoef(*(np.argsort(np.argsort(x)) for x in
+                          (overlap, [p['cosine'] for p in cosine.values()])))[0, 1]
+    assert ranks > .7
+    assert numbers['order'] in (langs, langs[::-1])
+
+
+class Layers(nn.Module):
+    "y = x + what a layer makes of it, three times; then a head that is fixed."
+    def __init__(self, dim=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))
+
+
+class Regression:
+    "A language's batches: inputs for each layer, and what that layer should make of them."
+    def __init__(self, lang, seed, opposed):
+        self.lang, self.seed, self.opposed = lang, seed, opposed
+
+    def batch(self, k):
+        rng = torch.Generator().manual_seed(1000 * self.seed + k)
+        x, noise = torch.randn(2, 3, 32, 8, generator=rng)
+        y = .5 * x.roll(1, -1) + 2 * noise
+        for layer in self.opposed: y[layer] = -.5 * x[layer].roll(1, -1) + 2 * noise[layer]
+        return Batch(torch.stack([x, y]), None, None, self.lang)
+
+
+def squared_error(module, batch):
+    x, y = batch.tokens
+    return sum((layer(x[i]) - y[i]).square().mean() for i, layer in enumerate(module.layers))
+
+
+def subject_of(opposed, n=4):
+    "n languages that want the same, but for the layers named: {language: layers}."
+    langs = 'abcdefghijklmnopqrstuvwxyz'[:n]
+    model = AnyModel(Layers(), squared_error, tuple(langs))
+    for p in model.parameters(): p.data.mul_(.1)
+    return Subject('layers', model, model.theta,
+                   {l: Regression(l, i, opposed.get(l, ())) for i, l in enumerate(langs)},
+                   dict.fromkeys(langs, 1.), 'masked')
+
+
+def found_in(opposed, n=4):
+    subject = subject_of(opposed, n)
+    cfg = ReportConfig(rounds=6, batches=4)
+    return findings(measure(subject, cfg), subject)
+
+
+def test_injected_conflict_is_named_with_pair_and_layer():
+    numbers = found_in({'b': (1,)}, n=2)
+    assert {(*p['pair'], p['group']) for p in conflicts(numbers)
+            if p['group'].startswith('layer')} == {('a', 'b', 'layer 1')}
+    assert 'a–b in layer 1' in numbers['advice'][0] and 'layer 1 (a–b)' in numbers['advice'][1]
+    assert sorted(numbers['together']) == [['a'], ['b']]
+    worst = conflicts(numbers)[0]
+    assert worst['high'] < -.5 and worst['batches_needed'] <= worst['batches']
+
+
+def test_two_conflicts_in_two_layers_are_told_apart():
+    numbers = found_in({'b': (1,), 'd': (2,)})
+    found = {(*p['pair'], p['group']) for p in conflicts(numbers) if p['group'].startswith('layer')}
+    assert found == ({(*sorted('b' + l), 'layer 1') for l in 'acd'}
+                     | {(*sorted('d' + l), 'layer 2') for l in 'abc'})
+    assert sorted(map(sorted, numbers['together'])) == [['a', 'c'], ['b'], ['d']]
+
+
+def test_identical_languages_have_no_conflict():
+    numbers = found_in({}, n=5)
+    assert not conflicts(numbers) and len(numbers['together']) == 1
+    assert numbers['advice'][0].startswith('No conflict that these batches can show')
+    assert 'None that these batches can show' in report.page(numbers)
+    alike = [p for p in numbers['pairs'] if p['group'] == 'all']
+    assert all(p['low'] < 1 < p['high'] or abs(p['cosine'] - 1) < .2 for p in alike)
+
+
+# -- models of both kinds, by the program
+
+def run(*args, capsys):
+    try: main([str(a) for a in args])
+    except SystemExit as e: status = e.code
+    else: status = 0
+    return status, *capsys.readouterr()
+
+
+def test_the_command_writes_page_and_numbers_and_goes_on(bert, tmp_path, capsys):
+    out = tmp_path/'out'
+    words = ['report', bert, '--langs', 'en,fr', 'ar', '--out', out, '--rounds', 3, '--batches', 2,
+             '--gates', 'en,ar', '--gate-steps', 4]
+    status, said, err = run(*words, '--dry-run', capsys=capsys)
+    assert status == 0 and '18 passes' in said and not (out/'report.html').exists(), err
+    status, said, err = run(*words, capsys=capsys)
+    assert status == 0 and str(out/'report.html') in said, err
+    html = (out/'report.html').read_text(encoding='utf-8')
+    assert len(html) < 2_000_000
+    assert not any(w in html for w in ('http', 'src=', '<script', '@import', 'url('))
+    assert 'prefers-color-scheme:dark' in html and '@media print' in html
+    assert html.count('<svg') == html.count('role="img" aria-label=') == 2 and '<h2>Gates' in html
+    numbers = json.loads((out/'numbers.json').read_text())
+    assert set(numbers['losses']) == set(LANGS) and 'only en' in numbers['gates']['layers']['0']
+    first = (out/'rounds.jsonl').read_bytes()
+    killed = b'\n'.join(first.split(b'\n')[:3]) + b'\n{"kind": "rou'
+    (out/'rounds.jsonl').write_bytes(killed)
+    assert run(*words, capsys=capsys)[0] == 0
+    assert (out/'rounds.jsonl').read_bytes() == first
+    status, _, err = run(*words[:-4], '--rows', 8, capsys=capsys)
+    assert status == 2 and 'rows = 16 there, 8 here' in err
+
+
+def test_causal_loss_is_the_modules_own_and_counts_every_token_but_the_first(gpt2):
+    subject = open_subject(gpt2, LANGS, 'toy', SMALL)
+    batch = subject.streams['ar'].batch(0)
+    assert subject.loss == 'causal'
+    subject.model.eval()
+    out = subject.model.module(batch.tokens, attention_mask=(~batch.pad).long())
+    logits = out.logits.log_softmax(-1)
+    nats = [-logits[b, t - 1, batch.tokens[b, t]] for b in range(len(batch.tokens))
+            for t in range(1, int((~batch.pad[b]).sum()))]
+    assert len(nats) == len(batch.targets)
+    torch.testing.assert_close(subject.model.loss(batch), torch.stack(nats).mean())
+    row = measure(subject, SMALL)[1]
+    own = [subject.model.loss(subject.streams['ar'].batch(k)).item() for k in (0, 1)]
+    assert row['loss']['ar'] == pytest.approx(np.mean(own), rel=1e-5)
+    numbers = findings(measure(subject, SMALL), subject)
+    words = [s for s in open_text('ar') if s]
+    share = sum(len(s.split()) for s in words) / sum(map(len, words))
+    assert numbers['losses']['ar']['pieces_per_character'] == pytest.approx(share)
+
+
+def open_text(lang, n=4 * 2 * 16):
+    lines = [s for d in ToySource().text(lang) for s in d.split('\n')]
+    return lines[:n]
+
+
+def test_probing_leaves_the_model_alone_and_parts_change_nothing(bert):
+    subject = open_subject(bert, LANGS, 'toy', SMALL)
+    before = {n: p.detach().clone() for n, p in subject.model.named_parameters()}
+    whole = measure(subject, SMALL)
+    parts = measure(subject, dataclasses.replace(SMALL, parts=3))
+    for a, b in zip(whole[1:], parts[1:]):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-6)
+        np.testing.assert_allclose(dict(zip(a['groups'], a['inner']))['all'],
+                                   dict(zip(b['groups'], b['inner']))['all'], rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(p, before[n]) and p.grad is None
+               for n, p in subject.model.named_parameters())
+
+
+@pytest.mark.parametrize('K', [2, 7])
+def test_memory_is_a_flat_gradient_whatever_the_languages(K, tmp_path):
+    "At most 2.5 flat gradients, by 2 K passes: what is alive at the last loss, but for the model."
+    layer, x, most, passes = nn.Linear(600, 600), torch.randn(2, 600), [], []
+    def loss():
+        passes.append(1)
+        if len(passes) == 2 * K:
+            tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+            stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors
+                      if t.shape != (600, 600) or not t.requires_grad}
+            most.append(sum(n for n in stores.values() if n > 600_000))
+        return layer(x).square().mean()
+    gc.collect()
+    inner_products(dict(layer.named_parameters()), lambda *_: [loss], range(K), tmp_path)
+    flat = 4 * sum(p.numel() for p in layer.parameters())
+    assert len(passes) == 2 * K and flat <= most[0] < 2.5 * flat and not list(tmp_path.iterdir())
+
+
+def _measured(folder):
+    return measure(subject_of({'b': (1,)}), ReportConfig(rounds=3, batches=4), folder)
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    one = _measured(None)
+    launch(_measured, tmp_path, processes=2)
+    two = read_jsonl(tmp_path/'rounds.jsonl')
+    assert len(one) == len(two) == 4
+    for a, b in zip(one[1:], two[1:]):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-5)
+        np.testing.assert_allclose(a['inner'], b['inner'], rtol=1e-3, atol=1e-5)
+
+
+def test_twenty_languages(tmp_path):
+    numbers = found_in({'b': (1,), 'm': (1,)}, n=20)
+    found = {tuple(p['pair']) for p in conflicts(numbers) if p['group'] == 'layer 1'}
+    assert found == {tuple(sorted((odd, l))) for odd in 'bm' for l in 'acdefghijklnopqrst'}
+    html = report.page(numbers)
+    assert len(html) < 2_000_000 and html.count('<svg') == 2
+    assert 'Languages of which no two were shown to conflict' in html
+
+
+# -- what it refuses
+
+def test_guesses_the_loss_or_says_so():
+    for name, loss in dict(BertForMaskedLM='masked', XLMWithLMHeadModel='masked',
+                           ModernBertForMaskedLM='masked', XmodForMaskedLM='masked',
+                           GPT2LMHeadModel='causal', BloomForCausalLM='causal',
+                           LlamaForCausalLM='causal', Qwen2ForCausalLM='causal').items():
+        assert guess_loss(transformers.PretrainedConfig(architectures=[name])) == loss
+    with pytest.raises(InputError, match='T5ForConditionalGeneration.*--loss'):
+        guess_loss(transformers.PretrainedConfig(architectures=['T5ForConditionalGeneration']))
+
+
+def test_refuses_in_words(bert, gpt2, tmp_path, monkeypatch):
+    source = ToySource(n_train=400)
+    headless = write_model(tmp_path/'headless', head=False)
+    unmasked = write_model(tmp_path/'unmasked',
+                           tokenizer=tokenizer_of(LANGS, source, mask_token=None))
+    endless = write_model(tmp_path/'endless', 'gpt2',
+                          tokenizer=tokenizer_of(LANGS, source, pad_token=None, eos_token=None))
+    pickled = write_model(tmp_path/'pickled')
+    (pickled/'model.safetensors').unlink()
+    torch.save({}, pickled/'pytorch_model.bin')
+    remote = write_model(tmp_path/'remote')
+    config = json.loads((remote/'config.json').read_text())
+    (remote/'config.json').write_text(json.dumps(config | dict(
+        model_type='strange', auto_map=dict(AutoConfig='strange.Config',
+                                            AutoModelForMaskedLM='strange.Model'))))
+    (remote/'strange.py').write_text('raise SystemExit("remote code")')
+    for model, langs, says in ((headless, LANGS, 'BertModel.*--loss'),
+                               (unmasked, LANGS, 'no mask'), (endless, LANGS, 'padding'),
+                               (pickled, LANGS, 'pickle.*save_pretrained'),
+                               (remote, LANGS, 'not run here'),
+                               (bert, ('en',), 'two languages'), (bert, ('en', 'en'), 'twice'),
+                               (bert, ('en', 'zz'), "'zz'"),
+                               (tmp_path/'none', LANGS, 'cannot open')):
+        with pytest.raises(InputError, match=f'(?s){says}'):
+            open_subject(model, langs, 'toy', SMALL)
+    with pytest.raises(InputError, match='lack.*head'):
+        open_subject(headless, LANGS, 'toy', SMALL, 'masked')
+    with pytest.raises(InputError, match='head for the causal'):
+        report.check_fit('t5', transformers.T5Config(), 'causal', SMALL)
+    with pytest.raises(InputError, match="no loss 'next'"):
+        open_subject(bert, LANGS, 'toy', SMALL, 'next')
+    with pytest.raises(InputError, match="matches 'laier'"):
+        open_subject(bert, LANGS, 'toy', dataclasses.replace(SMALL, probe='laier'))
+    monkeypatch.setattr(ToySource, 'text', lambda self, lang, split='train': iter(
+        [] if lang == 'ar' else ['one two .']))
+    with pytest.raises(InputError, match="no text in 'ar'"): open_subject(bert, LANGS, 'toy', SMALL)
+    subject = open_subject(bert, ('en', 'fr'), 'toy', SMALL)
+    assert any('used 128.0 times' in note for note in subject.notes)
+
+
+def test_a_model_or_a_disk_too_small_is_refused_with_the_numbers(bert, tmp_path, monkeypatch):
+    config = transformers.AutoConfig.from_pretrained(bert)
+    need = report.check_fit(bert, config, 'masked', SMALL, 1e9)
+    size = sum(p.numel() for p in transformers.BertForMaskedLM(config).parameters())
+    assert need == 8 * size
+    assert report.check_fit(bert, config, 'masked', dataclasses.replace(SMALL, parts=4), need - 1)
+    monkeypatch.setattr(report, 'memory_of', lambda *_: (need - 1., 'this toy'))
+    with pytest.raises(InputError, match='does not fit.*this toy has'):
+        make_report(bert, LANGS, out=tmp_path, cfg=SMALL)
+    monkeypatch.undo()
+    monkeypatch.setattr(report, 'free_space', lambda _: 10)
+    with pytest.raises(InputError, match='temporary gradients'):
+        make_report(bert, LANGS, out=tmp_path, cfg=SMALL)
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_its_language(tmp_path):
+    subject = subject_of({})
+    broken = subject.streams['c'].batch
+    subject.streams['c'].batch = lambda k: dataclasses.replace(b := broken(k), tokens=b.tokens / 0)
+    with pytest.raises(InputError, match='in c is not finite in round 0'):
+        measure(subject, ReportConfig(rounds=3, batches=2))
+    subject.streams = {'c': subject.streams.pop('c'), **subject.streams}
+    with pytest.raises(InputError, match='in c is nan'):
+        report.plan(subject, ReportConfig(rounds=3, batches=2), tmp_path)
