@@ -47,8 +47,8 @@ $(READY): settings.ini setup.py pyproject.toml
 	@$(BIN)/uv pip install -q --python $(BIN)/python $(INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(READY)      ## the main job: 5 minutes on 2 cores; 20 with DATA=folder LANGS=en,sw
-	$(say) "Pretraining and finetuning small models: about $(if $(DATA),20,5) minutes on 2 cores"
+demo: $(READY)      ## the main job: 3 minutes on 2 idle cores; 15 with DATA=folder LANGS=en,sw
+	$(say) "Pretraining and finetuning small models: about $(if $(DATA),15,3) minutes on 2 idle cores"
 	interference demo $(if $(DATA),--data '$(DATA)') $(if $(LANGS),--langs '$(LANGS)') $(ARGS)
 
 causes: $(READY)    ## gradients and gates over pairs and seeds: 15 minutes on 2 cores

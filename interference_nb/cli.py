@@ -12,7 +12,7 @@ __all__ = ['TORCHRUN', 'REAL', 'OLD_OPTIONS', 'DataOptions', 'StudyOptions', 'De
            'Command', 'Group', 'command_tree', 'option_names', 'upgrade_options', 'main']
 
 # %% ../nbs/09_cli.ipynb #8ae5884a
-import difflib, io, json, math, os, re, sys, textwrap, time
+import difflib, io, json, math, os, re, shutil, sys, textwrap, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -33,9 +33,10 @@ import pandas as pd
 from .capacity import Sweep, run_sweep, sweep_runs, write_sweep
 from .claims import text_table
 from .records import compare, read_rows
-from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, gate_table,
-                                       loss_table, make_study, numbers_of_study, one_line,
-                                       run_study, specs_of, tell_failed, write_index)
+from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, for_terminal,
+                                       gate_table, loss_table, make_study, numbers_of_study,
+                                       one_line, run_study, say, specs_of, tell_failed,
+                                       write_index)
 from .distributed import process_group, rank_and_world_size
 from .finetune import FinetuneConfig, finetune
 from .gradient_probes import GradientProbe, ProbeConfig, conflict
@@ -58,17 +59,19 @@ class StudyOptions(DataOptions):
     steps: int | None = None  # of pretraining, in place of the scale's own
     out: Path | None = None  # folder of records and pages; runs/<command>-<data> if not given
     workers: int | None = None  # runs side by side; one a GPU, or a core, if not given
+    quiet: bool = False  # say nothing while runs run; without a terminal, a line every 3 minutes
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(StudyOptions):
     "Compare systems on two languages: see interference, and its treatment."
-    langs: tuple[str, ...] = ('en', 'x3')  # the pair (spaces or commas between)
+    langs: tuple[str, ...] = ()  # the pair (spaces or commas between); en x3, or en sw on text
+    # if not given: scratch mono joint joint2x ffn adpt meta_adpt, or on text without ffn and meta;
     # also: attn, share_adpt, joint6x, joint_all, pcgrad, gradvac, and the meta step done otherwise:
     # meta_one_sided, meta_rest3, meta_sample1, meta_first_order, meta_exact
-    systems: tuple[str, ...] = STUDIES['demo'].systems
+    systems: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ('ner', 'pos')  # finetuned in each language, tested in both
     seeds: int = 3  # how many; three at least for a standard error worth the name
-    scale: str | None = None  # 'toy' for toy data and 'pocket' for text, if not given
+    scale: str | None = None  # if not given: the demo's own, trained out on toy languages
 
 # %% ../nbs/09_cli.ipynb #3c285600
 def split_commas(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -79,14 +82,27 @@ def split_commas(words: tuple[str, ...]) -> tuple[str, ...]:
 def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of records, table, figure
     "Run the comparison, print its page, draw its figure."
     cfg = cfg or DemoConfig()
-    langs, toy = split_commas(cfg.langs), cfg.data.startswith('toy')
-    name = cfg.scale or ('toy' if toy else 'pocket')
-    if name not in SCALES:
-        raise InputError(f"unknown scale '{name}'. Use one of {', '.join(SCALES)}.")
-    study = replace(STUDIES['demo'], scale=SCALES[name], data=cfg.data, pairs=(langs,),
-                    systems=split_commas(cfg.systems), tasks=split_commas(cfg.tasks),
-                    seeds=cfg.seeds)
+    toy = cfg.data.startswith('toy')
+    if cfg.scale and cfg.scale not in SCALES:
+        raise InputError(f"unknown scale '{cfg.scale}'. Use one of {', '.join(SCALES)}.")
+    own = STUDIES['demo' if toy else 'demo-text']
+    langs = split_commas(cfg.langs) or own.pairs[0]
+    study = replace(own, scale=SCALES[cfg.scale] if cfg.scale else own.scale, data=cfg.data,
+                    pairs=(langs,), systems=split_commas(cfg.systems) or own.systems,
+                    tasks=split_commas(cfg.tasks), seeds=cfg.seeds)
     return _run_and_show(cfg, study, DEMO, f"demo-{'toy' if toy else '-'.join(langs)}")
+
+def _picture_of(exhibit) -> str:
+    "Name the picture to look at first."
+    return 'figure.svg' if exhibit is DEMO else 'conflict.svg'
+
+def _next_step(cfg, out: Path) -> str:
+    "Say what to type after a study."
+    if isinstance(cfg, DemoConfig) and cfg.data.startswith('toy'):
+        return ('the same on your own text: interference demo --data FOLDER --langs en,sw; or ask '
+                'why: interference causes')
+    run = next((p.parent for p in sorted(out.glob('*joint*/checkpoint.safetensors'))), out)
+    return f'look inside a model: interference probe --data {cfg.data} --run {run}'
 
 def _run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of records
     "Run an exhibit of pairs of languages; print its page."
@@ -103,12 +119,13 @@ def _run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of reco
     n = len(specs)
     pairs = ', '.join(' and '.join(p) for p in study.pairs)
     print(f'{n} runs of {cfg.seeds} seeds on {pairs} ({cfg.data}); records in {out}/', flush=True)
-    failed = run_study(study, [exhibit], out, cfg.workers)
+    failed = run_study(study, [exhibit], out, cfg.workers, quiet=cfg.quiet)
     if rank_and_world_size()[0]: return out
     tell_failed(failed, n)
-    print(f'\n{(out/"table.md").read_text(encoding="utf-8")}\n'
-          f'{(time.time() - t0) / 60:.1f} minutes. Page: {out/"table.md"}, '
-          f'figures: {out}/*.svg, records: {out}/*/record.jsonl')
+    page = (out/'table.md').read_text(encoding='utf-8')
+    say('\n' + for_terminal(page, min(shutil.get_terminal_size().columns, 100)))
+    say(f'{(time.time() - t0) / 60:.1f} minutes. Records: {out}/*/record.jsonl; this page: '
+        f'{out/"table.md"}\nNext: open {out/_picture_of(exhibit)}, then {_next_step(cfg, out)}')
     return out
 
 # %% ../nbs/09_cli.ipynb #21d80ca5
@@ -532,7 +549,8 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
         workers = cfg.workers or default_workers()
         print(_plan_of(exhibits, study, source, out, workers), end='\n\n', flush=True)
     if cfg.dry_run: return out
-    failed = run_study(study, exhibits, out, cfg.workers, _executor_of(cfg, out), cfg.write_only)
+    failed = run_study(study, exhibits, out, cfg.workers, _executor_of(cfg, out), cfg.write_only,
+                       cfg.quiet)
     if rank_and_world_size()[0]: return out
     index = write_index(replace(study, family='all'), source, out)
     print(f'{(time.time() - t0) / 60:.1f} minutes. All exhibits: {index}')
