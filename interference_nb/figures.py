@@ -7,9 +7,10 @@ __all__ = ['SYSTEM_COLOURS', 'LANGUAGE_COLOURS', 'GREYS', 'ACCENTS', 'SHOWN', 'K
            'language_colour', 'new_axes', 'read_curves', 'over_seeds', 'spread', 'plot_curves', 'held_out',
            'plot_perplexity', 'gaps', 'plot_sizes', 'plot_convergence', 'of_pairs', 'scores_of', 'plot_languages',
            'plot_transfer', 'label_points', 'seed_means', 'on_targets', 'plot_differences', 'plot_forest',
-           'describe_differences', 'plot_summary', 'plot_conflict', 'plot_groups', 'plot_similarity', 'plot_extremes',
-           'plot_overlap', 'plot_pruned', 'svg', 'slider', 'live', 'shapes', 'MetaStepByHand', 'meta_by_hand',
-           'plot_meta_step', 'plot_distance', 'plot_variants', 'plot_hard_concrete', 'plot_memory', 'plot_capacity']
+           'plot_control', 'describe_differences', 'plot_summary', 'plot_conflict', 'plot_groups', 'plot_similarity',
+           'plot_extremes', 'plot_overlap', 'plot_pruned', 'svg', 'slider', 'live', 'shapes', 'MetaStepByHand',
+           'meta_by_hand', 'plot_meta_step', 'plot_distance', 'plot_variants', 'plot_hard_concrete', 'plot_memory',
+           'plot_capacity']
 
 # %% ../nbs/08_figures.ipynb #6e715aa5
 import io, math, re
@@ -449,6 +450,36 @@ def plot_forest(found: pd.DataFrame,  # of `findings.judged_together`; what was 
         ax.xaxis.label.set_size(8)
         ax.spines[['top', 'right']].set_visible(False)
     legend_above(axes[0, 0], 2)
+    return fig
+
+# %% ../nbs/08_figures.ipynb #c0117b01
+def plot_control(
+    results: pd.DataFrame,          # of `summarise`
+    metric: str = 'POS zero-shot',  # a column of `results`
+    control: str = 'scratch',       # the system with random weights
+    ax=None,                        # matplotlib axes; made if not given
+) -> Figure:
+    """Draw each system's scores beside those of random weights [paper sec. 4.2; our control].
+
+    Raises `InputError` if no system has the metric."""
+    fig, ax = (ax.figure, ax) if ax else new_axes(width=4.6, height=3.1)
+    scores = results.get(metric, pd.Series(dtype=float)).dropna()
+    systems = [s for s in scores.index.unique('system') if s != control]
+    if not systems: raise InputError(f"no scores of '{metric}' in these records.")
+    order = sorted(systems, key=lambda s: scores[s].mean())
+    for y, s in enumerate(order):
+        d = difference(scores[s])
+        if d.n > 1: ax.plot([d.low, d.high], [y, y], color=colour(s), lw=2)
+        ax.plot(scores[s], [y] * len(scores[s]), '.', color=colour(s), alpha=.45, ms=4)
+        ax.plot(d.delta, y, 'o', color=colour(s), ms=6)
+    if control in scores.index.unique('system'):
+        d = difference(scores[control])
+        low, high = (d.low, d.high) if d.n > 1 else (d.delta - .2, d.delta + .2)
+        ax.axvspan(low, high, color=GREYS[2], alpha=.6, lw=0, zorder=0)
+        ax.text(d.delta, len(order) - .45, 'random weights', ha='center', fontsize=8,
+                color=GREYS[1])
+    ax.set(yticks=range(len(order)), ylim=(-.6, len(order) - .1), xlabel=f'{metric}, F1')
+    ax.set_yticklabels(order)
     return fig
 
 # %% ../nbs/08_figures.ipynb #3db03e11
