@@ -222,7 +222,7 @@ def check_specs(specs: Iterable[RunSpec],  # to be run
                 raise InputError(f'a probe compares languages, but {s.name} has only {s.langs[0]}. '
                                  'Leave the probe out, or name two languages.')
 
-def each_once(specs: list[RunSpec]):
+def each_once(specs: list[RunSpec]):  # runs
     "Raise `InputError` if two runs have one name."
     names = [s.name for s in specs]
     if twice := [n for n in names if names.count(n) > 1]:
