@@ -39,7 +39,7 @@ from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, for_termin
                                        write_index)
 from .distributed import process_group, rank_and_world_size
 from .finetune import FinetuneConfig, finetune
-from .gradient_probes import GradientProbe, ProbeConfig, conflict
+from .gradient_probes import GradientProbe, ProbeConfig, conflict, split_pairs
 from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
 from .pretrain import TrainConfig, progress_bar
@@ -72,6 +72,7 @@ class DemoConfig(StudyOptions):
     tasks: tuple[str, ...] = ('ner', 'pos')  # finetuned in each language, tested in both
     seeds: int = 3  # how many; three at least for a standard error worth the name
     scale: str | None = None  # if not given: the demo's own, trained out on toy languages
+    vocab_size: int | None = None  # BPE pieces of text; the scale's own if not given
 
 # %% ../nbs/09_cli.ipynb #3c285600
 def split_commas(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -87,7 +88,10 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
         raise InputError(f"unknown scale '{cfg.scale}'. Use one of {', '.join(SCALES)}.")
     own = STUDIES['demo' if toy else 'demo-text']
     langs = split_commas(cfg.langs) or own.pairs[0]
-    study = replace(own, scale=SCALES[cfg.scale] if cfg.scale else own.scale, data=cfg.data,
+    scale = SCALES[cfg.scale] if cfg.scale else own.scale
+    if cfg.vocab_size is not None:
+        scale = replace(scale, model=replace(scale.model, vocab_size=cfg.vocab_size))
+    study = replace(own, scale=scale, data=cfg.data,
                     pairs=(langs,), systems=split_commas(cfg.systems) or own.systems,
                     tasks=split_commas(cfg.tasks), seeds=cfg.seeds)
     return _run_and_show(cfg, study, DEMO, f"demo-{'toy' if toy else '-'.join(langs)}")
@@ -361,7 +365,7 @@ def probe_table(rows: list[dict]):  # rows of a probe -> pandas.DataFrame of tex
     groups = sorted(next(iter(rows[0]['cos'].values())),
                     key=lambda g: ('layer' in g, g != 'all', g))
     pairs = list(rows[0]['cos'])
-    across = [p for p in pairs if len(set(p.split('-'))) > 1]
+    across = [p for p, (a, b) in split_pairs(pairs).items() if a != b]
     header = ['gradients of', *pairs, *(f'{p} {what}' for p in across
                                         for what in ('corrected', 'below zero'))]
     def line(group):

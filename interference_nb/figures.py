@@ -27,7 +27,7 @@ from matplotlib.ticker import LogLocator
 from .adapters import SLOTS, VARIANTS
 from .files import InputError
 from .l0_pruning import HardConcrete
-from .gradient_probes import conflict
+from .gradient_probes import conflict, split_pairs
 from .experiments import SYSTEMS
 from .records import load, price, strongest, summarise, text_name
 from .claims import difference, paired
@@ -522,7 +522,7 @@ def plot_conflict(probes: dict,  # {'en-fr': rows of each seed's probe}
     "Draw cosines within and across languages over training: mean ± se over seeds. [paper Fig. 3]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=6.)
     for (pair, seeds), colour in zip(probes.items(), ACCENTS, strict=False):
-        a, b = pair.split('-')
+        a, b = split_pairs(seeds[0][0]['cos'])[pair]
         seeds = [[r for r in rows if r['step'] < max_step] for rows in seeds]
         steps = running(np.array([r['step'] for r in seeds[0]]), window)
         for name, style, which in (('within', '--', (f'{a}-{a}', f'{b}-{b}')), ('', '-', (pair,))):
@@ -558,7 +558,7 @@ def plot_groups(probes: dict,  # {'en-fr': rows of each seed's probe}
     fig, ax = (ax.figure, ax) if ax else new_axes(width=1.5 + .8 * len(groups))
     shift = .8 / len(probes)
     for i, ((pair, seeds), colour) in enumerate(zip(probes.items(), ACCENTS, strict=False)):
-        a, b = pair.split('-')
+        a, b = split_pairs(seeds[0][0]['cos'])[pair]
         found = [[conflict(s, g, step, step + width) for g in groups] for s in seeds]
         x = np.arange(len(groups)) + (i - (len(probes) - 1) / 2) * shift
         across = [[f[pair]['mean'] for f in row] for row in found]

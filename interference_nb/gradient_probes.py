@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COMBINERS', 'disattenuated_cosine', 'eulerian_pair_order', 'gradients_into', 'gram', 'cosines', 'ProbeConfig',
-           'GradientProbe', 'conflict', 'pcgrad', 'vaccine', 'Mean', 'PCGrad', 'GradientVaccine', 'CombinedStep',
-           'inner_products', 'halves', 'corrected_cosines', 'compare_rounds']
+           'GradientProbe', 'split_pairs', 'conflict', 'pcgrad', 'vaccine', 'Mean', 'PCGrad', 'GradientVaccine',
+           'CombinedStep', 'inner_products', 'halves', 'corrected_cosines', 'compare_rounds']
 
 # %% ../nbs/04_gradient_probes.ipynb #8c70f394
 import math, tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement, groupby, pairwise
@@ -194,6 +194,15 @@ class GradientProbe:
         if self.rows: self.passes = self.rows[-1]['passes']
 
 # %% ../nbs/04_gradient_probes.ipynb #3d95446a
+def split_pairs(
+    names: Iterable[str],       # of pairs, as a probe writes them: 'en-en', 'en-zh-yue', ...
+) -> dict[str, tuple[str, str]]:
+    "Take names of pairs apart; a language's code may have hyphens of its own."
+    names = list(names)
+    langs = [p[:len(p) // 2] for p in names if p[:len(p) // 2] == p[len(p) // 2 + 1:]]
+    known = {f'{a}-{b}': (a, b) for a in langs for b in langs}
+    return {p: known[p] for p in names}
+
 def conflict(
     rows: list[dict],           # of a probe's record
     group: str = 'encoder',     # or 'all', 'attention', 'layer 0', ...
@@ -207,7 +216,7 @@ def conflict(
         raise InputError(f'unknown group {group!r}. The probe has: {", ".join(known)}.')
     cos = {pair: np.array([r[pair][group] for r in rows]) for pair in rows[0]}
     cos = {pair: c[~np.isnan(c)] for pair, c in cos.items()}
-    langs = [p[:len(p) // 2] for p in cos if p[:len(p) // 2] == p[len(p) // 2 + 1:]]
+    langs = list(dict.fromkeys(a for a, b in split_pairs(cos).values() if a == b))
     average = lambda x: float(x.mean()) if len(x) else math.nan
     mean = {pair: average(c) for pair, c in cos.items()}
     clean = {f'{a}-{b}': disattenuated_cosine(mean[f'{a}-{b}'], mean[f'{a}-{a}'], mean[f'{b}-{b}'])

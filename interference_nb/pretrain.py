@@ -39,6 +39,8 @@ class TrainConfig:
     warmup: int = 4000  # steps of linear warm-up
     schedule: str = 'inverse_sqrt'  # after warm-up: 'inverse_sqrt', 'linear' (to zero), 'constant'
     betas: tuple[float, float] = (0.9, 0.98)  # Adam's averaging rates
+    adam_eps: float = 1e-8  # added to Adam's denominator
+    weight_decay: float = 0.  # share of a weight, times the rate, that each step takes off
     clip: float = 5.0  # largest norm of the gradient
     mask_prob: float = 0.15  # share of the tokens that the model has to fill in
     rows: str = 'documents'  # what is packed into rows: 'documents', or 'segments' (lines)
@@ -55,6 +57,7 @@ class TrainConfig:
     def __post_init__(self):
         check_ranges(self, steps=(0, 10**8), batch_size=(1, 2**16), seq_len=(1, 2**16),
                      accumulate=(1, 2**16), lr=(1e-12, 1e30), warmup=(0, 10**8),
+                     adam_eps=(1e-30, 1.), weight_decay=(0., 1.),
                      clip=(1e-12, math.inf), mask_prob=(1e-6, 1.), temperature=(.05, math.inf),
                      eval_every=(1, 10**8), checkpoint_every=(1, 10**8), seed=(0, 2**63 - 1))
         if self.batch_size * self.seq_len > 2**24:
@@ -93,6 +96,12 @@ class TrainConfig:
     def paper(cls, **kw):
         "The paper's run on 4 GPUs: 4 x 128 rows of 256 tokens a step, 500k steps."
         return cls(**{**dict(accumulate=4), **kw})
+
+    @classmethod
+    def xlm(cls, **kw):
+        "The paper's run by the masked-LM recipe of XLM's README. [Lample and Conneau 2019]"
+        return cls.paper(**{**dict(warmup=30_000, betas=(.9, .999), adam_eps=1e-6,
+                                   weight_decay=.01), **kw})
 
 # %% ../nbs/01a_pretrain.ipynb #d516cb66
 def learning_rate(k: int,  # step, from 0
@@ -237,8 +246,10 @@ def perplexity(model,  # a `MaskedLM`
 def make_adam(params,  # tensors to update
               cfg: TrainConfig,  # sizes, schedule and seed
               ) -> torch.optim.Adam:
-    "Adam over `params`, in its fused form."
-    return torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas, fused=True)
+    "Adam over `params`, in its fused form; weight decay apart from the gradient, as XLM's."
+    about = dict(lr=cfg.lr, betas=cfg.betas, eps=cfg.adam_eps, fused=True)
+    if not cfg.weight_decay: return torch.optim.Adam(params, **about)
+    return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, **about)
 
 class Precision:
     "Autocast and loss scaling; 'auto' is bfloat16 (or float16) on a GPU, float32 on a CPU."
@@ -498,7 +509,8 @@ def progress_bar(total: int,  # steps
                            '{remaining} left, {rate_fmt} {postfix}')
 
 # settings younger than some checkpoints, and what those were trained with
-BEFORE = dict(rows='documents', language_order='sampled', positions='learned')
+BEFORE = dict(rows='documents', language_order='sampled', positions='learned',
+              adam_eps=1e-8)
 OWN_ROWS = 'start', 'step', 'eval', 'resume', 'end'     # kinds of rows that training writes
 # change no weight, or by rounding only
 FREE = 'eval_every', 'checkpoint_every', 'activation_checkpointing', 'compile'

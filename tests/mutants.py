@@ -130,7 +130,7 @@ EDITS = (
          PRETRAIN),
     Edit('01a_pretrain', 'dict(state=moments,', 'dict(state={},',
          "a resumed run forgets Adam's moments", PRETRAIN),
-    Edit('01a_pretrain', 'lr=cfg.lr, betas=cfg.betas, fused=True', 'lr=cfg.lr, fused=True',
+    Edit('01a_pretrain', 'lr=cfg.lr, betas=cfg.betas, eps', 'lr=cfg.lr, eps',
          "Adam's averaging rates are not the config's", PRETRAIN),
     Edit('01a_pretrain', 'float(total) / sum(len(b.targets) for b in batches)',
          'float(total) / sum(b.tokens.numel() for b in batches)',

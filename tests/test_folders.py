@@ -1,6 +1,7 @@
 "People's own files: which content a run was made from, labels by name, rows that cannot be used."
 import json
 import time
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -9,13 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from interference_nb import data
 from interference_nb.adapters import MultilingualLM
 from interference_nb.cli import main
 from interference_nb.data import (NER_LABELS, NLI_LABELS, UPOS_LABELS, prepare_corpus,
                                   split_sentences, train_tokenizer)
+from interference_nb.experiments import Scale, plan, run
 from interference_nb.files import InputError, read_jsonl
 from interference_nb.finetune import FinetuneConfig, finetune
 from interference_nb.folders import FolderSource
+from interference_nb.pretrain import TrainConfig
 from interference_nb.tasks import read_data
 from interference_nb.tokenizers import UNK, WordTokenizer
 from interference_nb.transformer import ModelConfig
@@ -89,15 +93,15 @@ def test_other_content_under_a_finished_run_is_refused_and_a_move_changes_nothin
 
 def test_a_record_of_an_older_version_is_accepted(tmp_path, capsys):
     "Without fingerprints, and with the folder's name in its config."
-    data = text_of(tmp_path/'data')
-    assert pretrain(data, tmp_path/'out') == 0
+    folder = text_of(tmp_path/'data')
+    assert pretrain(folder, tmp_path/'out') == 0
     path = tmp_path/'out'/'joint-zh-yue+sr-Latn-0'/'record.jsonl'
     rows = read_jsonl(path)
     del rows[0]['inputs']
     rows[0]['config']['run']['data'] = 'data'
     path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
     before = path.read_bytes()
-    assert pretrain(data, tmp_path/'out') == 0 and path.read_bytes() == before
+    assert pretrain(folder, tmp_path/'out') == 0 and path.read_bytes() == before
 
 
 def class_label(column, names, rows, path):
@@ -158,9 +162,9 @@ def test_one_bad_row_among_many_is_counted_and_named(tmp_path, capsys, task, goo
     write(place/'validation.parquet', rows[:5] + [bad])
     write(place/'test.parquet', rows[:5])
     source, tok = FolderSource(tmp_path), WordTokenizer(['Ada', 'ide', 'ko', 'a', 'b'])
-    data = read_data(task, source, 'sr-Latn', 'train', tok, 16)
+    made = read_data(task, source, 'sr-Latn', 'train', tok, 16)
     error = capsys.readouterr().err
-    assert len(data.rows) == 200 and data.notes == dict(left_out=1)
+    assert len(made.rows) == 200 and made.notes == dict(left_out=1)
     assert f'{task}/sr-Latn/train.parquet, row 8: ' in error and said in error
     with pytest.raises(InputError) as e: read_data(task, source, 'sr-Latn', 'validation', tok, 16)
     assert f'{task}/sr-Latn/validation.parquet, row 6: ' in str(e.value) and said in str(e.value)
@@ -174,10 +178,10 @@ def test_a_long_question_loses_its_end_and_is_counted(tmp_path, capsys):
     write(tmp_path/'qa'/'sr-Latn'/'validation.parquet', rows)
     write(tmp_path/'qa'/'sr-Latn'/'train.parquet', rows)
     tok = WordTokenizer(['Ada', 'ide', 'ko'])
-    data = read_data('qa', FolderSource(tmp_path), 'sr-Latn', 'test', tok, 64)
-    assert data.notes == dict(questions_cut=2)              # 60 pieces leave room for one
-    assert [len(f.ids) for f in data.features if f.row < 2] == [1 + 30 + 1 + 2 + 1] * 2
-    assert [f.targets for f in data.features if f.row < 2] == [[32, 32]] * 2
+    made = read_data('qa', FolderSource(tmp_path), 'sr-Latn', 'test', tok, 64)
+    assert made.notes == dict(questions_cut=2)              # 60 pieces leave room for one
+    assert [len(f.ids) for f in made.features if f.row < 2] == [1 + 30 + 1 + 2 + 1] * 2
+    assert [f.targets for f in made.features if f.row < 2] == [[32, 32]] * 2
     assert '2 of 4 questions are cut' in capsys.readouterr().err
 
 
@@ -256,3 +260,51 @@ def test_damaged_ids_are_made_anew(tmp_path, capsys):
     again = prepare_corpus(source, ['sr-Latn'], tok, tmp_path/'ids', workers=1)
     assert np.array_equal(again['sr-Latn']['train'].ids, good)
     assert f'{path.name} is damaged and is made anew' in capsys.readouterr().err
+
+
+def test_the_hub_has_any_language_and_names_its_labels(monkeypatch):
+    "German is none of the paper's nine; its treebanks are looked up, and UPOS come from A to Z."
+    names, asked = sorted(UPOS_LABELS), []
+
+    def opened(repo, config, data_dir, commit, streaming, online):
+        asked.append((repo, config or data_dir))
+        if repo == data.HUB['text']: rows = [dict(id=str(i), text=f'Satz {i}.') for i in range(300)]
+        elif repo == data.HUB['pos']: rows = [dict(tokens=['im', 'in', 'Haus'], upos=[
+            names.index(u) for u in ('_', 'ADP', 'NOUN')])]
+        else: rows = [dict(tokens=['Ada'], ner_tags=[1])]
+        features = None if repo != data.HUB['pos'] else datasets.Features(dict(
+            tokens=[datasets.Value('string')], upos=[datasets.ClassLabel(names=names)]))
+        return dict(train=datasets.Dataset.from_list(rows, features))
+    monkeypatch.setattr(data, '_open_hub', opened)
+    monkeypatch.setattr(data, '_resolve_revision', lambda *args: ('c0ffee', True))
+    monkeypatch.setattr(data, '_hub_folders', lambda repo, commit, prefix, online:
+                        [d for d in ('de_gsd', 'de_hdt', 'fr_gsd') if d.startswith(prefix)])
+    hub = data.HubSource()
+    assert sum(len([*hub.text('de', s)]) for s in data.SPLITS) == 300
+    want = dict(tokens=['in', 'Haus'], upos=[UPOS_LABELS.index('ADP'), UPOS_LABELS.index('NOUN')])
+    assert hub.examples('pos', 'de', 'train') == [want] * 2     # two treebanks
+    assert hub.examples('ner', 'de', 'train') == [dict(tokens=['Ada'], ner_tags=[1])]
+    assert asked[0] == (data.HUB['text'], f'{data.WIKIPEDIA_DUMP}.de')
+    assert data.check_languages(hub, ['de', 'zh-yue']) == ('de', 'zh-yue')
+    with pytest.raises(InputError, match='no language code'): hub.text('../de')
+
+
+def test_labels_edited_after_finetuning_are_noticed(tmp_path):
+    "A finished run with a task: the files of its labels, of tested languages too, are in its rows."
+    folder = text_of(tmp_path/'data')
+    for lang in LINES:
+        for split in ('train', 'validation', 'test'):
+            write(folder/f'ner/{lang}/{split}.jsonl', (json.dumps(TAGGED) + '\n') * 4)
+    scale = Scale(ModelConfig.toy(60, dim=8, n_layers=1, ffn_dim=16, n_heads=2),
+                  TrainConfig.toy(steps=1, warmup=1, batch_size=2, seq_len=8, eval_every=1),
+                  dict(ner=FinetuneConfig.toy(epochs=1, max_len=8)))
+    spec, = plan(['joint'], tuple(LINES), 1, scale, str(folder), tasks=('ner',))
+    rows = run(spec, tmp_path/'out')
+    row = next(r for r in rows if r['kind'] == 'finetune' and r['train_lang'] == 'zh-yue')
+    assert set(row['inputs']) == {f'ner/{l}/{s}.jsonl' for l in LINES
+                                  for s in ('train', 'validation', 'test')}
+    assert run(spec, tmp_path/'out') == read_jsonl(tmp_path/'out'/spec.name/'record.jsonl')
+    write(folder/'ner/sr-Latn/test.jsonl', (json.dumps(TAGGED | dict(ner_tags=[3, 0])) + '\n') * 4)
+    with pytest.raises(InputError, match='ner/sr-Latn/test.jsonl has other content'):
+        run(spec, tmp_path/'out')
+    assert run(replace(spec, tasks=()), tmp_path/'out')         # its text is the same

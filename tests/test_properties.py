@@ -1,8 +1,11 @@
 """Properties: what must hold of every input, with the inputs drawn by hypothesis."""
 import math
+import os
+import warnings
 from dataclasses import replace
 from functools import cache
 from itertools import combinations_with_replacement, pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,14 +14,18 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from interference_nb.data import (Corpus, Stream, cap_sentences, dev_batches, mask_tokens,
-                                  parallel_map, sampling_probabilities, split_of, split_sentences)
-from interference_nb.tokenizers import MASK, SPECIALS
+from interference_nb.data import (TASK_COLUMNS, Corpus, Stream, cap_sentences, check_code,
+                                  dev_batches, explain_row, map_labels, mask_tokens, parallel_map,
+                                  sampling_probabilities, split_of, split_sentences)
+from interference_nb.files import InputError
+from interference_nb.tokenizers import (LONGEST, MASK, SPECIALS, UNK, Tokenizer, _short_lines)
 from interference_nb.experiments import SCALES, SYSTEMS, RunSpec
 from interference_nb.claims import paired
-from interference_nb.tasks import (TaskData, count_spans, cut_between_words, span_f1, task_spec,
+from interference_nb.tasks import (TASKS, TaskData, count_spans, cut_between_words, span_f1,
+                                   task_spec,
                                    windows, word_f1)
-from interference_nb.gradient_probes import eulerian_pair_order, gram, pcgrad, vaccine
+from interference_nb.gradient_probes import (eulerian_pair_order, gram, pcgrad, split_pairs,
+                                             vaccine)
 from interference_nb.l0_pruning import HardConcrete
 from interference_nb.meta_adapters import MetaConfig, mean_gradient, perturbed
 from interference_nb.pretrain import BatchSampler, TrainConfig, learning_rate
@@ -456,3 +463,112 @@ def test_paired_is_scipys(values):
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
     assert found.p == pytest.approx(theirs.pvalue)
     assert (found.low > 0 or found.high < 0) == (theirs.pvalue < .05)
+
+
+# ---- what people's files may hold; INTERFERENCE_EXAMPLES=10 draws ten times as many examples ----
+
+MORE = float(os.environ.get('INTERFERENCE_EXAMPLES', '1'))
+def anything(n): return settings(max_examples=int(n * MORE))
+
+
+anytext = st.text(max_size=60) | st.text(
+    '。！？۔؟।॥။ก\u200b\u200c\u200d\u2028\r\t\x00\x1f .\n中문😀a', max_size=60)
+
+
+@anything(400)
+@given(anytext)
+def test_sentences_of_any_script_lose_nothing_but_blanks(text):
+    found = split_sentences(text)
+    assert ''.join(''.join(found).split()) == ''.join(text.split())
+    assert all(s.strip() for s in found) and not any('\n' in s for s in found)
+    assert split_sentences('\n'.join(found)) == [s.strip() for s in found]
+
+
+@cache
+def bpe():
+    return Tokenizer.train(['ab ba. 中文。 กขค 😀 x\u200dy', 'ab c'] * 30, 40)
+
+
+@anything(300)
+@given(anytext, st.lists(st.text(max_size=8), max_size=6))
+def test_any_text_becomes_ids_with_its_places(text, words):
+    tok = bpe()
+    ids = tok.encode(text)
+    assert all(i == UNK or i > MASK for i in ids)                   # text makes no special id
+    again, offsets = tok.encode_offsets(text)
+    assert again == ids and all(0 <= a <= b <= len(text) for a, b in offsets)
+    assert [a for a, _ in offsets] == sorted(a for a, _ in offsets)
+    flat, first = tok.encode_words(words)
+    assert len(first) == len(words) and first == sorted(set(first)) and (not words or first[0] == 0)
+    assert not words or len(flat) > first[-1]
+
+
+jsonish = st.recursive(st.none() | st.booleans() | st.integers(-3, 20) | st.floats(allow_nan=False)
+                       | st.text(max_size=5) | st.binary(max_size=3),
+                       lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(
+                           ['text', 'answer_start', 'tokens', 'a']), x, max_size=3), max_leaves=6)
+COLUMNS = sorted({c for columns in TASK_COLUMNS.values() for c in columns} | {'text'})
+
+
+@anything(400)
+@given(st.dictionaries(st.sampled_from(COLUMNS), jsonish, max_size=6),
+       st.sampled_from(['text', *TASK_COLUMNS]))
+def test_any_row_is_used_or_explained_in_a_line(row, kind):
+    why = explain_row(kind, row)
+    if why: assert '\n' not in why and len(why) < 300
+    elif kind == 'text': assert isinstance(row['text'], str)
+    else:
+        spec = TASKS[kind]
+        try: clean = spec.clean(map_labels(kind, row, 'row 1', spec.labels), spec)
+        except InputError as e: assert '\n' not in str(e)
+        else: spec.encode([clean], spec, bpe(),
+                          16)                 # whatever is left can be encoded
+
+
+tags = st.lists(st.sampled_from(['O', 'B', 'I', 'B-A', 'I-A', 'B-A-x', 'I-A-x', 'E-A', 'S-B',
+                                 'I-B']),
+                min_size=1, max_size=9)
+
+
+@anything(300)
+@given(st.lists(st.tuples(tags, tags), min_size=1, max_size=4))
+def test_tags_of_any_shape_score_as_seqeval_scores_them(pairs):
+    from seqeval.metrics import f1_score
+    gold, said = zip(*((g[:len(p)], p[:len(g)]) for g, p in pairs), strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        want = 100 * f1_score([*gold], [*said], zero_division=0)
+    assert math.isclose(span_f1([*gold], [*said]), want, abs_tol=1e-9)
+
+
+@anything(200)
+@given(st.lists(st.text('ab ', max_size=6) | st.text('中。', max_size=6), max_size=5),
+       st.integers(20, 90))
+def test_no_line_is_too_long_and_none_is_lost(lines, times):
+    lines = [line * (times * 50) for line in lines]
+    parts = list(_short_lines(lines))
+    assert all(len(p.encode()) <= LONGEST for p in parts)
+    assert ''.join(''.join(parts).split()) == ''.join(''.join(lines).split())
+
+
+@anything(200)
+@given(rows=st.lists(st.lists(st.integers(0, 6), min_size=0, max_size=40), min_size=1, max_size=5),
+       room=st.integers(3, 30))
+def test_rows_of_any_length_keep_every_label(rows, room):
+    spec, tok = TASKS['ner'], bpe()
+    rows = [dict(tokens=['ab'] * len(r), ner_tags=r) for r in rows]
+    data = TaskData(spec, rows, tok, room)
+    assert len(data.lengths) == 0 or data.lengths.max() <= room
+    found = [[] for _ in rows]
+    for f in data.features: found[f.row] += [f.targets[i] for i in f.positions]
+    assert found == [r['ner_tags'] for r in rows]
+
+
+@anything(200)
+@given(code=st.text(max_size=12) | st.from_regex('[a-z]{2,3}([-_][A-Za-z0-9]{2,4})?',
+                                                 fullmatch=True))
+def test_a_language_code_is_a_plain_part_of_a_path(code):
+    try: check_code(code)
+    except InputError: return
+    assert Path(code).name == code == Path('x', code).name and not set(code) & set('/\\|<>+. \n')
+    assert split_pairs([f'{code}-{code}', f'{code}-en', 'en-en'])[f'{code}-en'] == (code, 'en')
