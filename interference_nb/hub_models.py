@@ -404,7 +404,7 @@ class HubEncoder(nn.Module):
                              f'{config.pad_token_id} of the model. Use its own vocabulary.')
         self.langs = tuple(getattr(config, 'lang2id', None) or ())      # none: it takes any
         longest = min(config.max_position_embeddings, tokenizer.hub.model_max_length)
-        self.cfg = SimpleNamespace(dim=config.hidden_size, max_len=longest,
+        self.cfg = SimpleNamespace(dim=config.hidden_size, max_len=longest, positions='learned',
                                    vocab_size=tokenizer.vocab_size)
 
     def forward(

@@ -128,7 +128,7 @@ EDITS = (
     Edit('01a_pretrain', 'np.random.default_rng([cfg.seed, 7919])',
          'np.random.default_rng([7919])', 'languages come in the same order with every seed',
          PRETRAIN),
-    Edit('01a_pretrain', 'dict(state=moments,', 'dict(state={},',
+    Edit('01a_pretrain', 'dict(state=moments[name],', 'dict(state={},',
          "a resumed run forgets Adam's moments", PRETRAIN),
     Edit('01a_pretrain', 'lr=cfg.lr, betas=cfg.betas, eps', 'lr=cfg.lr, eps',
          "Adam's averaging rates are not the config's", PRETRAIN),
