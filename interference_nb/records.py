@@ -22,7 +22,7 @@ from .baselines import clearly_below_unigram
 from .gradient_probes import conflict
 from .tasks import TASKS, task_spec
 from .pretrain import flattened
-from .experiments import SYSTEMS, run_of
+from .experiments import FINETUNED, SYSTEMS, run_of
 
 # %% ../nbs/07d_records.ipynb #aa07d009
 PACKED = 'records.jsonl.xz'  # all records of a study in one file
@@ -38,7 +38,7 @@ def read_runs(folder,  # of a study
               whole: bool = True,  # leave out those that are being added to
               ) -> dict[str, Run]:  # by name
     "Read the runs of a study, packed or not, that were trained to their end; name damaged ones."
-    last = ('done',) if whole else ('end', 'gates', 'finetune', 'no lesson', 'done')
+    last = ('done',) if whole else ('end', 'gates', *FINETUNED, 'done')
     out, wanted = {}, None if names is None else set(names)
     for name, files in sorted(stored(Path(folder)).items()):
         if wanted is not None and name not in wanted: continue
