@@ -87,7 +87,7 @@ docs: $(READY)      ## the site, into _docs: 1 minute
 
 lab: $(READY)       ## JupyterLab on the notebooks, until Ctrl-C
 	$(say) "Starting JupyterLab on nbs/: a few seconds; Ctrl-C twice ends it"
-	nbdev_trust && jupyter lab nbs
+	nbdev_trust && jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 prepare: $(READY)   ## before a commit: export, clean, README, lint, test: 10 minutes
 	$(say) "Exporting, cleaning, making the README, checking and testing: about 10 minutes"

@@ -6,10 +6,10 @@
 __all__ = ['TORCHRUN', 'REAL', 'OLD_OPTIONS', 'DataOptions', 'StudyOptions', 'DemoConfig', 'interference_demo', 'TextOptions',
            'SystemOptions', 'RunOptions', 'PrepareConfig', 'StatisticsConfig', 'PretrainConfig', 'PlanConfig',
            'ExportCommand', 'FinetuneCommand', 'prepare', 'statistics', 'plan_pretraining', 'export_run', 'pretrain',
-           'finetune_run', 'ProbeCommand', 'PruneCommand', 'CausesConfig', 'probe_run', 'probe_table', 'prune_run',
-           'interference_causes', 'CompareCommand', 'compare_runs', 'ReportCommand', 'report_model', 'CheckConfig',
-           'check_data', 'ReproduceConfig', 'interference_reproduce', 'CapacityConfig', 'interference_capacity',
-           'Command', 'Group', 'command_tree', 'option_names', 'upgrade_options', 'main']
+           'finetune_run', 'PredictCommand', 'predict_run', 'ProbeCommand', 'PruneCommand', 'CausesConfig', 'probe_run',
+           'probe_table', 'prune_run', 'interference_causes', 'CompareCommand', 'compare_runs', 'ReportCommand',
+           'report_model', 'CheckConfig', 'check_data', 'ReproduceConfig', 'interference_reproduce', 'CapacityConfig',
+           'interference_capacity', 'Command', 'Group', 'command_tree', 'option_names', 'upgrade_options', 'main']
 
 # %% ../nbs/09_cli.ipynb #8ae5884a
 import difflib, io, json, math, os, re, shutil, sys, textwrap, time
@@ -19,10 +19,11 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from .data import (SPLITS, check_languages, corpus_statistics, statistics_table,
-                                  train_tokenizer)
+from .data import (SPLITS, TASK_COLUMNS, check_languages, corpus_statistics,
+                                  statistics_table, train_tokenizer)
 from .folders import FolderSource, describe_text, find_files, unread_files
-from .tasks import TASKS, usable_rows
+from .tasks import (TASKS, TaskData, read_data, scores_by_type, task_spec,
+                                   usable_rows)
 from .tokenizers import load_tokenizer
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
                                    remedy_of, write_atomically)
@@ -38,7 +39,7 @@ from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, for_termin
                                        one_line, run_study, say, specs_of, tell_failed,
                                        write_index)
 from .distributed import process_group, rank_and_world_size
-from .finetune import FinetuneConfig, finetune
+from .finetune import FinetuneConfig, finetune, finetuned, predict
 from .gradient_probes import GradientProbe, ProbeConfig, conflict, split_pairs
 from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
@@ -317,6 +318,54 @@ def finetune_run(cfg: FinetuneCommand,  # the command's options
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
+
+# %% ../nbs/09_cli.ipynb #795a40bd
+@dataclass(frozen=True, kw_only=True)
+class PredictCommand(RunOptions):
+    "Tag text with a finetuned model; without --text the test rows, with scores by type."
+    text: Path | None = None  # UTF-8, a sentence a line, words between blanks
+    task: str = 'ner'  # or pos: what `interference finetune` was run on
+    train_lang: str = 'en'  # in this language
+    lang: str | None = None  # of the text, whose modules it goes through; the same if not given
+    out: Path | None = None  # a word and its tag a line; in the finetuning's folder if not given
+
+def predict_run(cfg: PredictCommand) -> Path:  # of the file
+    "Write a tag for each word, and the true one where it is known."
+    if cfg.task not in ('ner', 'pos'):
+        raise InputError(f"'{cfg.task}' gives words no tags. Use --task ner or pos.")
+    _, source, tokenizer, _, model = open_run(cfg.run, cfg.data)
+    lang, task = cfg.lang or cfg.train_lang, task_spec(cfg.task)
+    if lang not in model.langs:
+        raise InputError(f"unknown language '{lang}'. This model has {', '.join(model.langs)}.")
+    home = cfg.run/f'finetune-{cfg.task}-{cfg.train_lang}'
+    tuned, settings = finetuned(model, cfg.task, home)
+    max_len = min(settings.max_len, model.cfg.max_len)
+    if cfg.text is None:
+        data = read_data(task, source, lang, 'test', tokenizer, max_len, settings.max_eval)
+    else:
+        try: lines = cfg.text.read_text(encoding='utf-8').splitlines()
+        except UnicodeDecodeError as e:
+            raise InputError(f'{cfg.text} is not UTF-8 ({e.reason} at byte {e.start}). Convert it, '
+                             'with iconv for example.') from None
+        words, labels = TASK_COLUMNS[task.data]
+        rows = [{words: line.split(), labels: [next(i for i, l in enumerate(task.labels)
+                 if l != '_')] * len(line.split())} for line in lines if line.strip()]
+        if not rows: raise InputError(f'{cfg.text} has no words. Give it a sentence a line.')
+        data = TaskData(task, rows, tokenizer, max_len)
+    found = predict(tuned, data, lang)
+    gold = [[task.labels[l] for l in r['labels']] for r in data.rows]
+    sides = [found, gold] if cfg.text is None else [found]
+    sentences = ['\n'.join('\t'.join(columns) for columns in zip(r['tokens'], *tags, strict=True))
+                 for r, *tags in zip(data.rows, *sides, strict=True)]
+    name = f'predictions-{lang}' if cfg.text is None else f'{cfg.text.stem}-{lang}'
+    out = write_atomically(cfg.out or home/f'{name}.tsv', '\n\n'.join(sentences) + '\n')
+    if cfg.text is None:
+        table = pd.DataFrame(scores_by_type(gold, found)).T.rename_axis('type').reset_index()
+        print(text_table(table.map(lambda x: f'{x:.1f}' if isinstance(x, float) else x)))
+    print(f'{len(data.rows)} sentences of {lang} are tagged in {out}: word, tag'
+          + ', true tag' * (cfg.text is None))
+    return out
+
 
 # %% ../nbs/09_cli.ipynb #51ce7ea8
 @dataclass(frozen=True, kw_only=True)
@@ -665,6 +714,7 @@ def command_tree() -> Group:
         'capacity': Command(interference_capacity, CapacityConfig()),
         'probe': Command(probe_run, ProbeCommand()),
         'prune': Command(prune_run, PruneCommand()),
+        'predict': Command(predict_run, PredictCommand()),
         'compare': Command(compare_runs, CompareCommand(first=MISSING, second=MISSING)),
         'export': Command(export_run, ExportCommand(run=MISSING, folder=MISSING)),
         'data': Group('Check a folder of your own, prepare text, or count it.', {

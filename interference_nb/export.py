@@ -315,6 +315,8 @@ def _card(model, about):
              'or, with all that `interference_nb` knows of it,', '', '```python',
              'from interference_nb.export import import_hf',
              'model, tokenizer = import_hf(FOLDER)', '```', '']
+    lines += [f"`{'`, `'.join(SPECIALS)}` in a text are read as the special tokens that they name; "
+              'training read them as text.', '']
     if copies > 1:
         lines += [f'The hidden vectors are {copies} copies of {cfg.dim} numbers, because XLM has '
                   f'no heads of {cfg.head_width} in {cfg.dim}; in the last layer the first '
@@ -416,6 +418,7 @@ def with_adapters(
         for i in range(model.cfg.n_layers):
             for layer, name in ((xlm.attentions[i].out_lin, 'attention'),
                                 (xlm.ffns[i].lin2, 'ffn')):
+                if i in model.cfg.layers_without_adapters: continue
                 hooks.append(layer.register_forward_hook(hook(f'blocks.{i}.{name}_adapter')))
         yield module
     finally:
@@ -461,13 +464,22 @@ def _described(folder):
         raise InputError(f'{folder}/config.json has its languages in two orders. Copy it again.')
     return model
 
+def _refuse_resaved(folder):
+    "Say so if transformers wrote the folder: it keeps no more than it reads itself."
+    if 'transformers_version' in _read_config(folder):
+        raise InputError(f'{folder} was saved again by transformers (save_pretrained), which '
+                         'leaves out what only interference_nb reads. Import the folder that '
+                         'export_hf wrote; transformers itself reads both.')
+
 def _whole(folder, name):
     "Read a file's bytes if it is the one that was exported."
     path, files = Path(folder) / name, _read_config(folder)['interference_nb'].get('files', {})
     try: data = path.read_bytes()
     except OSError as e:
+        _refuse_resaved(folder)
         raise InputError(f'{path} cannot be read ({e}). Copy the folder again.') from e
     if hashlib.sha256(data).hexdigest() != files.get(name):
+        _refuse_resaved(folder)
         raise InputError(f'{path} is cut short, or of another export than config.json. '
                          'Copy the folder again.')
     return data

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adapters import locate_parameter, parameter_groups
+from .adapters import kept, locate_parameter, parameter_groups
 from .files import InputError, JsonlLog, check_ranges
 from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, check_shares,
                                       mean_over_processes, same_config, seed_step)
@@ -153,7 +153,8 @@ class GradientProbe:
         if self.record is None: self.start(k, sampler)
         if k % self.cfg.every: return
         device = next(iter(model.theta.values())).device
-        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        own = list(model.buffers()) if hasattr(model, 'buffers') else []
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []), kept(own):
             seed_step(sampler.cfg.seed, 2**32 + k)         # dropout of its own
             cos = cosines(model.theta, self.losses(k, model, sampler, device), sampler.langs,
                           average=mean_over_processes)

@@ -478,9 +478,10 @@ def _second_derivatives(model, batches):
     lang, first = next(iter(losses.items()))
     def term(estimator):
         h = hypergradient(model.theta.values(), model.phi[lang].values(), first,
-                          list(losses.values()), .1, estimator)
+                          list(losses.values()), .1, estimator, buffers=list(model.buffers()))
         return torch.cat([t.reshape(-1) for t in h.second_order])
-    try: truth = term(exact)
+    try: truth, other = term(exact), term(finite_difference)
+    except InputError as e: return str(e).split('. ')[0]
     except RuntimeError as e: return f'only by finite difference ({str(e).splitlines()[0][:80]})'
-    error = ((term(finite_difference) - truth).norm() / truth.norm()).item()
+    error = ((other - truth).norm() / truth.norm()).item()
     return '' if error < .05 else f'exact and finite difference differ by {error:.0%}'

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .adapters import frozen
+from .adapters import frozen, kept
 from .files import InputError, check_ranges
 from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, make_adam,
                                       mean_over_processes)
@@ -87,6 +87,8 @@ def mean_gradient(
             total = total + value.detach()
             del value                       # frees what is left of the graph
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in inputs]
+        if any(g.is_sparse for g in grads):
+            raise InputError("a gradient is sparse. Build the embeddings with sparse=False.")
     finally:
         for p, grad in zip(inputs, kept): p.grad = grad
     if len(losses) > 1: grads = list(torch._foreach_mul(grads, 1 / len(losses)))
@@ -213,15 +215,18 @@ def hypergradient(
     eps: float = 1e-2,                          # length of the finite difference, > 0
     average: Callable[[list], list] = list,     # mean over processes; the identity for one
     check: bool = True,                         # stop at a loss that is not finite
+    buffers: Sequence[Tensor] = (),             # the model's: running statistics that losses change
 ) -> Hypergradient:                             # both terms, losses and passes
     """Differentiate the validation loss after an inner step by phi [paper Eq. 3-4; Algorithm 1].
 
     Raises `InputError` for tensors that are not leaves, occur twice or are missing, a missing loss,
-    a beta or eps that is not positive, gradients switched off, and a loss that is not finite."""
+    a beta or eps that is not positive, 16-bit weights where a difference is taken, a sparse
+    gradient, gradients switched off, and a loss that is not finite."""
     theta, phi, train, val = _checked(theta, phi, train_loss, val_losses, beta, eps, estimator)
     noise, n = rng_state(), len(theta)
     shared = theta if estimator.needs_v else []
-    with sdpa_kernel(SDPBackend.MATH) if estimator.differentiates_twice else nullcontext():
+    exactly = sdpa_kernel(SDPBackend.MATH) if estimator.differentiates_twice else nullcontext()
+    with kept(buffers), exactly:
         if estimator.reuses_gradient:
             with _full_precision(theta): train_value, g = mean_gradient(train, theta + phi)
             here = dict(here=g[n:])
@@ -263,6 +268,11 @@ def _checked(theta, phi, train_loss, val_losses, beta, eps, estimator):
                          "Each parameter is either shared or specific, once.")
     if not train or not val:
         raise InputError("A loss is missing. Pass a training and a validation closure at least.")
+    short = [p.dtype for p in theta + phi if p.element_size() < 4]
+    if short and estimator.passes and not estimator.differentiates_twice:
+        raise InputError(f"weights are stored in {str(short[0]).removeprefix('torch.')}, whose "
+                         "rounding is as large as a finite difference. Store them in float32 "
+                         "(autocast may run losses in 16 bits), or use the estimator exact.")
     for name, x in (('beta', beta), ('eps', eps)):
         if not isinstance(x, Tensor) and not 0 < x < math.inf:
             raise InputError(f"{name} is {x}. It must be positive and finite.")
@@ -415,7 +425,8 @@ class MetaStep(JointStep):
         beta = (lr if meta.beta is None else meta.beta) / s     # losses times s, beta over s:
         with self.amp.autocast():                               # the hypergradient times s
             h = hypergradient(self.theta, phi, self.losses(batches), self.losses(val), beta,
-                              self.estimator, meta.eps, mean_over_processes, False)
+                              self.estimator, meta.eps, mean_over_processes, False,
+                              list(self.model.buffers()))
         self.passes += h.passes
         self.step('specific', phi, h.total, lr, average=False)  # equal on all processes already
         out = dict(val_loss=h.val_loss / s)

@@ -6,7 +6,8 @@
 __all__ = ['SCHEDULES', 'PRECISIONS', 'BEFORE', 'OWN_ROWS', 'FREE', 'TrainConfig', 'learning_rate', 'BatchSampler',
            'check_shares', 'pinned', 'perplexity', 'make_adam', 'Precision', 'JointStep', 'training_state',
            'restore_training_state', 'config_hash', 'code_version', 'run_info', 'train', 'clocks', 'seed_step',
-           'prepare_model', 'keep_memory', 'progress_bar', 'flattened', 'same_config', 'data_name', 'upgraded']
+           'prepare_model', 'keep_memory', 'TensorBoard', 'progress_bar', 'flattened', 'same_config', 'data_name',
+           'upgraded']
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, json, math, os, platform, signal, subprocess, sys, time
@@ -497,6 +498,25 @@ def _end_by(number: int):
     if number == signal.SIGINT: raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
+class TensorBoard:
+    "Draw what a run measures in TensorBoard, as a callback of `train`."
+    def __init__(self, folder,  # of the run: `tensorboard --logdir` shows it, or several at once
+                 writer=None):  # anything with `add_scalar(name, value, step)`; None: TensorBoard's
+        "Raises `InputError` without the package."
+        if writer is None:
+            try: from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("TensorBoard is not installed. Install it with "
+                                 "pip install 'interference_nb[tensorboard]'.") from None
+            writer = SummaryWriter(str(Path(folder)/'tensorboard'))
+        self.writer = writer
+
+    def __call__(self, k: int,  # step that was just taken
+                 model, sampler, out: dict):  # out: what the step returned
+        "Add the numbers of a step, of the first process."
+        if sampler.rank: return
+        for name, value in out.items(): self.writer.add_scalar(name, float(value), k + 1)
+
 def progress_bar(total: int,  # steps
                  initial: int,  # steps done already
                  shown: bool,  # False: print nothing
@@ -573,6 +593,8 @@ class _RunLog:
         self.spent, self.since = np.zeros(2), clocks()   # on training: wall and processor seconds
         self.reduced = -traffic.bytes
         self.tokens_a_step = cfg.accumulate * cfg.batch_size * cfg.seq_len
+        own = getattr(model, 'variant', 'joint')     # what `load_model` needs to build it again
+        about = ({} if own == 'joint' else dict(variant=own)) | about
         self.config = dict(model=asdict(model.cfg), langs=list(model.langs), train=asdict(cfg),
                            step=step.describe(), **about)
         self.checkpoint = Path(folder)/'checkpoint.safetensors' if folder else None

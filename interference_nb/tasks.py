@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['tagging', 'TASKS', 'BAD_ROWS', 'classifying', 'MAX_ANSWER', 'Feature', 'cut_between_words', 'encode_tags', 'spans',
-           'count_spans', 'span_f1', 'TaskSpec', 'total_score', 'check_label', 'clean_tags', 'linear_head',
-           'tagging_loss', 'decode_tags', 'score_tags', 'task_spec', 'TaskBatch', 'TaskData', 'task_rows',
-           'placed_rows', 'usable_rows', 'read_data', 'FirstPosition', 'encode_pairs', 'clean_label', 'score_label',
-           'windows', 'encode_qa', 'span_loss', 'decode_span', 'normalise_answer', 'word_f1', 'score_qa', 'clean_qa']
+           'count_spans', 'span_f1', 'scores_by_type', 'TaskSpec', 'total_score', 'check_label', 'clean_tags',
+           'linear_head', 'tagging_loss', 'decode_tags', 'score_tags', 'task_spec', 'TaskBatch', 'TaskData',
+           'task_rows', 'placed_rows', 'usable_rows', 'read_data', 'FirstPosition', 'encode_pairs', 'clean_label',
+           'score_label', 'windows', 'encode_qa', 'span_loss', 'decode_span', 'normalise_answer', 'word_f1', 'score_qa',
+           'clean_qa']
 
 # %% ../nbs/06b_tasks.ipynb #6db49d4e
 import math, re, string, unicodedata, zlib
@@ -89,6 +90,25 @@ def span_f1(
     counts = [count_spans(g, p) for g, p in zip(gold, predicted, strict=True)]
     total = sum(n for _, n in counts)
     return 100 * sum(hits for hits, _ in counts) / total if total else 0.
+
+def scores_by_type(
+    gold: list[list[str]],          # true tags of each sentence
+    predicted: list[list[str]],     # as many, as long
+) -> dict[str, dict]:               # {type: precision, recall, f1 in percent, and n true ones}
+    "Score spans by type, or words by tag where tags have no B, I and O."
+    tagged = not any(_PREFIXED.fullmatch(t) for tags in gold for t in tags)
+    units = (lambda tags: [(t, i, i) for i, t in enumerate(tags)]) if tagged else spans
+    found = [(set(units(g)), set(units(p))) for g, p in zip(gold, predicted, strict=True)]
+    out = {}
+    for kind in sorted({s[0] for pair in found for side in pair for s in side}):
+        own = [[{s for s in side if s[0] == kind} for side in pair] for pair in found]
+        hits, right, said = (sum(map(len, x)) for x in zip(*((g & p, g, p) for g, p in own),
+                                                           strict=True))
+        share = lambda a, b: 100 * a / b if b else 0.
+        out[kind] = dict(precision=share(hits, said), recall=share(hits, right),
+                         f1=share(2 * hits, right + said), n=right)
+    return out
+
 
 # %% ../nbs/06b_tasks.ipynb #0e864119
 @dataclass(frozen=True)

@@ -34,11 +34,18 @@ class ModelConfig:
     language_embeddings: bool = False   # add a learned vector per language to the input
     isolate_documents: bool = False     # in a packed row, attend within one's own document only
     positions: str = 'learned'      # a vector for each, or 'relative': a bias for each distance
+    adapter_width: int | None = None    # R, inner width of adapters; None: dim // 4
+    layers_without_adapters: tuple[int, ...] = ()   # numbers of layers, from 0
 
     def __post_init__(self):
         check_ranges(self, vocab_size=(0, 2**24), dim=(1, 2**16), n_layers=(1, 1000),
                      n_heads=(1, 2**12), head_dim=(1, 2**16), ffn_dim=(1, 2**20),
-                     max_len=(1, 2**20))
+                     max_len=(1, 2**20), adapter_width=(1, 2**16))
+        left_out = tuple(self.layers_without_adapters)      # JSON gives a list
+        object.__setattr__(self, 'layers_without_adapters', left_out)
+        if unknown := [i for i in left_out if i not in range(self.n_layers)]:
+            raise InputError(f'layers_without_adapters has {unknown[0]}, but the layers are 0 to '
+                             f'{self.n_layers - 1}.')
         if self.head_width < 1:
             raise InputError(f'{self.n_heads} heads do not fit into dim {self.dim}. '
                              'Use another number of heads or set head_dim.')

@@ -235,6 +235,17 @@ CASES = [
         ['accumulate is 1'],
     ),
     # a run that is there, or not
+    ('predict: no tags', ['predict', '--run', '{run}', '--task', 'qa'], ["'qa'", 'pos']),
+    ('predict: no run', ['predict', '--run', '{tmp}/none'], ['no run in']),
+    ('predict: nothing finetuned', ['predict', '--run', '{run}'], ['nothing was finetuned', 'ner']),
+    ('predict: unknown language', ['predict', '--run', '{run}', '--lang', 'zz'], ["'zz'", 'en']),
+    ('finetune: patience', [*FINE, '--finetune.patience', '0'], ['patience is 0']),
+    (
+        'pretrain: layers that are not there',
+        [*PRE, '--model.layers-without-adapters', '5'],
+        ['layers_without_adapters has 5', '0 to 1'],
+    ),
+    ('pretrain: no adapter width', [*PRE, '--model.adapter-width', '0'], ['adapter_width is 0']),
     ('compare: no run', ['compare', '{run}', '{tmp}/none'], ['no run in', '/none', 'record.jsonl']),
     ('compare: one run only', ['compare', '{run}'], ['Missing']),
     (

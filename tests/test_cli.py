@@ -1,8 +1,8 @@
 """The command line: words that lead to commands, mistyped ones, options old and new."""
-import os, re, subprocess, sys
+import os, re, shutil, subprocess, sys
 from dataclasses import replace
 import pytest
-from interference_nb import __version__, cli
+from interference_nb import __version__, cli, tasks
 from interference_nb.cli import Command, Group, command_tree, main, option_names, upgrade_options
 from interference_nb.experiments import SYSTEMS
 from interference_nb.files import read_jsonl
@@ -162,3 +162,73 @@ def test_two_runs_are_compared(tmp_path, capsys):
     path, text = runs['b']/'record.jsonl', (runs['b']/'record.jsonl').read_text()
     path.write_text(text.replace('"inputs": {', '"inputs": {"text/en/train.parquet": "ab", ', 1))
     assert 'text/en/train.parquet' in ask('a', 'b')[1]
+
+
+@pytest.fixture(scope='module')
+def tagger(tmp_path_factory):
+    "A run of two toy languages, finetuned on tags."
+    home = tmp_path_factory.mktemp('tagger')
+    main(['pretrain', 'toy', '--train.steps', '4', '--model.dim', '16', '--system', 'adpt',
+          '--out', str(home)])
+    run = next(home.glob('adpt*'))
+    for task in ('ner', 'pos'):
+        main(['finetune', 'toy', task, '--run', str(run), '--finetune.epochs', '2',
+              '--finetune.max-train', '60', '--finetune.max-dev', '20',
+              '--finetune.max-eval', '30'])
+    return run
+
+
+@pytest.mark.parametrize('task', ['ner', 'pos'])
+def test_labelled_rows_are_predicted_and_scored_by_type(task, tagger, capsys):
+    "The file holds what the record's score was counted on."
+    status, out, err = command(capsys, 'predict', '--run', tagger, '--task', task, '--lang', 'x3')
+    assert status == 0, err
+    record = read_jsonl(tagger/f'finetune-{task}-en'/'record.jsonl')[-1]
+    text = (tagger/f'finetune-{task}-en'/'predictions-x3.tsv').read_text()
+    sentences = [[line.split('\t') for line in s.split('\n')] for s in text.strip().split('\n\n')]
+    assert len(sentences) == 30
+    right = [said == true for s in sentences for _, said, true in s]
+    assert 100 * sum(right) / len(right) == pytest.approx(record['scores']['x3']['accuracy'])
+    gold, said = ([[w[k] for w in s] for s in sentences] for k in (2, 1))
+    assert tasks.span_f1(gold, said) == pytest.approx(record['scores']['x3']['f1'])
+    for kind, s in tasks.scores_by_type(gold, said).items():
+        numbers = ' +'.join([kind, *(f'{s[k]:.1f}' for k in ('precision', 'recall', 'f1'))])
+        assert re.search(rf"^{numbers} +{s['n']}", out, re.M), out
+
+
+def test_scores_by_type_by_hand():
+    "Two people, one of them found, one false place; a word in three as a verb."
+    gold, said = [['B-PER', 'I-PER', 'O', 'B-PER']], [['B-PER', 'I-PER', 'B-LOC', 'O']]
+    assert tasks.scores_by_type(gold, said) == {
+        'LOC': dict(precision=0., recall=0., f1=0., n=0),
+        'PER': dict(precision=100., recall=50., f1=200 / 3, n=2)}
+    assert tasks.scores_by_type([['NOUN', 'VERB', 'NOUN']], [['NOUN', 'NOUN', 'VERB']]) == {
+        'NOUN': dict(precision=50., recall=50., f1=50., n=2),
+        'VERB': dict(precision=0., recall=0., f1=0., n=1)}
+
+
+def test_unlabelled_text_is_tagged(tagger, tmp_path, capsys):
+    "Every word once, in order; a sentence longer than the model's rows, too."
+    words = 'kato mira ' * 60
+    (tmp_path/'mine.txt').write_text(f'ka  mi\n\n{words}\n')
+    status, out, err = command(capsys, 'predict', '--run', tagger, '--text', tmp_path/'mine.txt',
+                               '--out', tmp_path/'x.tsv')
+    assert status == 0, err
+    first, second = (tmp_path/'x.tsv').read_text().rstrip('\n').split('\n\n')
+    assert [line.split('\t')[0] for line in first.split('\n')] == ['ka', 'mi']
+    assert [line.split('\t')[0] for line in second.split('\n')] == words.split()
+    known = {f'{p}-{k}' for p in 'BI' for k in ('PER', 'ORG', 'LOC')} | {'O'}
+    assert {line.split('\t')[1] for line in second.split('\n')} <= known
+
+
+def test_finetuning_stops_when_nothing_gets_better(tagger, tmp_path, capsys):
+    "With a rate of 0 no epoch is better than the first: patience 2 ends it after the third."
+    args = ('--finetune.epochs', 9, '--finetune.lr', 0, '--finetune.head-lr', 0,
+            '--finetune.patience', 2)
+    few = '--finetune.max-train', 20, '--finetune.max-dev', 20, '--finetune.max-eval', 20
+    run = shutil.copytree(tagger, tmp_path/tagger.name, ignore=shutil.ignore_patterns('finetune*'))
+    shutil.copytree(tagger.parent/'data', tmp_path/'data')
+    status, _, err = command(capsys, 'finetune', 'toy', 'ner', '--run', run, *args, *few)
+    assert status == 0, err
+    row = read_jsonl(run/'finetune-ner-en'/'record.jsonl')[-1]
+    assert (row['best_epoch'], len(row['dev'])) == (1, 3)

@@ -3,15 +3,30 @@
 import json, os, shutil, signal, subprocess, sys, time
 from contextlib import suppress
 from pathlib import Path
+from importlib.util import find_spec
+from types import SimpleNamespace
 import pytest
 import torch
 from interference_nb import pretrain
+from interference_nb.adapters import MultilingualLM, load_model
 from interference_nb.data import Stream, dev_batches, prepare_corpus
 from interference_nb.distributed import StopSignals
 from interference_nb.experiments import Scale, plan, run, run_all
-from interference_nb.files import InputError, load_checkpoint, read_jsonl, save_checkpoint
+from interference_nb.files import (
+    InputError,
+    load_checkpoint,
+    read_jsonl,
+    save_checkpoint,
+    weights_hash,
+)
 from interference_nb.finetune import FinetuneConfig
-from interference_nb.pretrain import BatchSampler, TrainConfig, code_version, train
+from interference_nb.pretrain import (
+    BatchSampler,
+    TensorBoard,
+    TrainConfig,
+    code_version,
+    train,
+)
 from interference_nb.records import load
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import MaskedLM, ModelConfig
@@ -314,3 +329,28 @@ def test_ctrl_c_ends_a_demo_in_one_line(tmp_path):
         130,
         'interference: stopped. The same command goes on from the last checkpoint.\n',
     )
+
+
+def test_a_model_trained_without_a_word_about_it_is_loaded(toy, tmp_path):
+    V, corpora = toy
+    model = MultilingualLM(ModelConfig.toy(V, dim=8, n_layers=1, ffn_dim=16), LANGS, 'adpt')
+    streams = {
+        l: Stream(corpora[l]['train'], CFG.batch_size, CFG.seq_len, 0, V, CFG.mask_prob)
+        for l in LANGS
+    }
+    dev = {l: dev_batches(corpora[l]['validation'], 8, 32, V, n_batches=1) for l in LANGS}
+    train(model, BatchSampler(streams, CFG), CFG, dev, folder=tmp_path, progress=False)
+    back = load_model(tmp_path / 'checkpoint.safetensors')
+    assert back.variant == 'adpt' and weights_hash(back) == weights_hash(model)
+
+
+def test_numbers_go_to_tensorboard(toy, tmp_path):
+    found = []
+    writer = SimpleNamespace(add_scalar=lambda *row: found.append(row))
+    rows = trained(toy, tmp_path, callbacks=[TensorBoard(tmp_path, writer)])
+    assert [(name, k) for name, _, k in found] == [('loss', k) for k in range(1, 7)]
+    mean = sum(v for _, v, _ in found[3:]) / 3  # those after the row of step 3
+    assert next(r for r in reversed(rows) if r['kind'] == 'eval')['loss'] == pytest.approx(mean)
+    if not find_spec('tensorboard'):
+        with pytest.raises(InputError, match='tensorboard'):
+            TensorBoard(tmp_path)

@@ -315,3 +315,66 @@ def test_a_hub_that_cannot_be_reached_is_named(adpt, monkeypatch):
     monkeypatch.setattr(huggingface_hub, 'HfApi', nowhere)
     with pytest.raises(InputError, match='me/x did not reach the hub.*Is it reachable'):
         push_to_hub(adpt, 'me/x', token='t')
+
+
+def test_a_folder_saved_again_by_transformers_is_told_from_a_cut_one(adpt, tmp_path):
+    transformers.AutoModelForMaskedLM.from_pretrained(adpt).save_pretrained(tmp_path/'again')
+    with pytest.raises(InputError, match='saved again by transformers .*export_hf wrote'):
+        import_hf(tmp_path/'again')
+
+
+def test_the_card_says_how_special_tokens_in_a_text_are_read(adpt):
+    "Transformers finds them in a text, as fill-mask needs; training did not."
+    usual = transformers.AutoTokenizer.from_pretrained(adpt)
+    assert usual('w1 <s> w2', add_special_tokens=False)['input_ids'] == [6, 0, 7]
+    assert WORDS.encode('w1 <s> w2') == [6, 3, 7]
+    assert '`<s>`' in (adpt/'README.md').read_text() and 'read them as text' in (
+        adpt/'README.md').read_text()
+
+
+def test_names_cannot_write_markdown(tmp_path):
+    langs = ('en', '[x](y)|`*')
+    out = export_hf(build('joint', langs=langs), WORDS, tmp_path/'x', commit='<b>\n# new')
+    title, = [l for l in (out/'README.md').read_text().splitlines() if l.startswith('# ')]
+    assert title == r'# A masked language model of en, \[x\](y)\|\`\*'
+    assert r'- commit: \<b\> \# new' in (out/'README.md').read_text()
+
+
+@pytest.mark.parametrize('change, said', [
+    (lambda c: c['interference_nb'].update(langs='ensw'), "langs is 'ensw'"),
+    (lambda c: c['interference_nb'].update(langs=[1]), 'langs is [1]'),
+    (lambda c: c['interference_nb']['model'].update(n_layers=10**6), 'n_layers is 1000000'),
+    (lambda c: c['interference_nb']['model'].update(vocab_size=-1), 'vocab_size is -1')])
+def test_a_config_beyond_reason_is_refused_at_once(change, said, copy):
+    config = json.loads((copy/'config.json').read_text())
+    change(config)
+    (copy/'config.json').write_text(json.dumps(config))
+    with pytest.raises(InputError) as e: import_hf(copy)
+    assert said in str(e.value)
+
+
+@pytest.mark.parametrize('cfg', [
+    replace(SMALL, adapter_width=3), replace(SMALL, layers_without_adapters=(1,))], ids=str)
+def test_adapters_of_another_width_or_in_fewer_layers(cfg, tmp_path):
+    "They have the size asked for, are missing where they were left out, and come back the same."
+    model = build(cfg=cfg)
+    sizes = {n: tuple(t.shape) for n, t in model.state_dict().items() if '_adapter.en.down' in n}
+    layers = {0} if cfg.layers_without_adapters else {0, 1}
+    assert sizes == {f'blocks.{i}.{where}_adapter.en.down.weight': (cfg.adapter_width or 4, 16)
+                     for i in layers for where in ('attention', 'ffn')}
+    out = export_hf(model, WORDS, tmp_path/'x')
+    same_bits(import_hf(out)[0], model)
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(out)
+    tokens = torch.randint(5, V, (2, 12))
+    with torch.no_grad(), with_adapters(theirs, out, 'to'):
+        assert torch.allclose(theirs(tokens).logits, model.scores(model(tokens, 'to')), atol=1e-4)
+    with pytest.raises(InputError, match='layers_without_adapters has 2'):
+        replace(SMALL, layers_without_adapters=(2,))
+
+
+def test_a_full_disk_stops_an_export_whole(tmp_path, monkeypatch):
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(export.os, 'replace', full)
+    with pytest.raises(InputError, match='No space left on device.*Make room'):
+        export_hf(build(), WORDS, tmp_path/'x')
+    assert not list(tmp_path.iterdir())

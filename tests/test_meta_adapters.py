@@ -266,3 +266,89 @@ def test_a_step_waits_for_no_number(name):
     _, step, sampler = little_run(CFG, MetaConfig(estimator=name), 'meta')
     assert step(1, sampler, .1)['loss'].is_meta
     with pytest.raises(RuntimeError): step(0, sampler, .1)         # the ratio is measured here
+
+
+def normed():
+    "A model with BatchNorm: theta, phi, two losses, and the module."
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(),
+                              torch.nn.Linear(4, 1))
+    data = torch.randn(2, 8, 3)
+    losses = [lambda x=x: net(x).square().mean() for x in data]
+    return [*net[0].parameters(), *net[1].parameters()], [*net[3].parameters()], losses, net
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_running_statistics_are_put_back(name):
+    "Five passes, at theta, theta' and moved theta, leave BatchNorm's averages as they were."
+    theta, phi, losses, net = normed()
+    before = {n: b.clone() for n, b in net.named_buffers()}
+    hypergradient(theta, phi, losses[0], losses[1], .1, ESTIMATORS[name])
+    assert not torch.equal(net[1].running_mean, before['1.running_mean'])       # the fault
+    for n, b in net.named_buffers(): b.copy_(before[n])
+    own = list(net.buffers())
+    hypergradient(theta, phi, losses[0], losses[1], .1, ESTIMATORS[name], buffers=own)
+    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
+    def stops(): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        hypergradient(theta, phi, losses[0], [losses[1], stops], .1, buffers=own)
+    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
+
+
+def test_a_probe_leaves_running_statistics_alone():
+    from types import SimpleNamespace
+    from interference_nb.gradient_probes import GradientProbe, ProbeConfig
+    theta, _, losses, net = normed()
+    net.theta, net.loss = {f'w{i}': p for i, p in enumerate(theta)}, lambda batch: losses[batch]()
+    stream = SimpleNamespace(batch=lambda i: SimpleNamespace(to=lambda device: i % 2),
+                             independent_stream=lambda name: stream)
+    sampler = SimpleNamespace(langs=('a', 'b'), streams=dict(a=stream, b=stream), rank=0, world=1,
+                              device='cpu', cfg=SimpleNamespace(seed=0, precision='float32'))
+    before = [b.clone() for b in net.buffers()]
+    probe = GradientProbe(ProbeConfig(every=1, n_batches=2))
+    probe(0, net, sampler)
+    assert len(probe.rows) == 1 and all(map(torch.equal, net.buffers(), before))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_refused_where_a_difference_is_taken(dtype):
+    def leaves(): return [torch.ones(3, dtype=dtype, requires_grad=True) for _ in range(2)]
+    theta, phi = leaves()
+    loss = lambda: (theta * phi).square().sum().float()
+    for name in ('finite_difference', 'one_sided'):
+        with pytest.raises(InputError, match='stored in b?float16, whose rounding.*exact'):
+            hypergradient([theta], [phi], loss, loss, .1, ESTIMATORS[name])
+    for name in ('exact', 'first_order'):
+        assert hypergradient([theta], [phi], loss, loss, .1, ESTIMATORS[name]).val_loss >= 0
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_sparse_gradients_are_refused(name):
+    table, phi = torch.nn.Embedding(5, 2, sparse=True), torch.ones(2, requires_grad=True)
+    loss = lambda: (table(torch.tensor([1, 2])) * phi).square().sum()
+    with pytest.raises(InputError, match='sparse=False'):
+        hypergradient([table.weight], [phi], loss, loss, .1, ESTIMATORS[name])
+
+
+def test_a_kink_costs_no_more_than_the_derivative_moves():
+    """Huber's second derivative jumps where the difference steps over it: up to that, and no more.
+
+    A difference is the mean of the mixed derivative over its segment, so its error is at most how
+    far that derivative moves in there; `exact` on one step shows how far off it is."""
+    from torch.nn.functional import huber_loss
+    phi = torch.tensor(1.5, requires_grad=True)
+    def term(name, eps, gap):           # the kink lies `gap` beyond theta
+        theta = torch.tensor(2., requires_grad=True)
+        y = (theta * phi - 1 + gap * phi).item()
+        loss = lambda: huber_loss(theta * phi, torch.tensor(y))
+        here = dict(here=[torch.autograd.grad(loss(), phi)[0]]) if name == 'one_sided' else {}
+        return ESTIMATORS[name]([loss], [theta], [phi], [torch.tensor(1.)], eps, **here)[0].item()
+    for name in ('finite_difference', 'one_sided'):
+        for gap in (.001, .004, .02):
+            exact, found = term('exact', 1e-2, gap), term(name, 1e-2, gap)
+            beyond = term('exact', 1e-2, -1e-4)             # the derivative past the kink
+            moves = abs(beyond - exact) + .1                # and along the curve before it
+            error = abs(found - exact)
+            assert error <= moves
+            if gap > 1e-2: assert error < .02 * abs(exact)  # no kink within reach
+            if gap == .001: assert error > .2 * abs(exact)  # and one just ahead
