@@ -441,8 +441,8 @@ def heat(
             out.append(f'<g><title>{escape(row)}, {escape(column)}: {_interval(p)}</title>'
                        f'<rect class="{side}" x="{x}" y="{y}" width="{w - 2}" height="{h - 2}" '
                        f'fill-opacity="{size:.2f}"/><text class="mid" x="{x + w / 2 - 1}" '
-                       f'y="{y + 16}">{text}</text>' + p['conflict'] *
-                       f'<circle cx="{x + w - 7}" cy="{y + 5}" r="2.5"/>' + '</g>')
+                       f'y="{y + 17}">{text}</text>' + p['conflict'] *
+                       f'<circle cx="{x + w - 5}" cy="{y + 4}" r="2"/>' + '</g>')
     return ''.join(out) + '</svg>'
 
 def _table(header, lines):      # cells are text
@@ -480,6 +480,8 @@ def page(
 ) -> str:               # HTML that needs no other file
     "Write the report as one page."
     config, shown, order = numbers['config'], conflicts(numbers), numbers['order']
+    places = sorted(numbers['groups'], key=lambda g: (
+        g not in ('all', 'encoder'), not g.startswith('layer'), int(re.sub(r'\D', '', g) or 0)))
     by = {}
     for p in numbers['pairs']:
         a, b = p['pair']
@@ -491,7 +493,7 @@ def page(
     least = sorted((p for p in numbers['pairs'] if p['group'] == 'all'),
                    key=lambda p: (-times[tuple(p['pair'])], value(p)))
     top = least[:15]
-    where = {(_pair(p), g): by[g][tuple(p['pair'])] for p in top for g in numbers['groups']}
+    where = {(_pair(p), g): by[g][tuple(p['pair'])] for p in top for g in places}
     sum_up = (f'{len(order)} languages, {numbers["rounds"]} rounds of {config["batches"]} batches '
               f'a language, {config["n"]:,} numbers compared, {config["loss"]} loss')
     made = numbers['made']
@@ -511,7 +513,7 @@ def page(
                     for p in sorted(least, key=value)]), '</details>',
             '<h2>Where</h2>', '<p>By layer and by kind of parameter; the pairs with most '
             f'conflicts, then those least alike ({len(top)} of {len(least)}).</p>'
-            '<div class="wide">', heat(numbers['groups'], [_pair(p) for p in top], where,
+            '<div class="wide">', heat(places, [_pair(p) for p in top], where,
                  'Cosines by pair, layer and kind of parameter'), '</div>',
             '<h2>Conflicts</h2>']
     text += [_table(['pair', 'where', 'cosine', 'within', 'rounds below zero', 'batches',
@@ -576,9 +578,9 @@ def make_report(
 ) -> Path:                          # the page
     "Measure a model's languages and write what was found. Raises `InputError` for bad input."
     cfg, out, first = cfg or ReportConfig(), Path(out), not rank_and_world_size()[0]
+    subject = open_subject(model, langs, data, cfg, **how)
     if first:
         with run_lock(out): pass                    # an unwritable folder is told before any work
-    subject = open_subject(model, langs, data, cfg, **how)
     print(plan(subject, cfg, out), *subject.notes, sep='\n', flush=True)
     if dry_run: return out/'report.html'
     measured = measure(subject, cfg, out, progress)

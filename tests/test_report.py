@@ -91,10 +91,8 @@ def test_matrix_orders_pairs_as_the_generator_does(tmp_path, monkeypatch):
     of_english = [cosine['en', l]['cosine'] for l in graded]
     assert of_english == sorted(of_english, reverse=True)
     assert cosine['en', 'g9']['low'] > cosine['en', 'g0']['high']
-    overlap = [vocabulary_overlap(source.speakers[a], source.speakers[b]) for a, b in cosine]
-    ranks = np.corrcoef(*(np.argsort(np.argsort(x)) for x in
-                          (overlap, [p['cosine'] for p in cosine.values()])))[0, 1]
-    assert ranks > .7
+    overlap = [vocabulary_overlap(*(source.speakers[l] for l in ('en', g))) for g in graded]
+    assert overlap == sorted(overlap, reverse=True)             # the generator's own order
     assert numbers['order'] in (langs, langs[::-1])
 
 

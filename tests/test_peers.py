@@ -1,0 +1,81 @@
+"""Other people's probes beside ours: PCGrad and GradVac on published problems, per-sample gradients
+by torch.func, gates against the best of all subsets."""
+import itertools
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from interference_nb.gradient_probes import gram, halves, inner_products, pcgrad, vaccine
+from interference_nb.l0_pruning import PruneConfig, columns, gated, learn_gates
+
+
+def test_pcgrad_on_the_published_toy_problem():
+    """Yu et al. (2020), Figure 1: L1 = 20 log |a/2 + tanh b| and L2 = 25 log |a/2 - tanh b + 2|.
+
+    At (0, 1/2) the gradients conflict; each loses what opposes the other, and the two are added."""
+    x = torch.tensor([0., .5], dtype=torch.float64, requires_grad=True)
+    u, v, slope = np.tanh(.5), 2 - np.tanh(.5), 1 / np.cosh(.5)**2
+    first = 20 * torch.log((x[0] / 2 + torch.tanh(x[1])).abs())
+    second = 25 * torch.log((x[0] / 2 - torch.tanh(x[1]) + 2).abs())
+    G = torch.stack([torch.autograd.grad(f, x)[0] for f in (first, second)])
+    g1, g2 = np.array([10 / u, 20 * slope / u]), np.array([12.5 / v, -25 * slope / v])
+    np.testing.assert_allclose(G, [g1, g2], rtol=1e-12)
+    assert g1 @ g2 < 0
+    p1, p2 = g1 - g1 @ g2 / (g2 @ g2) * g2, g2 - g2 @ g1 / (g1 @ g1) * g1
+    assert abs(p1 @ g2) < 1e-9 > abs(p2 @ g1)
+    ours = pcgrad((G @ G.T).numpy(), np.random.default_rng(0)) @ G.numpy()
+    np.testing.assert_allclose(ours, p1 + p2, rtol=1e-12)
+
+
+def test_gradvac_turns_a_gradient_to_the_expected_cosine():
+    """Wang et al. (2021), Algorithm 1, at cosine -1/2 where 1/2 is expected: by the formula the
+    weight is |g1| (.5 sqrt(.75) + .5 sqrt(.75)) / (|g2| sqrt(.75)) = |g1| / |g2|."""
+    g1, g2 = np.array([2., 0]), 3 * np.array([-.5, .75**.5])
+    G = np.stack([g1, g2])
+    target = np.full((2, 2), .5)
+    weights = vaccine(G @ G.T, target, np.random.default_rng(0))
+    np.testing.assert_allclose(weights, [1 + 3 / 2, 1 + 2 / 3])
+    turned = g1 + 2 / 3 * g2
+    assert turned @ g2 / np.linalg.norm(turned) / np.linalg.norm(g2) == pytest.approx(.5)
+    np.testing.assert_allclose(target[0, 1], .99 * .5 + .01 * -.5)
+
+
+def test_cosines_are_those_of_per_sample_gradients():
+    "A batch's gradient is the mean of its rows' gradients, which torch.func takes one by one."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    params = dict(net.named_parameters())
+    data = {(l, h): (torch.randn(5, 6).double(), torch.randint(4, (5,)))
+            for l in ('en', 'fr', 'ar') for h in (0, 1)}
+    def loss(p, x, y): return nn.functional.cross_entropy(functional_call(net, p, (x,)), y)
+    rows = []
+    for x, y in data.values():
+        each = vmap(grad(loss), (None, 0, 0))(params, x[:, None], y[:, None])
+        rows.append(torch.cat([g.mean(0).flatten() for g in each.values()]))
+    inner, cosine = halves(gram(torch.stack(rows), [len(rows[0])])[0].detach().numpy())
+    draw = lambda lang, half: [lambda: loss(params, *data[lang, half])]
+    found = inner_products(params, draw, ('en', 'fr', 'ar'))['all']
+    for a, b in zip(halves(found), (inner, cosine)):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_gates_find_the_best_of_all_subsets():
+    "Eight groups, 256 subsets: what is kept is what a search finds, at the same price of a group."
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 1, bias=False)
+    layer.weight.data = torch.tensor([[2., -1.5, 1.2, .9, .15, -.1, .05, 0.]])
+    x = torch.randn(4096, 8)
+    with torch.no_grad(): y = layer(x)
+    groups, l0 = columns(layer, 'weight'), 2.
+    loss = lambda: (layer(x) - y).square().mean()
+    cost = {}
+    for kept in itertools.product((0., 1.), repeat=8):
+        with torch.no_grad(), gated(layer, {groups[0]: torch.tensor(kept)}):
+            cost[kept] = loss().item() + l0 * sum(kept) / 8
+    best = min(cost, key=cost.get)
+    assert best == (1., 1., 1., 1., 0., 0., 0., 0.)
+    cfg = PruneConfig(steps=500, warmup=50, l0=l0)
+    gates = learn_gates(layer, lambda k: loss(), groups, cfg)
+    assert tuple((gates.flat() > 0).float().tolist()) == best
