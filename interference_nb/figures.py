@@ -432,11 +432,11 @@ def plot_forest(found: pd.DataFrame,  # of `findings.judged_together`; what was 
     fig, axes = plt.subplots(len(units), 1, figsize=(6.5, .33 * sum(heights) + .5), squeeze=False,
                              height_ratios=heights, constrained_layout=True)
     for ax, (unit, rows) in zip(axes[:, 0], units, strict=True):
-        labels = list(dict.fromkeys(rows['theme'] + ': ' + rows['label']))[::-1]
+        labels = list(dict.fromkeys(rows['label']))[::-1]
         ax.axvspan(*np.array([-1, 1]) * rows['margin'].max(), color=GREYS[3], lw=0)
         ax.axvline(0, color='0.5', lw=.8)
         for r in rows.itertuples():
-            y = labels.index(f'{r.theme}: {r.label}') + (.15 if r.kind == 'toy languages' else -.15)
+            y = labels.index(r.label) + (.15 if r.kind == 'toy languages' else -.15)
             ends = sorted((r.sign * r.low, r.sign * r.high)) if r.n > 1 else [r.sign * r.delta] * 2
             ax.plot(ends, [y, y], color=KIND_COLOURS[r.kind], lw=1.5, clip_on=True)
             ax.plot(r.sign * r.delta, y, 'o', color=KIND_COLOURS[r.kind], label=r.kind, ms=5,

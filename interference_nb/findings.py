@@ -170,9 +170,11 @@ def bottom_line(records,  # folder of the studies
         for kind, own in rows.groupby('kind', sort=False):
             parts = []
             for v in VERDICTS:
-                there = [r.label + (f' ({in_figures(r)})' if v in VERDICTS[:3] else '')
+                known = v in VERDICTS[:3]               # else an effect would only mislead
+                there = [r.label + (f' ({in_figures(r)} {r.unit})' if known else '')
                          for r in own[own['verdict'] == v].itertuples()]
-                if there: parts.append(f'*{v}*: {"; ".join(there)}')
+                if there and v == 'not run': parts.append(f'{len(there)} of {len(own)} *not run*')
+                elif there: parts.append(f'*{v}*: {"; ".join(there)}')
             said.append(f'{kind}: {". ".join(parts)}')
         lines.append(f'- **{theme}.** {". ".join(s[0].upper() + s[1:] for s in said)}.')
     return '\n'.join(lines)
