@@ -28,7 +28,7 @@ from .tokenizers import load_tokenizer
 from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
                                    remedy_of, write_atomically)
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, check_specs, complete,
-                                         default_workers, is_pretrained, load_run_data,
+                                         default_workers, inputs_of, is_pretrained, load_run_data,
                                          make_batches, open_run, prune_model, run, run_of)
 import pandas as pd
 from .capacity import Sweep, run_sweep, sweep_runs, write_sweep
@@ -52,7 +52,7 @@ from .transformer import ModelConfig
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     "Where text and tasks come from."
-    data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder in the hub's schemas
+    data: str = 'toy'  # 'toy', 'toy:pairs', 'hub', or a folder of your files (see: data check)
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(DataOptions):
@@ -313,7 +313,8 @@ def finetune_run(cfg: FinetuneCommand,  # the command's options
                     trained_len=spec.train.seq_len)
     result.pop('counts')
     anew = JsonlLog(folder/'record.jsonl', keep=lambda row: False)
-    anew.write('finetune', **result)
+    used = dict.fromkeys([cfg.train_lang, *langs])
+    anew.write('finetune', **result, inputs=inputs_of(spec, source, task, used))
     for lang, scores in result['scores'].items():
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
@@ -572,7 +573,7 @@ class ReproduceConfig(StudyOptions):
     "Make the paper's tables and figures: plan, run what is missing, write them."
     exhibits: tuple[str, ...]  # table1 to table7, figure1 to figure4, or all
     scale: str = 'toy'  # toy: minutes to an hour; mini: real text, hours; paper: GPU months
-    data: str | None = None  # a folder in the hub's schemas, 'hub', or the scale's own if not given
+    data: str | None = None  # a folder of your files, 'hub', or the scale's own if not given
     targets: tuple[str, ...] = ()  # of ar fr ru hi sw te; all if not given
     systems: tuple[str, ...] = ()  # rows to show; all that an exhibit has if not given
     tasks: tuple[str, ...] = ()  # of ner pos qa nli; all if not given

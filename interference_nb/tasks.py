@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .data import NER_LABELS, NLI_LABELS, UPOS_LABELS
-from .data import LABELS, TASK_COLUMNS, explain_row, map_labels
+from .data import LABEL_COLUMN, LABELS, TASK_COLUMNS, explain_row, map_labels
 from .files import InputError, say_once
 
 # %% ../nbs/06b_tasks.ipynb #e6266610
@@ -311,7 +311,8 @@ def usable_rows(
         place = lambda at=at, i=i: (source.place(spec.data, lang, at, i) if hasattr(source, 'place')
                                     else f'{at} row {i + 1}')
         if not (why := explain_row(spec.data, row)):
-            row = map_labels(spec.data, row, place(), spec.labels) if _named(row) else row
+            if _named(row.get(LABEL_COLUMN.get(spec.data))):
+                row = map_labels(spec.data, row, place(), spec.labels)
             try: spec.clean(row, spec)
             except InputError as e: why = str(e)
         if why: wrong.append(f'{place()}: {why}')
@@ -324,9 +325,9 @@ def usable_rows(
                        f'left out: {"; ".join(wrong[:3])}{" ..." * (len(wrong) > 3)}')
     return kept, wrong
 
-def _named(row: dict) -> bool:
-    return any(isinstance(v, str) for c in ('ner_tags', 'upos') for v in row.get(c, ())
-               ) or isinstance(row.get('label'), str)
+def _named(labels) -> bool:     # of a row: an id or a name, or a list of them; None: it has none
+    return isinstance(labels, str) or isinstance(labels, list) and any(
+        isinstance(label, str) for label in labels)
 
 # %% ../nbs/06b_tasks.ipynb #19500249
 def read_data(

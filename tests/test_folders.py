@@ -19,6 +19,7 @@ from interference_nb.experiments import Scale, plan, run
 from interference_nb.files import InputError, read_jsonl
 from interference_nb.finetune import FinetuneConfig, finetune
 from interference_nb.folders import FolderSource
+from interference_nb.gradient_probes import conflict
 from interference_nb.pretrain import TrainConfig
 from interference_nb.tasks import read_data
 from interference_nb.tokenizers import UNK, WordTokenizer
@@ -308,3 +309,20 @@ def test_labels_edited_after_finetuning_are_noticed(tmp_path):
     with pytest.raises(InputError, match='ner/sr-Latn/test.jsonl has other content'):
         run(spec, tmp_path/'out')
     assert run(replace(spec, tasks=()), tmp_path/'out')         # its text is the same
+
+
+def test_figures_of_languages_with_hyphens():
+    "Names of pairs were taken apart at every hyphen: too many values to unpack."
+    import matplotlib
+    matplotlib.use('agg')
+    from interference_nb.figures import plot_conflict, plot_groups
+    pairs = {'en-en': .5, 'en-zh-yue': -.25, 'zh-yue-zh-yue': .75}
+    rows = [dict(kind='probe', step=k, cos={p: {'encoder': c, 'attention': c, 'all': c}
+                                            for p, c in pairs.items()}) for k in range(4)]
+    lines = plot_conflict({'en-zh-yue': [rows]}).axes[0].get_lines()
+    assert {line.get_label(): line.get_ydata().tolist()[0] for line in lines[:2]} == {
+        'en-zh-yue within': .625, 'en-zh-yue ': -.25}
+    ax = plot_groups({'en-zh-yue': [rows]}, width=9).axes[0]
+    assert [p.get_height() for p in ax.patches] == [-.25]
+    found = conflict(rows)
+    assert found['en-zh-yue']['corrected'] == pytest.approx(-.25 / (.5 * .75)**.5)

@@ -81,7 +81,7 @@ def test_from_a_folder_to_the_demo(made, tmp_path, capsys):
     main(['finetune', 'toy', 'ner', '--data', str(data), '--run', str(home), '--train-lang', b,
           '--finetune.epochs', '1', '--finetune.max-len', '16'])
     row, = read_jsonl(home/f'finetune-ner-{b}'/'record.jsonl')
-    assert set(row['scores']) == {a, b} and row['notes'] == {}
+    assert set(row['scores']) == {a, b} and row['notes'] == {} and len(row['inputs']) == 6
     capsys.readouterr()
     main(['probe', '--data', str(data), '--run', str(home), '--repeats', '2', '--batches', '2'])
     said = capsys.readouterr().out
