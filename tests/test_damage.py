@@ -2,6 +2,7 @@
 
 import json, os, shutil, signal, subprocess, sys, time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from interference_nb import pretrain
 from interference_nb.adapters import MultilingualLM, load_model
 from interference_nb.data import Stream, dev_batches, prepare_corpus
 from interference_nb.distributed import StopSignals
-from interference_nb.experiments import Scale, plan, run, run_all
+from interference_nb.experiments import Scale, plan, run, run_all, vocabulary
 from interference_nb.files import (
     InputError,
     load_checkpoint,
@@ -354,3 +355,23 @@ def test_numbers_go_to_tensorboard(toy, tmp_path):
     if not find_spec('tensorboard'):
         with pytest.raises(InputError, match='tensorboard'):
             TensorBoard(tmp_path)
+
+
+def test_a_damaged_vocabulary_says_what_to_delete(tmp_path):
+    "The remedy is the run's, not that of a script that saves tokenizers."
+    folder = tmp_path / 'mine'
+    for lang in ('en', 'de'):
+        (folder / 'text' / lang).mkdir(parents=True)
+        lines = [f'the {lang} dog{i} sees {i} cats by the house.' for i in range(300)]
+        (folder / 'text' / lang / 'train.txt').write_text('\n'.join(lines) + '\n')
+    scale = replace(TINY, model=replace(TINY.model, vocab_size=60))
+    langs = ('en', 'de')
+    spec = replace(specs(1)[0], langs=langs, pair=langs, data=str(folder), scale=scale)
+    _, _, made = vocabulary(spec, tmp_path)
+    (path,) = (tmp_path / 'data').rglob('tokenizer-*')
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=rf'{path.name} is damaged. Delete it and run the same'):
+        vocabulary(spec, tmp_path)
+    path.unlink()
+    assert vocabulary(spec, tmp_path)[2].fingerprint == made.fingerprint

@@ -40,3 +40,23 @@ def test_metadata_tells_what_an_index_shows(wheel):
     links = re.findall(r'\]\(([^)\s]+)', readme)
     assert links and not [l for l in links if not l.startswith(('https://', '#'))]
     assert readme.startswith('# ')
+
+
+def test_every_requirement_is_imported_and_every_import_is_required():
+    "What the package needs, no more and no less; what only some commands need is an extra."
+    import ast, configparser
+    from pathlib import Path
+    import interference_nb
+    cfg = configparser.ConfigParser(delimiters=['='])
+    cfg.read(Path(__file__).parent.parent/'settings.ini', encoding='utf-8')
+    def names(key): return {re.split('[<>=]', w)[0].lower() for w in cfg['DEFAULT'][key].split()}
+    found = set()
+    for path in Path(interference_nb.__file__).parent.glob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import): found |= {a.name.split('.')[0] for a in node.names}
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.split('.')[0])
+    found = {m.lower() for m in found - {'interference_nb', *sys.stdlib_module_names}}
+    extras = {'transformers', 'submitit', 'tokenizers', 'sacremoses'}
+    assert names('requirements') - found <= {'tabulate'}          # pandas asks for it
+    assert found - names('requirements') <= extras
