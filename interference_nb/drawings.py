@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'STYLE', 'DIRECT', 'SECOND', 'BLIND', 'TO_XYZ', 'PLACES', 'Drawing', 'drawing', 'colour_distance',
-           'draw_model', 'draw_meta_graph', 'timeline', 'draw_timeline', 'draw_gate', 'draw_subwords', 'draw_records']
+           'draw_model', 'draw_meta_graph', 'timeline', 'draw_timeline', 'draw_gate', 'draw_subwords', 'draw_records',
+           'meta_step_live']
 
 # %% ../nbs/08e_drawings.ipynb #be5ce74f
 from html import escape
 import numpy as np
-from .figures import GREYS, SYSTEM_COLOURS, language_colour
+from .figures import ACCENTS, GREYS, SYSTEM_COLOURS, language_colour
 
 # %% ../nbs/08e_drawings.ipynb #91d1d195
 WIDTH = 360
@@ -250,3 +251,129 @@ def draw_records() -> Drawing:
         if i: parts.append(_arrow((55, y - 28), (55, y - 2)))
     return drawing(8 + 74 * len(steps) - 22, 'From a run to a table',
                    '; then '.join(f'{n}: {w}, {h}' for n, w, h in steps), *parts)
+
+# %% ../nbs/08e_drawings.ipynb #ad7a5ff4
+_LIVE = '''<div class="meta-live"><svg class="drawing" viewBox="0 0 360 440" role="group"
+ aria-label="A meta step to drag: above, two languages' pulls on theta; below, the steps of phi">
+<style>STYLE.meta-live svg{touch-action:pan-y}.meta-live [role=slider]{cursor:grab}
+.meta-live label{display:flex;gap:.6rem;align-items:center;max-width:560px;font-size:.9rem}
+.meta-live label span{min-width:9.5rem}.meta-live input{flex:1;min-width:0}</style>
+<g class="out"></g>
+<g role="slider" tabindex="0" class="angle" aria-label="angle between the gradients, degrees"
+ aria-valuemin="0" aria-valuemax="180"><circle r="16" fill="COLOUR2" fill-opacity=".25"/><circle
+ r="7" fill="COLOUR2"/></g>
+<g role="slider" tabindex="0" class="beta" aria-label="rate beta of the inner step"
+ aria-valuemin="0.05" aria-valuemax="1"><circle r="16" fill="var(--d-ink)" fill-opacity=".15"/>
+<circle r="7" fill="var(--d-ink)"/><text x="0" y="30">θ′</text></g></svg>
+<label><span>rate β</span><input type="range" name="beta" min="0.05" max="1" step="0.05">
+<output></output></label>
+<label><span>angle, degrees</span><input type="range" name="angle" min="0" max="180" step="5">
+<output></output></label>
+<label><span>length ε</span><input type="range" name="eps" min="0.01" max="1.5" step="0.01">
+<output></output></label>
+<label><span>bend b of bowls</span><input type="range" name="bend" min="0" max="0.5" step="0.05">
+<output></output></label>
+<script>
+document.querySelectorAll('.meta-live:not([data-on])').forEach(box => {
+  const at = START, $ = s => box.querySelector(s), norm = v => Math.hypot(...v);
+  const steps = {beta: [0.05, 1, 0.05], angle: [0, 180, 5],     // least, most, step
+                 eps: [0.01, 1.5, 0.01], bend: [0, 0.5, 0.05]};
+  const compute = ({beta, angle, eps, bend}) => {           // as meta_by_hand, line by line
+    const turn = angle * Math.PI / 180, c = [[1, 0], [Math.cos(turn), Math.sin(turn)]];
+    const f = r => r.map(x => x + bend * x ** 3), less = (a, b) => a.map((x, i) => x - b[i]);
+    const theta = f(c[0].map(x => -x)).map(x => -beta * x);
+    const direct = f(less(theta, c[0])).map(x => x / 2);
+    const v = f(less(theta, c[1])).map((x, i) => direct[i] + x / 2);
+    const second = v.map((x, i) => -beta * (1 + 3 * bend * c[0][i] ** 2) * x);
+    const miss = v.map(x => bend * (eps / norm(v)) ** 2 * x ** 3);
+    const difference = second.map((x, i) => x - beta * miss[i]);
+    return {c, pulls: c.map(x => f(x)), theta, direct, second, difference};
+  };
+  const above = p => [150 + 95 * p[0], 190 - 95 * p[1]];
+  const below = p => [150 + 150 * p[0], 340 - 150 * p[1]];
+  const text = (x, y, words) => `<text class="l" x="${x}" y="${y}">${words}</text>`;
+  const arrow = (from, to, colour) => {
+    const d = to.map((x, i) => x - from[i]), n = Math.max(norm(d), 1e-9), u = d.map(x => x / n);
+    const h = Math.min(10, n), b = to.map((x, i) => x - h * u[i]);
+    const s = [-u[1] * h / 2, u[0] * h / 2];
+    const side = way => b.map((x, i) => x + way * s[i]);
+    return `<path d="M${from}L${b}" stroke="${colour}" stroke-width="3"/>` +
+      `<polygon points="${to} ${side(1)} ${side(-1)}" fill="${colour}"/>`;
+  };
+  const draw = () => {
+    const m = compute(at), zero = [0, 0], minus = v => v.map(x => -x);
+    const both = m.direct.map((x, i) => -x - m.second[i]);
+    const near = m.direct.map((x, i) => -x - (m.difference[i] || 0));     // v = 0: no difference
+    const ring = (p, r, i) => `<circle cx="${above(p)[0]}" cy="${above(p)[1]}" r="${95 * r}"
+      fill="none" stroke="${['COLOUR1', 'COLOUR2'][i]}" stroke-opacity=".5"/>`;
+    const pull = (p, i) => arrow(above(zero), above(p), ['COLOUR1', 'COLOUR2'][i]);
+    const key = (x, colour, words) =>
+      `<rect x="${x}" y="272" width="10" height="10" fill="${colour}"/>` +
+      text(x + 14, 282, words);
+    const [x, y] = below(near);
+    $('.out').innerHTML =
+      m.c.flatMap((p, i) => [.25, .5, .75].map(r => ring(p, r, i))).join('') +
+      m.pulls.map(pull).join('') + text(4, 14, 'pulls of two languages on θ') +
+      text(4, 282, 'steps of φ:') + key(84, 'DIRECT', 'direct') +
+      key(145, 'SECOND', 'second order') + key(252, 'BOTH', 'both') +
+      arrow(below(zero), below(minus(m.direct)), 'DIRECT') +
+      arrow(below(zero), below(minus(m.second)), 'SECOND') +
+      arrow(below(zero), below(both), 'BOTH') + text(4, 432, '× both, by finite difference') +
+      `<path d="M${x - 5} ${y - 5}l10 10m0 -10l-10 10" stroke="var(--d-ink)" stroke-width="2"/>`;
+    const places = {angle: above(m.c[1]), beta: above(m.theta)};
+    for (const [name, p] of Object.entries(places)) {
+      const g = $('g.' + name);
+      g.setAttribute('transform', `translate(${p})`);
+      g.setAttribute('aria-valuenow', at[name]);
+    }
+    for (const name in steps) {
+      const input = $(`input[name=${name}]`);
+      input.value = at[name];
+      input.nextElementSibling.value = at[name];
+    }
+    box.dataset.values = JSON.stringify(m);
+  };
+  const set = (name, value) => {
+    const [low, high, step] = steps[name];
+    const rounded = low + Math.round((value - low) / step) * step;
+    at[name] = +Math.min(high, Math.max(low, rounded)).toFixed(4);
+    draw();
+  };
+  box.addEventListener('input', e => set(e.target.name, +e.target.value));
+  for (const name of ['angle', 'beta']) {
+    const g = $('g.' + name), svg = $('svg');
+    g.addEventListener('pointerdown', e => {
+      g.setPointerCapture(e.pointerId); e.preventDefault(); g.focus();
+    });
+    g.addEventListener('pointermove', e => {
+      if (!g.hasPointerCapture(e.pointerId)) return;
+      const seen = svg.getScreenCTM().inverse();
+      const p = new DOMPoint(e.clientX, e.clientY).matrixTransform(seen);
+      const x = (p.x - 150) / 95, y = Math.max(0, (190 - p.y) / 95);
+      set(name, name == 'beta' ? x / (1 + at.bend) : Math.atan2(y, x) * 180 / Math.PI);
+    });
+    g.addEventListener('keydown', e => {
+      const way = {ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1}[e.key];
+      if (way) { set(name, at[name] + way * steps[name][2]); e.preventDefault(); }
+    });
+  }
+  box.dataset.on = 1;
+  draw();
+});
+</script></div>'''
+
+# %% ../nbs/08e_drawings.ipynb #8b0178a6
+def meta_step_live(
+    beta: float = .5,       # rate of the inner step, 0.05 to 1
+    angle: float = 120.,    # between the two languages' gradients, degrees, 0 to 180
+    eps: float = .5,        # length of the finite difference, 0.01 to 1.5
+    bend: float = .3,       # b of the losses, 0 to 0.5
+):                          # an IPython HTML object
+    "Make a meta step to drag by mouse, finger or keys, without a kernel [paper Eq. 3-4, 8]."
+    from IPython.display import HTML
+    start = f'{{beta: {beta}, angle: {angle}, eps: {eps}, bend: {bend}}}'
+    words = dict(STYLE=STYLE, START=start, COLOUR1=ACCENTS[0], COLOUR2=ACCENTS[3], DIRECT=DIRECT,
+                 SECOND=SECOND, BOTH=SYSTEM_COLOURS['meta_adpt'])
+    page = _LIVE
+    for name, value in words.items(): page = page.replace(name, value)
+    return HTML(page)

@@ -2,6 +2,7 @@
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from build_docs import PAPER, Labels
 from cells import stamps
 from execute import stale
 
@@ -107,6 +108,24 @@ def test_pandoc_reads_every_notebook(notebooks):
     for p in notebooks:
         r = subprocess.run([pandoc, '-f', 'ipynb', '-t', 'html', p], capture_output=True, text=True)
         assert r.returncode == 0 and len(r.stdout) > 1000, f'{p.name}: {r.stderr[-500:]}'
+
+def test_equations_have_the_papers_numbers(notebooks):
+    "An equation that the text beside it calls Eq. n is printed as n; ours are M1, M2, ..."
+    beside = r'Eq\. (\d)\][^$]{0,60}\$\$((?:(?!\$\$).)*)\$\$[ \t]*(?:\{#(eq-[\w-]+)\})?'
+    found, ours = {}, []
+    for p in notebooks:
+        cells = json.loads(p.read_text(encoding='utf-8'))['cells']
+        sources = [''.join(c['source']) for c in cells]
+        labels = Labels(sources).numbers
+        for n, _, label in re.findall(f'(?s){beside}', '\n'.join(sources)):
+            if label: found[label] = int(n)
+        mine = [n for label, n in labels.items() if label[:3] == 'eq-' and label not in PAPER]
+        assert mine == [f'M{i + 1}' for i in range(len(mine))], p.name
+        ours += mine
+        cited = re.findall(r'\[paper[^]]*?Eq\. (\d+)|\\tag\{(\w+)\}', '\n'.join(sources))
+        assert all(1 <= int(a or b) <= 8 for a, b in cited), p.name
+    assert ours and found.items() <= PAPER.items(), found
+    assert {'eq-inner', 'eq-shared'} <= found.keys()
 
 def test_bare_import_needs_torch_and_numpy_only():
     "The package and its components start light; what else they need waits until it is needed."

@@ -2,7 +2,7 @@
 
 The site is built first if it is missing or older than what it is made of.
 """
-import importlib.util, re, subprocess, sys, threading
+import importlib.util, json, re, subprocess, sys, threading
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -192,6 +192,37 @@ def test_a_signature_stands_once(site):
     assert len(re.findall(r'(?:class|def)</span> (?:<[^>]*>)?Adapter\b', text)) == 1
     for details in re.findall(r'(?s)<details( open="")? class="code-fold">(.*?)</details>', text):
         assert bool(details[0]) == (details[1].count('\n') <= 30)
+
+def test_a_meta_step_in_the_hand_is_the_one_by_hand(page, site):
+    "Dragged, by keys and by its sliders, the page computes what Python computes."
+    from interference_nb.figures import meta_by_hand
+    page.goto(site + 'figs/meta_step.html', wait_until='networkidle')
+    box = page.locator('.meta-live')
+    box.scroll_into_view_if_needed()
+    def same():
+        "Compare the page with Python where its controls are now; return these."
+        at = {i.get_attribute('name'): float(i.input_value()) for i in box.locator('input').all()}
+        hand, seen = meta_by_hand(**at), json.loads(box.get_attribute('data-values'))
+        for name in ('theta', 'direct', 'second', 'difference'):
+            assert seen[name] == pytest.approx(getattr(hand, name).tolist(), abs=1e-9), (name, at)
+        return at
+    first = same()
+    for name, value in dict(beta='0.2', angle='45', eps='1.2', bend='0.5').items():
+        box.locator(f'input[name={name}]').fill(value)
+        assert same()[name] == float(value)
+    handle = box.locator('g.angle')
+    handle.press('ArrowRight')
+    assert same()['angle'] == 50
+    assert handle.get_attribute('aria-valuenow') == '50'
+    for name in ('angle', 'beta'):
+        at, place = same(), box.locator(f'g.{name} circle').first.bounding_box()
+        x, y = place['x'] + place['width'] / 2, place['y'] + place['height'] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 40, y + (90 if name == 'angle' else 0), steps=4)
+        page.mouse.up()
+        assert same()[name] != at[name]
+    assert same() != first and not page.faults
 
 def test_sliding_figures_slide(page, site):
     names = [n for n in PAGES if 'type="range"' in (SITE / n).read_text(encoding='utf-8')]

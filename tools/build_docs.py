@@ -19,6 +19,7 @@ from nbdev.serve import proc_nbs
 from pages import prepare
 
 KINDS = {'fig': 'Figure', 'tbl': 'Table', 'eq': 'Equation'}
+PAPER = {'eq-l0': 1, 'eq-bilevel': 2, 'eq-inner': 3, 'eq-hyper': 4, 'eq-shared': 5, 'eq-fd': 8}
 LABEL = r'(?:fig|tbl|eq)-[\w-]*\w'
 CODE = r'<code>\1</code>'
 TOC = r'(<a href="#([\w-]+)"[^>]*class="nav-link"[^>]*>)[^<]*\\[^<]*</a>'     # with TeX in it
@@ -87,12 +88,13 @@ def outside_code(f, text, inside=lambda code: code):
     return ''.join(inside(part) if i % 2 else f(part) for i, part in enumerate(parts))
 
 class Labels:
-    "The labelled figures, tables and equations of a page, numbered in order."
+    "The labelled figures, tables and equations of a page in order; the paper's keep its numbers."
     def __init__(self, sources):
         self.numbers = {}
         for label in re.findall(rf'(?:\{{#|#\|\s*label:\s*)({LABEL})', '\n'.join(sources)):
-            kind = label.split('-')[0]
-            self.numbers[label] = 1 + sum(other.startswith(f'{kind}-') for other in self.numbers)
+            kind, known = label.split('-')[0], self.numbers
+            n = 1 + sum(other.startswith(f'{kind}-') for other in known if other not in PAPER)
+            known[label] = PAPER.get(label, f'M{n}' if kind == 'eq' else n)
 
     def name(self, label): return f'{KINDS[label.split("-")[0]]} {self.numbers[label]}'
 
