@@ -691,6 +691,7 @@ def _work_left(spec: RunSpec, rows: list[dict]) -> float:  # plain steps, as `co
     "Estimate what a run's record lacks."
     tasks = [t for t in spec.tasks if not all(matching_row(rows, (t, l)) for l in spec.langs)]
     prune = [p for p in spec.prune if not matching_row(rows, prune=p)]
-    trained = max([r['step'] for r in rows if 'step' in r], default=0) / spec.train.steps
+    steps = max(spec.train.steps, 1)            # random weights take none
+    trained = max([r['step'] for r in rows if 'step' in r], default=0) / steps
     todo = replace(spec, tasks=tuple(tasks), prune=tuple(prune))
     return cost(todo) - min(1, trained) * cost(replace(spec, tasks=(), prune=()))
