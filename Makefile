@@ -32,7 +32,7 @@ EXHIBIT ?= all
 
 say := @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: help demo causes reproduce bench test test-versions mutants slow docs lab prepare clean
+.PHONY: help demo causes reproduce bench gpu test test-versions mutants slow docs lab prepare clean
 help:      ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
 
@@ -62,6 +62,10 @@ reproduce: $(READY) ## the paper's tables and figures: 80 minutes on 2 cores at 
 bench: $(READY)     ## times and memory beside other libraries: 15 minutes on 2 quiet cores
 	$(say) "Measuring our steps and our peers' in turn: about 15 minutes on 2 cores"
 	python benchmarks/bench.py $(ARGS)
+
+gpu: $(READY)       ## on a machine with a card: 8 minutes with DATA=folder
+	$(say) "Testing, training at scale mini and measuring on the GPU: at most 8 minutes"
+	python tools/gpu.py --data '$(DATA)' $(ARGS)
 
 test: $(READY)      ## every notebook's tests, then those in tests/: 8 minutes
 	$(say) "Running the notebooks, then the tests: about 8 minutes on 2 cores"

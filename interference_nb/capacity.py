@@ -152,13 +152,13 @@ def bottom_line(gaps: pd.DataFrame,  # of `interference`
     joint = gaps[gaps['system'] == 'joint']
     if joint.empty: return 'Not run.'
     first, last = joint['batches'].min(), joint['batches'].max()
-    def mean(batches, partner):
-        own = joint[(joint['batches'] == batches) & (joint['partner'] == partner)]
-        return difference(own.groupby('seed')['nats'].mean())
+    partners = sorted(joint['partner'].unique(), key=lambda p: (
+        Sweep.partners.index(p) if p in Sweep.partners else 9, p))
     def said(batches):
         out = []
-        for partner in joint['partner'].unique():
-            d = mean(batches, partner)
+        for partner in partners:
+            own = joint[(joint['batches'] == batches) & (joint['partner'] == partner)]
+            d = difference(own.groupby('seed')['nats'].mean())
             known = '' if d.n < 2 else f' ({d.low:+.3f} to {d.high:+.3f})'
             out.append(f'{d.delta:+.3f}{known} with {partner}')
         return ' and '.join(out)
@@ -169,6 +169,7 @@ def bottom_line(gaps: pd.DataFrame,  # of `interference`
             f'{said(first)} nats, averaged over widths; after {last:,}, by {said(last)}. At the '
             f'end it hurts in {hurt} of {len(ends)} cells of width and pair, helps in {help_}, and '
             f'the others are undecided (95% intervals, {n} seed{"s" * (n > 1)} or more).')
+
 
 # %% ../nbs/07g_capacity.ipynb #35c379ad
 def sweep_table(gaps: pd.DataFrame,  # of `interference`

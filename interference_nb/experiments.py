@@ -93,10 +93,14 @@ SCALES = {'toy': Scale(ModelConfig.toy(0), TrainConfig.toy(), for_tasks(Finetune
                                           language_order='round_robin', eval_every=300),
                           for_tasks(FinetuneConfig.mini, epochs=12, lr=3e-3, max_len=64,
                                     max_train=300, max_dev=300, max_eval=500)),
-          'mini': Scale(ModelConfig.mini(8000, dim=256, ffn_dim=1024),
-                        TrainConfig.mini(steps=4000, batch_size=32, seq_len=64, lr=1e-3, warmup=200,
-                                         schedule='linear', eval_every=200, checkpoint_every=200),
-                        for_tasks(FinetuneConfig.mini, epochs=6, max_train=1500)),
+          'mini': Scale(ModelConfig.mini(8000, dim=256, ffn_dim=1024, dropout=0.,
+                                         attention_dropout=0., isolate_documents=True),
+                        TrainConfig.mini(steps=4000, batch_size=32, seq_len=64, lr=1.5e-3,
+                                         warmup=400, schedule='linear', clip=1., mask_prob=.3,
+                                         rows='segments', language_order='round_robin',
+                                         eval_every=200, checkpoint_every=200),
+                        for_tasks(FinetuneConfig.mini, epochs=12, lr=1.5e-3, max_len=64,
+                                  max_train=300, max_dev=300, max_eval=1000)),
           'paper': Scale(ModelConfig.paper(), TrainConfig.paper(),
                          for_tasks(FinetuneConfig.paper), GRIDS)}
 

@@ -898,7 +898,8 @@ def plot_capacity(
     axes=None,              # one for each partner of English; None: new ones
 ) -> Figure:
     "Draw interference against training, a line for a width: mean, seeds, 95% interval."
-    partners, every = list(dict.fromkeys(gaps['partner'])), sorted(gaps['width'].unique())
+    every = sorted(gaps['width'].unique())
+    partners = sorted(gaps['partner'].unique(), key=lambda p: -TOY_LANGUAGES[p].anchors)
     own = gaps[gaps['system'] == system]
     if own.empty: raise InputError(f"no losses of '{system}' beside mono's.")
     last = own['batches'].max()
@@ -929,11 +930,14 @@ def plot_capacity(
                title=f'en + {partner}\n{TOY_LANGUAGES[partner].name}')
         ax.set_xticklabels([f'{t:,}' for t in at]); ax.minorticks_off()
         ax.title.set_size(9)
+        if not ax.get_legend_handles_labels()[1]:
+            ax.text(.5, .6, 'not run', transform=ax.transAxes, ha='center', color=GREYS[1])
     for ax in axes[1:]: ax.set_yticklabels([])
     axes[0].set_ylabel(f'loss of {system} − mono, nats')
     for text, y, va in (('worse than alone', .98, 'top'), ('better than alone', .02, 'bottom')):
         axes[-1].text(.98, y, text, transform=axes[-1].transAxes, ha='right', va=va, fontsize=8,
                       color=GREYS[1], style='italic')
-    axes[0].legend(frameon=False, fontsize=8.5, handlelength=1.2)
+    labelled = next(ax for ax in axes if ax.get_legend_handles_labels()[1])
+    labelled.legend(frameon=False, fontsize=8.5, handlelength=1.2)
     return axes[0].figure
 
