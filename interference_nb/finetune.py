@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'FinetuneConfig', 'TaskModel', 'predict', 'evaluate', 'evaluate_languages', 'finetuned', 'make_optimizer',
-           'Trainer', 'tune', 'grid_points', 'run_trials', 'finetune']
+           'Trainer', 'tune', 'grid_points', 'run_trials', 'finetune', 'score_by_rows']
 
 # %% ../nbs/06_finetune.ipynb #db95f6a8
 import copy, itertools, math, pickle, tempfile, time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from .adapters import MultilingualLM
 from .distributed import worker_pool
 from .files import (InputError, JsonlLog, check_ranges, load_checkpoint,
                                    read_jsonl, save_checkpoint, weights_hash)
@@ -449,3 +450,26 @@ def finetune(
                 best_epoch=row['best_epoch'], dev=row['dev'], trials=trials, finetune=asdict(cfg),
                 notes=notes,
                 wall_s=round(time.perf_counter() - start, 2))
+
+# %% ../nbs/06_finetune.ipynb #fd060002
+def score_by_rows(
+    model,                      # pretrained `MultilingualLM`; left as it is
+    tokenizer,                  # the one it was pretrained with
+    task: str | TaskSpec,       # a name in `TASKS`, or a spec of your own
+    source,                     # a Source
+    train_lang: str,            # language of the labelled rows
+    eval_langs: list[str],      # of the test sets
+    cfg: FinetuneConfig,        # of each run; its `max_train` is replaced
+    sizes: Iterable[int],       # labelled rows, such as 100, 300, 1000
+) -> Iterator[dict]:            # 'rows', 'start', 'seed', 'test', and the metrics, percent
+    "Finetune on more and more labelled rows, from pretrained and from random weights."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        scratch = MultilingualLM(model.cfg, model.langs, model.variant)
+    scratch = scratch.to(next(model.parameters()).device)
+    for n in sizes:
+        for start, weights in (('pretrained', model), ('random', scratch)):
+            found = finetune(weights, tokenizer, task, source, train_lang, eval_langs,
+                             replace(cfg, max_train=n))
+            for lang, scores in found['scores'].items():
+                yield dict(rows=n, start=start, seed=cfg.seed, test=lang, **scores)

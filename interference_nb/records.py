@@ -131,7 +131,9 @@ def read_counts(folder, run: str) -> dict[str, np.ndarray]:  # {'task/train/test
 
 # %% ../nbs/07d_records.ipynb #aa07d017
 def gradient_metrics(rows: list[dict],  # of a probe
-                     langs: tuple[str, str], group: str = 'encoder') -> dict[str, float]:
+                     langs: tuple[str, str],  # a pair of languages
+                     group: str = 'encoder',  # of parameters
+                     ) -> dict[str, float]:
     "Sum up a probe: mean cosines of a pair and of its languages; all steps, early and late."
     a, b = langs
     fifth, out = (rows[-1]['step'] + 1) / 5, dict(zero=0.)
@@ -150,7 +152,9 @@ def gate_metrics(study: dict,  # of `prune_study`
     "Sum up a pruning study: how alike a pair's gates are, and whether they mean something."
     return similarity_metrics(study, langs) | extremes(study, langs) | loss_metrics(study, langs)
 
-def similarity_metrics(study: dict, langs: tuple[str, str]) -> dict[str, float]:
+def similarity_metrics(study: dict,  # of `prune_study`
+                       langs: tuple[str, str],  # two of its languages
+                       ) -> dict[str, float]:
     "Average the cosines of gates: within the two languages and across; by kind, lowest, highest."
     a, b = langs
     rows = pd.DataFrame(study['similarity'])
@@ -168,7 +172,10 @@ def similarity_metrics(study: dict, langs: tuple[str, str]) -> dict[str, float]:
                 for where, v in by_kind[measure].groupby(level='where').mean().items()}
     return out
 
-def extremes(study: dict, langs: tuple[str, str], share: float = .1) -> dict[str, float]:
+def extremes(study: dict,  # of `prune_study`
+             langs: tuple[str, str],  # two of its languages
+             share: float = .1,  # of the groups, from 0 to 1
+             ) -> dict[str, float]:
     "Tell how many the other keeps of one language's most pruned and most kept tenth. [Fig. 4b]"
     _, mean = strongest(study, langs)
     n = max(1, round(share * len(mean[0])))
@@ -178,7 +185,9 @@ def extremes(study: dict, langs: tuple[str, str], share: float = .1) -> dict[str
                    for own, other in (mean, mean[::-1])] for name, part in parts.items()}
     return {name: float(np.mean(k)) for name, k in kept.items()} | {'half': .5}
 
-def loss_metrics(study: dict, langs: tuple[str, str]) -> dict[str, float]:
+def loss_metrics(study: dict,  # of `prune_study`
+                 langs: tuple[str, str],  # two of its languages
+                 ) -> dict[str, float]:
     "Average what gates, and closing one language's groups, do to the loss, in nats."
     ppl, pruned, out = study['ppl'], study['pruned'], {}
     for name in ('whole', 'own', 'swapped'):
@@ -191,7 +200,8 @@ def loss_metrics(study: dict, langs: tuple[str, str]) -> dict[str, float]:
             harm[name].append(math.log(found[after][l] / ppl['whole'][l]))
     return out | {name: float(np.mean(h)) for name, h in harm.items() if h}
 
-def strongest(study: dict, langs: tuple[str, str],
+def strongest(study: dict,  # of `prune_study`
+              langs: tuple[str, str],  # two of its languages
               kind: str | None = None,  # of groups; None: neurons, if they have gates
               layer: int | None = None,  # None: all of them
               ) -> tuple[str, list[np.ndarray]]:  # kind; log alpha [n] of each language
@@ -206,7 +216,8 @@ def strongest(study: dict, langs: tuple[str, str],
                          f"{', '.join(sorted(set(kinds)))}, in the layers {layers}.")
     return kind, [np.mean(study['log_alpha'][l], 0)[which] for l in langs]
 
-def price(study: dict) -> str:
+def price(study: dict,  # of `prune_study`
+          ) -> str:
     "Name a study's lambda: a statement that depends on it is no finding."
     return f" (λ={study['config']['l0']:g})"
 
@@ -229,7 +240,10 @@ def load(folder,  # of a study; or a table of this kind
     return table if names is None else table[table['run'].isin(set(names))]
 
 @lru_cache(maxsize=8)
-def table_of(folder: Path, whole: bool, files: tuple) -> pd.DataFrame:
+def table_of(folder: Path,  # of a study
+             whole: bool,  # leave out runs that are being added to
+             files: tuple,  # what tells whether one of them has changed
+             ) -> pd.DataFrame:
     "Make the table of a study, once as long as none of its files changes."
     table = [row for name, run in read_runs(folder, None, whole).items()
              for row in numbers_of_run(name, run)]
@@ -244,8 +258,9 @@ def numbers_of_run(name: str, run: Run) -> Iterator[tuple]:  # `COLUMNS`
     head = name, about['system'], of(about['langs']), of(about['pair']), about['seed']
     return ((*head, *row) for row in numbers(run))
 
-def text_name(lang: str,
-              pair: str) -> str:  # names of texts with '+' between: 'en+fr300'
+def text_name(lang: str,  # code of one of them
+              pair: str,  # names of texts with '+' between: 'en+fr300'
+              ) -> str:  # 'fr300'
     "Find what a language's text is called among those of a run: 'fr300' where it was capped."
     return next(t for t in pair.split('+') if t == lang or (t.startswith(lang)
                                                             and t[len(lang):].isdigit()))

@@ -165,7 +165,7 @@ class Exhibit:
     file: str = ''  # of its page; `name` if not given
 
 # %% ../nbs/07a_reproduce.ipynb #364f19f2
-def statements(groups: Iterable[ColumnGroup],
+def statements(groups: Iterable[ColumnGroup],  # columns that they speak of
                *about: Callable,  # (group, partner) -> key of `claims.STATEMENTS`, or ''
                ) -> tuple[Claim, ...]:
     "Fill in what is said of columns; what is said of a whole group comes once."
@@ -174,15 +174,21 @@ def statements(groups: Iterable[ColumnGroup],
         c for g in groups for key in about for l in g.partners if key(g, l)
         for c in claims_about(key(g, l), block=g.title, **names(l))))
 
-def of_mono(group: ColumnGroup, partner: str) -> str:
+def of_mono(group: ColumnGroup,  # columns: a task in one setting
+            partner: str,  # English's; 'fr_l': French cut short
+            ) -> str:
     "A language is better alone, but for Swahili. [paper 3.3]"
     return '' if group.where != 'within' else 'mono' if partner != 'sw' else 'mono, overfitting'
 
-def of_systems(group: ColumnGroup, partner: str) -> str:
+def of_systems(group: ColumnGroup,  # columns: a task in one setting
+               partner: str,  # English's; 'fr_l': French cut short
+               ) -> str:
     "Parts of a language's own help within it and cost transfer; meta-learning helps. [paper 4.2]"
     return 'NLI' if group.task == 'nli' else group.where
 
-def of_size(group: ColumnGroup, partner: str) -> str:
+def of_size(group: ColumnGroup,  # columns: a task in one setting
+            partner: str,  # English's; 'fr_l': French cut short
+            ) -> str:
     "Corpus size and distance matter. [paper 3.3, Table 5]"
     return ('English beside' if group.english else
             'small corpus' if partner.endswith('_l') else 'corpus')
@@ -218,17 +224,21 @@ def loss_over_time(table: pd.DataFrame) -> pd.DataFrame:  # index (system, seed)
                 own['value'], weights=np.diff([0, *own['step']]))))
     return spread_out(pd.DataFrame(out, columns=['system', 'seed', 'metric', 'value']))
 
-def of_time(e: Evidence) -> tuple[pd.DataFrame, tuple[Claim, ...]]:
+def of_time(e: Evidence,  # what there is of an exhibit
+            ) -> tuple[pd.DataFrame, tuple[Claim, ...]]:
     "State what Figure 2 says of mono and joint over time. [paper 3.3]"
     return loss_over_time(e.table), claims_about('perplexity')
 
-def of_causes(e: Evidence, what: str = 'gradients') -> tuple[pd.DataFrame, list[Claim]]:
+def of_causes(e: Evidence,  # what there is of an exhibit
+              what: str = 'gradients',  # 'gradients' or 'gates'
+              ) -> tuple[pd.DataFrame, list[Claim]]:
     "State what Figure 3 says of gradients, or 4a and 4b of gates, pair by pair. [paper 3.3]"
     numbers = causes_of(e.table)
     return numbers, [replace(c, text=f'{c.system} {c.text}')
                      for c in claims_on_pairs(numbers, (what,))]
 
-def of_gates(e: Evidence) -> tuple[pd.DataFrame, list[Claim]]:
+def of_gates(e: Evidence,  # what there is of an exhibit
+             ) -> tuple[pd.DataFrame, list[Claim]]:
     "State what Figure 4 says of gates, and of how fast adapters learn. [paper 3.3, 4.2]"
     numbers, said = of_causes(e, 'gates')
     return pd.concat([numbers, loss_over_time(e.table)]), said + [
@@ -243,7 +253,8 @@ def causes_of(table: pd.DataFrame) -> pd.DataFrame:  # index (pair, seed): 'en-f
 
 DISTANCE = ('fr', 'ru', 'ar')   # from English, as the paper has it; it says nothing of the others
 
-def near_to_far(pairs: Iterable[str]) -> list[str]:
+def near_to_far(pairs: Iterable[str],  # such as 'en-fr'
+                ) -> list[str]:
     "Order pairs of languages: what the paper calls close before distant, then the others."
     place = lambda pair: [DISTANCE.index(l) for l in pair.split('-') if l in DISTANCE] or [9]
     return sorted(pairs, key=lambda pair: (place(pair), pair))
@@ -263,7 +274,8 @@ def numbers_of_study(study: dict,  # of `prune_study`
         columns=['pair', 'seed', 'metric', 'value']), 'pair')
 
 def claims_on_pairs(numbers: pd.DataFrame,  # of `causes_of`
-                    what: tuple[str, ...] = ('gradients', 'gates')) -> list[Claim]:
+                    what: tuple[str, ...] = ('gradients', 'gates'),  # which of the two causes
+                    ) -> list[Claim]:
     "Write the paper's statements about causes, and our controls, as claims about these pairs."
     pairs, out = list(dict.fromkeys(numbers.index.get_level_values(0))), []
     near, *distant = [p for l in DISTANCE for p in pairs if p.endswith(f'-{l}')] or ['']
@@ -291,9 +303,10 @@ def probe_rows(folder, names=None) -> dict[str, list[list[dict]]]:  # {'en-fr': 
         if of_run.probe: found.setdefault(pair, []).append(of_run.probe)
     return {pair: found[pair] for pair in near_to_far(found)}
 
-def gate_studies(folder,
+def gate_studies(folder,  # of a study
                  pair: str,  # 'en-fr'
-                 names=None) -> dict[float, list[dict]]:  # {lambda: of `prune_study`, one a seed}
+                 names=None,  # of runs; None: all that are there
+                 ) -> dict[float, list[dict]]:  # {lambda: of `prune_study`, one a seed}
     "Read the pruning studies of a pair of languages, by the price of a gate."
     out = {}
     for of_run in read_runs(folder, names).values():
@@ -399,7 +412,12 @@ FAMILIES = {
     'trilingual': lambda s: len(s.pair) == 3,
     'hub': lambda s: bool(SYSTEMS[s.system].hub)}
 
-def run_of(study: Study, row: str, group: ColumnGroup, partner: str, seed: int) -> RunSpec | None:
+def run_of(study: Study,  # scale, data, languages, systems, seeds
+           row: str,  # key of `SYSTEMS`, or 'trilingual'
+           group: ColumnGroup,  # columns: a task in one setting
+           partner: str,  # English's; 'fr_l': French cut short
+           seed: int,  # from 0
+           ) -> RunSpec | None:
     "Name the run behind a cell; None where the cell makes no sense: mono does not transfer."
     system, base = 'joint' if row == 'trilingual' else row, partner.removesuffix('_l')
     pair = ('en', base) + ((THIRD[base],) if row == 'trilingual' else ())
@@ -412,7 +430,10 @@ def run_of(study: Study, row: str, group: ColumnGroup, partner: str, seed: int) 
     looked_at = row == 'joint' and partner in PROBED
     return replace(spec, probe=study.probe, prune=study.prune) if looked_at else spec
 
-def has_data(source, group: ColumnGroup, partner: str) -> bool:
+def has_data(source,  # of the data, as from `open_source`
+             group: ColumnGroup,  # columns: a task in one setting
+             partner: str,  # English's; 'fr_l': French cut short
+             ) -> bool:
     "Say whether a cell's rows exist, to finetune and to test on; the hub is taken at its word."
     if not {'en', partner.removesuffix('_l')} <= set(source.languages): return False
     if group.task == 'ppl' or source.name == 'hub': return True
@@ -420,11 +441,15 @@ def has_data(source, group: ColumnGroup, partner: str) -> bool:
     rows = lambda lang, *splits: any(source.count(spec.data, lang, split) for split in splits)
     return rows(train, 'train') and rows(test, 'test', *['validation'] * spec.no_test)
 
-def cells(exhibit: Exhibit) -> Iterator[tuple[str, ColumnGroup, str]]:
+def cells(exhibit: Exhibit,  # a table or figure
+          ) -> Iterator[tuple[str, ColumnGroup, str]]:
     "Walk the cells of an exhibit: row, group, partner."
     return ((r, g, p) for g in exhibit.groups for r in exhibit.rows for p in g.partners)
 
-def runs_of_cells(exhibit: Exhibit, study: Study, source) -> Iterator[RunSpec]:
+def runs_of_cells(exhibit: Exhibit,  # a table or figure
+                  study: Study,  # scale, data, languages, systems, seeds
+                  source,  # of the data, as from `open_source`
+                  ) -> Iterator[RunSpec]:
     "List the runs of a table's cells; a task goes along only where there are rows for it."
     there = {(g, p): has_data(source, g, p) for g in exhibit.groups for p in g.partners}
     for row, group, partner in cells(exhibit):
@@ -433,7 +458,10 @@ def runs_of_cells(exhibit: Exhibit, study: Study, source) -> Iterator[RunSpec]:
             if spec is not None and set(spec.pair) <= set(source.languages):
                 yield spec if there[group, partner] else replace(spec, tasks=())
 
-def specs_of(exhibits: Iterable[Exhibit], study: Study, source) -> list[RunSpec]:
+def specs_of(exhibits: Iterable[Exhibit],  # tables and figures
+             study: Study,  # scale, data, languages, systems, seeds
+             source,  # of the data, as from `open_source`
+             ) -> list[RunSpec]:
     "List the runs that exhibits need, each once, with all tasks asked of it."
     keep, found = FAMILIES.get(study.family, lambda s: True), {}
     for e in exhibits:
@@ -459,7 +487,9 @@ def choose(names: Iterable[str],  # of exhibits, or 'all'
     if study.seeds < 1: raise InputError(f'{study.seeds} seeds. Use --seeds 3.')
     return [narrow(EXHIBITS[n], study) for n in names]
 
-def narrow(exhibit: Exhibit, study: Study) -> Exhibit:
+def narrow(exhibit: Exhibit,  # a table or figure
+           study: Study,  # scale, data, languages, systems, seeds
+           ) -> Exhibit:
     "Leave out what a study does not ask for, and statements about it."
     near = lambda g: tuple(p for p in g.partners if p.removesuffix('_l') in study.targets)
     groups = tuple(replace(g, partners=near(g)) for g in exhibit.groups
@@ -488,8 +518,12 @@ def check_records(specs: list[RunSpec], folder) -> dict[str, InputError]:  # of 
         raise next(iter(out.values()))
     return out
 
-def gather(exhibit: Exhibit, study: Study, source, folder,
-           failed: Iterable[str] = ()) -> Evidence:
+def gather(exhibit: Exhibit,  # a table or figure
+           study: Study,  # scale, data, languages, systems, seeds
+           source,  # of the data, as from `open_source`
+           folder,  # of records and pages
+           failed: Iterable[str] = (),  # runs that were begun and failed
+           ) -> Evidence:
     "Read what there is of an exhibit's runs."
     specs = specs_of([exhibit], study, source)
     names = {s.name for s in specs} - refused(specs, folder).keys()
@@ -501,7 +535,7 @@ def gather(exhibit: Exhibit, study: Study, source, folder,
 STATES = 'no such cell', 'failed', 'not run', 'no data'  # why a cell is empty, what counts first
 KEY = ['run', 'task', 'train', 'test', 'metric']  # of a score in the table of records
 
-def cells_of(e: Evidence,
+def cells_of(e: Evidence,  # what there is of an exhibit
              sentences: bool = False,  # score resampled test sentences, too
              ) -> pd.DataFrame:  # block, row, column, seed, state, value, resampled
     "Look up what each cell asks for, seed by seed, and average over languages."
@@ -556,7 +590,10 @@ def numbers_of(cells: pd.DataFrame,  # of `cells_of`
 # %% ../nbs/07a_reproduce.ipynb #cfc79d68
 def compare_rows(numbers: pd.DataFrame,  # of `numbers_of`
                  drawn: pd.DataFrame,  # the same of resampled scores
-                 column: str, row: str, other: str) -> dict[str, float]:
+                 column: str,  # such as 'NER within ar'
+                 row: str,  # a system
+                 other: str,  # the one that it is compared with
+                 ) -> dict[str, float]:
     "Compare two rows over seeds (t test) and over sentences (95% interval)."
     d, none = paired(numbers, column, row, other), pd.Series(dtype=object)
     a, b = (drawn.get(column, none).get(r, none).dropna() for r in (row, other))
@@ -566,7 +603,10 @@ def compare_rows(numbers: pd.DataFrame,  # of `numbers_of`
     return dict(pairs=d.n, delta=d.delta, se=d.se, p=d.p, low=over_seeds[0], high=over_seeds[1],
                 sentences_low=low, sentences_high=high)
 
-def best(numbers: pd.DataFrame, drawn: pd.DataFrame, column: str) -> str | None:
+def best(numbers: pd.DataFrame,  # of `numbers_of`
+         drawn: pd.DataFrame,  # the same of resampled scores
+         column: str,  # such as 'NER within ar'
+         ) -> str | None:
     "Name the row that is better than every other one, over seeds and over sentences."
     means = numbers[column].groupby(level=0, sort=False).mean().dropna()
     if len(means) < 2: return None
@@ -575,7 +615,9 @@ def best(numbers: pd.DataFrame, drawn: pd.DataFrame, column: str) -> str | None:
     return first if all(c['p'] < .05 and c['sentences_low'] > 0 for c in found) else None
 
 # %% ../nbs/07a_reproduce.ipynb #2ce1528a
-def over_shared(numbers: pd.DataFrame, claim: Claim, exhibit: Exhibit,
+def over_shared(numbers: pd.DataFrame,  # of `numbers_of`
+                claim: Claim,  # about a mean of languages
+                exhibit: Exhibit,  # its table
                 ) -> tuple[pd.DataFrame, list[Claim]]:  # to `judge`
     "Take a mean over the languages that both rows have, where one of them lacks some."
     group = next((g for g in exhibit.groups if claim.metric == f'{g.title} mean'), None)
@@ -638,7 +680,8 @@ def sum_up(e: Evidence, cells: pd.DataFrame) -> pd.DataFrame:  # cells: of `cell
     return table.assign(best=table['best'] & closed).sort_values(
         ['block', 'row'], key=lambda c: c.map(order), kind='stable', ignore_index=True)
 
-def columns_after(group: ColumnGroup) -> tuple[str, ...]:
+def columns_after(group: ColumnGroup,  # columns: a task in one setting
+                  ) -> tuple[str, ...]:
     "Give a group its mean, if that means something: of several languages, none of them twice."
     cut = any(p.endswith('_l') for p in group.partners)
     return ('mean',) * (group.task != 'ppl' and len(group.partners) > 1 and not cut)
@@ -659,7 +702,11 @@ def difference_table(rows: pd.DataFrame, title: str, baseline: str) -> pd.DataFr
         return interval(Difference(r.pairs, r.delta, r.se, r.low, r.high))
     return arrange(rows[rows['row'] != baseline], title, show, f' − {baseline}')
 
-def arrange(rows: pd.DataFrame, title: str, show: Callable, end: str = '') -> pd.DataFrame:
+def arrange(rows: pd.DataFrame,  # of `sum_up`
+            title: str,  # of the group
+            show: Callable,  # a row -> the text of its cell
+            end: str = '',  # behind the name of each row
+            ) -> pd.DataFrame:
     "Lay one group out: a line for each row that has a cell, a column for each language."
     rows = rows[rows['block'] == title]
     text = pd.Series([show(r) for r in rows.itertuples(index=False)], rows.index, dtype=object)
@@ -741,7 +788,8 @@ def parts_of_page(e: Evidence, rows: pd.DataFrame,  # of `sum_up`
         parts += [markdown(verdict_table(found), 'left'), LEGENDS['verdicts']]
     return [*parts, not_run(found), '## Where this comes from', origin(e)]
 
-def caption(file: str) -> str:
+def caption(file: str,  # without its ending
+            ) -> str:
     "Name a figure: 'figure4a-ar-l3' has λ = 3."
     name, _, price = file.partition('-l')
     return f'{name}, λ = {price}' if price else name
@@ -767,14 +815,16 @@ def power_note(baseline: str,  # that the rows are compared with
             f'points with a power of 80% takes {seeds_needed(sds.median())} seeds, and '
             f'{seeds_needed(sds.max()):,} in the noisiest cell.')
 
-def origin(e: Evidence) -> str:
+def origin(e: Evidence,  # what there is of an exhibit
+           ) -> str:
     "Say which records an exhibit asks for, and what is there."
     asked = (f'{about_study(e.study)} {len(e.done)} of {len(e.specs)} runs are complete, with '
              'their records beside this page. ')
     if not read_runs(e.folder, e.names): return asked + 'None of them has been run.'
     return f'{asked}There are {describe(e.folder, e.names)}'
 
-def about_study(study: Study) -> str:
+def about_study(study: Study,  # scale, data, languages, systems, seeds
+                ) -> str:
     "Say how large the runs of a study are, on what data, and how many."
     return (f"{about_size(study.name, asdict(study.scale))} Data '{Path(study.data).name}', "
             f"{study.seeds} seed{'s' * (study.seeds > 1)}.")
@@ -833,7 +883,8 @@ def gradient_table(numbers: pd.DataFrame) -> pd.DataFrame:  # numbers: of `cause
                'gap late': 'gap late'}
     return table_by_pair(numbers, 'gradients', columns, [('', '')])
 
-def gate_table(numbers: pd.DataFrame) -> pd.DataFrame:
+def gate_table(numbers: pd.DataFrame,  # of `causes_of`
+               ) -> pd.DataFrame:
     "Write the table of gate similarities: a line for a pair, a kind and a lambda."
     ends = prices(numbers)
     kinds = [k for k in ('attention', 'ffn') if f'gates raw cross {k}{ends[0]}' in numbers]
@@ -842,7 +893,8 @@ def gate_table(numbers: pd.DataFrame) -> pd.DataFrame:
     return table_by_pair(numbers, 'gates', columns | {'permuted': 'gates permuted cross'},
                          [(f', {k}{end}', f' {k}{end}') for end in ends for k in kinds])
 
-def loss_table(numbers: pd.DataFrame) -> pd.DataFrame:
+def loss_table(numbers: pd.DataFrame,  # of `causes_of`
+               ) -> pd.DataFrame:
     "Write the table of what gates and pruning do to the loss: a line for a pair and a lambda."
     columns = {'whole model': 'loss whole', 'own gates': 'loss own',
                "other's gates": 'loss swapped', 'universal, %': 'share universal',
@@ -850,7 +902,8 @@ def loss_table(numbers: pd.DataFrame) -> pd.DataFrame:
                'to the other': 'harm to the other', 'of random groups': 'harm of random groups'}
     return table_by_pair(numbers, 'loss', columns, [(end, end) for end in prices(numbers)])
 
-def table_by_pair(numbers: pd.DataFrame, title: str,
+def table_by_pair(numbers: pd.DataFrame,  # of `causes_of`
+                  title: str,  # of the first column
                   columns: dict[str, str],  # {header: metric}
                   lines: list[tuple[str, str]],  # behind the pair's name; behind the metric's
                   ) -> pd.DataFrame:  # of text
@@ -862,7 +915,9 @@ def table_by_pair(numbers: pd.DataFrame, title: str,
         {title: pair + label} | {c: show(pair, m + end, '%' in c) for c, m in columns.items()}
         for pair in dict.fromkeys(numbers.index.get_level_values(0)) for label, end in lines])
 
-def runs_of_causes(exhibit: Exhibit, study: Study) -> list[RunSpec]:
+def runs_of_causes(exhibit: Exhibit,  # a table or figure
+                   study: Study,  # scale, data, languages, systems, seeds
+                   ) -> list[RunSpec]:
     "List joint runs of pairs, probed and pruned. Raises `InputError` for anything but pairs."
     if not study.pairs or any(len(set(p)) != 2 for p in study.pairs):
         raise InputError('a cause of interference is looked for in pairs of languages. '
@@ -872,13 +927,17 @@ def runs_of_causes(exhibit: Exhibit, study: Study) -> list[RunSpec]:
     return [replace(s, probe=study.probe, prune=study.prune)
             for s in sorted(joint, key=lambda s: s.seed)]
 
-def runs_of_demo(exhibit: Exhibit, study: Study) -> list[RunSpec]:
+def runs_of_demo(exhibit: Exhibit,  # a table or figure
+                 study: Study,  # scale, data, languages, systems, seeds
+                 ) -> list[RunSpec]:
     "List the runs of a comparison of systems. Raises `InputError` if it is of one language."
     if len(study.pairs[0]) < 2:
         raise InputError('a comparison needs two languages. Use --langs en,x3.')
     return plan(study.systems, study.pairs[0], study.seeds, study.scale, study.data, study.tasks)
 
-def draw_similarity(e: Evidence, figures):
+def draw_similarity(e: Evidence,  # what there is of an exhibit
+                    figures,  # the module
+                    ):
     "Draw how alike the gates of the first pair are, at the lightest lambda."
     pair = causes_of(e.table).index[0][0]
     return figures.plot_similarity(next(iter(gate_studies(e.folder, pair, e.names).values())))
@@ -896,8 +955,12 @@ CAUSES = Exhibit('causes', 'Causes', 'Do gradients conflict, and whose are the p
                  write=lambda e, figures: ([causes_page(e.folder, e.names).strip()], {}))
 
 # %% ../nbs/07a_reproduce.ipynb #1566b26c
-def write(exhibit: Exhibit, study: Study, source, folder,
-          failed: Iterable[str] = ()) -> list[Path]:  # of the files
+def write(exhibit: Exhibit,  # a table or figure
+          study: Study,  # scale, data, languages, systems, seeds
+          source,  # of the data, as from `open_source`
+          folder,  # of records and pages
+          failed: Iterable[str] = (),  # runs that were begun and failed
+          ) -> list[Path]:  # of the files
     "Write an exhibit's page, tables and figures beside its records."
     e = gather(exhibit, study, source, folder, failed)
     e.folder.mkdir(parents=True, exist_ok=True)
@@ -920,7 +983,9 @@ def write_figures(e: Evidence) -> list[str]:  # their names
         out.append(name)
     return out
 
-def page_of_cells(e: Evidence, figures: list[str]) -> tuple[list[str], dict[str, str]]:
+def page_of_cells(e: Evidence,  # what there is of an exhibit
+                  figures: list[str],  # names of those drawn
+                  ) -> tuple[list[str], dict[str, str]]:
     "Write an exhibit made of cells: the parts of its page, and {ending: text} of other files."
     cells, files = cells_of(e, sentences=True), {}
     rows = sum_up(e, cells)
@@ -932,7 +997,8 @@ def page_of_cells(e: Evidence, figures: list[str]) -> tuple[list[str], dict[str,
                         'standard deviation\n' + '\n\\par\\medskip\n'.join(tables))
     return parts_of_page(e, rows, judged(e, cells), figures), files
 
-def page_of_statistics(e: Evidence) -> tuple[list[str], dict[str, str]]:
+def page_of_statistics(e: Evidence,  # what there is of an exhibit
+                       ) -> tuple[list[str], dict[str, str]]:
     "Count the text and the labelled rows. [paper Table 1]"
     source, study, small = e.source, e.study, e.study.small
     langs = [l for l in ('en', *study.targets, *THIRD.values()) if l in source.languages]
@@ -954,7 +1020,10 @@ def page_of_statistics(e: Evidence) -> tuple[list[str], dict[str, str]]:
              + (', the text of seed 0.' if source.name == 'toy' else '.')]
     return parts, dict(csv=numbers.to_csv(index=False, lineterminator='\n'), tex=latex(table))
 
-def write_index(study: Study, source, folder) -> Path:
+def write_index(study: Study,  # scale, data, languages, systems, seeds
+                source,  # of the data, as from `open_source`
+                folder,  # of records and pages
+                ) -> Path:
     "Write one line for each exhibit: what is there and what it shows."
     lines = []
     for exhibit in choose(['all'], study):
@@ -982,7 +1051,8 @@ def say(text: str):  # what to print
         return c
     print(text if text.isascii() else ''.join(map(shown, text)), flush=True)
 
-def minutes(seconds: float) -> str:
+def minutes(seconds: float,  # a time
+            ) -> str:
     "Write a time to the precision that matters."
     return (f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min' if seconds < 5400
             else f'{seconds / 3600:.1f} h')
@@ -1003,7 +1073,11 @@ class Progress:
 
     Work is read from the records while runs write them, so that the time left moves with each
     step and not with each run that ends."""
-    def __init__(self, specs: list[RunSpec], folder, quiet: bool = False):
+    def __init__(self,
+                 specs: list[RunSpec],  # runs
+                 folder,  # of the study
+                 quiet: bool = False,  # print nothing
+                 ):
         self.specs, self.folder, self.quiet, self.over = specs, Path(folder), quiet, set()
         self.total, self.terminal = sum(map(cost, specs)) or 1., sys.stdout.isatty()
         self.start, self.before, self.closed = time.monotonic(), self.done(), threading.Event()
@@ -1022,7 +1096,10 @@ class Progress:
                  else 'measuring the time left')
         return f'{done / self.total:4.0%} | {minutes(gone)} gone, {about} | {latest(self.folder)}'
 
-    def ended(self, spec: RunSpec, rows: list[dict] | Exception):
+    def ended(self,
+              spec: RunSpec,  # a run
+              rows: list[dict] | Exception,  # of its record, or what stopped it
+              ):
         "Take note of a finished run, and sum it up in a line."
         self.over.add(spec.name)
         if self.quiet: return
@@ -1076,7 +1153,9 @@ def _columns_that_fit(table: list[list[str]], width: int) -> list[str]:
     return out
 
 # %% ../nbs/07a_reproduce.ipynb #aa07a006
-def run_study(study: Study, exhibits: list[Exhibit], folder,
+def run_study(study: Study,  # scale, data, languages, systems, seeds
+              exhibits: list[Exhibit],  # what to write
+              folder,  # of records and pages
               workers: int | None = None,  # runs side by side; one a GPU, or a core, if not given
               executor=None,  # what runs the runs, if not processes of this machine
               write_only: bool = False,  # run nothing
@@ -1098,9 +1177,12 @@ def run_study(study: Study, exhibits: list[Exhibit], folder,
         if not quiet: say(' '.join(map(str, paths)))
     return failed
 
-def run_missing(specs: list[RunSpec], folder: Path, workers: int | None,
-                executor=None,
-                quiet: bool = False) -> dict[str, Exception]:  # what stopped the runs that failed
+def run_missing(specs: list[RunSpec],  # runs
+                folder: Path,  # of the study
+                workers: int | None,  # runs side by side; None: one a GPU, or a core
+                executor=None,  # what runs the runs, if not processes of this machine
+                quiet: bool = False,  # print nothing
+                ) -> dict[str, Exception]:  # what stopped the runs that failed
     "Run what is missing and show how far it is."
     failed, progress = {}, Progress(specs, folder, quiet)
     with progress:
@@ -1109,13 +1191,16 @@ def run_missing(specs: list[RunSpec], folder: Path, workers: int | None,
             progress.ended(spec, rows)
     return failed
 
-def tell_failed(failed: dict[str, Exception], n: int):
+def tell_failed(failed: dict[str, Exception],  # what stopped each
+                n: int,  # runs that were asked for
+                ):
     "Raise `InputError` if some of n runs failed: how many, and what stopped the first."
     for name, error in failed.items():
         raise InputError(f'{len(failed)} of {n} runs failed; the others are kept. '
                          f'First: {name}: {error}')
 
-def latest(folder: Path) -> str:
+def latest(folder: Path,  # of a study
+           ) -> str:
     "Read the last perplexities that a run under a folder wrote."
     records = sorted(folder.glob('*/record.jsonl'), key=lambda p: p.stat().st_mtime)
     for path in reversed(records):
@@ -1125,7 +1210,9 @@ def latest(folder: Path) -> str:
                 return f"{path.parent.name} step {row['step']}: {ppl}"
     return ''
 
-def one_line(spec: RunSpec, rows: list[dict] | Exception) -> str:
+def one_line(spec: RunSpec,  # a run
+             rows: list[dict] | Exception,  # of its record, or what stopped it
+             ) -> str:
     "Sum up a finished run in a line."
     if isinstance(rows, Exception): return f'{spec.name:24} FAILED: {rows}'
     numbers = summarise(pd.DataFrame(numbers_of_run(spec.name, Run(rows, [])), columns=COLUMNS))

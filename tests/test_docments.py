@@ -9,7 +9,6 @@ import pytest
 import interference_nb
 
 MODULES = [m.name for m in pkgutil.iter_modules(interference_nb.__path__) if m.name[0] != '_']
-LACKING = {'records', 'reproduce'}   # may only shrink
 
 
 def functions(body, prefix=''):
@@ -47,9 +46,7 @@ def inherits(module, name):
 def test_everything_public_is_documented(name):
     module = importlib.import_module(f'interference_nb.{name}')
     with open(module.__file__, encoding='utf-8') as f: source = f.read()
-    found = missing(source, module.__all__, lambda f: inherits(module, f))
-    if name in LACKING: assert found, f'{name} lacks nothing any more: take it off LACKING'
-    else: assert not found
+    assert not missing(source, module.__all__, lambda f: inherits(module, f))
 
 
 def test_what_is_missing_is_named():
