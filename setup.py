@@ -8,8 +8,8 @@ config = ConfigParser(delimiters=['='])
 config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 extras = {extra: cfg[f'{extra}_requirements'].split()
-          for extra in ('test', 'dev', 'transformers', 'slurm')}
-extras['dev'] += extras['test'] + extras['transformers']    # dev is all that a contributor needs
+          for extra in ('test', 'dev', 'transformers', 'peft', 'slurm')}
+for extra in ('test', 'transformers', 'peft'): extras['dev'] += extras[extra]  # contributors
 site, code = cfg['doc_host'] + cfg['doc_baseurl'], cfg['git_url']
 
 # On a package index a link that is relative to this folder would lead nowhere.

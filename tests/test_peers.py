@@ -1,6 +1,7 @@
 """Other people's probes beside ours: PCGrad and GradVac on published problems, per-sample gradients
-by torch.func, gates against the best of all subsets."""
-import itertools
+by torch.func, gates against the best of all subsets, `peft`'s adapters under our steps."""
+import copy, itertools, json, re
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,9 @@ from torch.func import functional_call, grad, vmap
 
 from interference_nb.gradient_probes import gram, halves, inner_products, pcgrad, vaccine
 from interference_nb.l0_pruning import PruneConfig, columns, gated, learn_gates
+from interference_nb.meta_adapters import MetaStep
+from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, train
+from interference_nb.toy_languages import ToySource
 
 
 def test_pcgrad_on_the_published_toy_problem():
@@ -79,3 +83,47 @@ def test_gates_find_the_best_of_all_subsets():
     cfg = PruneConfig(steps=500, warmup=50, l0=l0)
     gates = learn_gates(layer, lambda k: loss(), groups, cfg)
     assert tuple((gates.flat() > 0).float().tolist()) == best
+
+
+def recipe(function):
+    "Run the block of the page on hub models that defines a function; return it."
+    page = json.loads((Path(__file__).parents[1]/'nbs'/'05a_hub_models.ipynb').read_text('utf-8'))
+    text = '\n'.join(''.join(c['source']) for c in page['cells'] if c['cell_type'] == 'markdown')
+    blocks = re.findall(r'```python\n(.*?)```', text, re.S)
+    block = next(b for b in blocks if f'def {function}' in b)
+    names = {}
+    exec(block, names)
+    return names[function]
+
+
+@pytest.mark.parametrize(('kind', 'targets'), [('bert', ['query', 'value']), ('gpt2', ['c_attn'])])
+@pytest.mark.parametrize('step', [JointStep, MetaStep])
+def test_lora_of_peft_is_phi(kind, targets, step, tmp_path):
+    "Each language's matrices move, the idle ones do not; what is saved opens without us, the same."
+    peft = pytest.importorskip('peft')
+    pytest.importorskip('transformers')
+    from test_report import write_model
+    from interference_nb.hub_models import LOSSES, hf_loss, open_language_model
+    langs, source = ('en', 'ar'), ToySource(n_train=200)
+    folder = write_model(tmp_path, kind, langs, source)
+    opened, tokenizer, stream = open_language_model(folder, langs)
+    model = recipe('lora_model')(opened.module, langs, targets, 4)
+    streams = {l: stream(tokenizer, list(source.text(l)), l, 8, 24) for l in langs}
+    assert stream is LOSSES[dict(bert='masked', gpt2='causal')[kind]][1]
+    names = {n for own in (model.theta, *model.phi.values()) for n in own}
+    assert names == {n for n, _ in model.named_parameters()} and all(model.phi.values())
+    model.loss(streams['en'].batch(0)).backward()
+    assert all(p.grad is None for p in model.phi['ar'].values())
+    model.zero_grad(set_to_none=True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    cfg = TrainConfig.toy(steps=4, warmup=1, eval_every=4)
+    train(model, BatchSampler(streams, cfg), cfg, {}, step=step(model, cfg), progress=False)
+    moved = lambda params: any(not torch.equal(p, before[n]) for n, p in params.items())
+    assert moved(model.theta) and all(moved(own) for own in model.phi.values())
+    model.module.save_pretrained(tmp_path/'lora')
+    base = copy.deepcopy(model.module).unload()
+    for l in langs:
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path/'lora'/l).eval()
+        batch = streams[l].batch(9)
+        model.eval()
+        with torch.no_grad(): assert torch.equal(hf_loss(again, batch), model.loss(batch))
