@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from interference_nb.gradient_probes import gram, halves, inner_products, pcgrad, vaccine
+from interference_nb.gradient_probes import (GradientProbe, ProbeConfig, gram, halves,
+                                             inner_products, pcgrad, vaccine)
 from interference_nb.l0_pruning import PruneConfig, columns, gated, learn_gates
 from interference_nb.meta_adapters import MetaStep
 from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, train
@@ -90,7 +91,7 @@ def recipe(function):
     page = json.loads((Path(__file__).parents[1]/'nbs'/'05a_hub_models.ipynb').read_text('utf-8'))
     text = '\n'.join(''.join(c['source']) for c in page['cells'] if c['cell_type'] == 'markdown')
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
-    block = next(b for b in blocks if f'def {function}' in b)
+    block = next(b for b in blocks if re.search(rf'(def|class) {function}\b', b))
     names = {}
     exec(block, names)
     return names[function]
@@ -127,3 +128,30 @@ def test_lora_of_peft_is_phi(kind, targets, step, tmp_path):
         batch = streams[l].batch(9)
         model.eval()
         with torch.no_grad(): assert torch.equal(hf_loss(again, batch), model.loss(batch))
+
+
+def test_probe_leaves_a_trainer_bit_identical(tmp_path):
+    "Eight steps of `transformers.Trainer` with dropout, with and without the probe."
+    transformers = pytest.importorskip('transformers')
+    from test_report import write_model
+    from interference_nb.hub_models import TextStream, open_language_model
+    langs, source = ('en', 'ar'), ToySource(n_train=200)
+    folder = write_model(tmp_path/'model', 'bert', langs, source)
+    def end(probe):
+        opened, tok, _ = open_language_model(folder, langs)
+        streams = {l: TextStream(tok, list(source.text(l)), l, 8, 24) for l in langs}
+        sampler = BatchSampler(streams, TrainConfig.toy(steps=8))
+        rows = [dict(input_ids=torch.tensor(tok(t)['input_ids']))
+                for t in itertools.islice(source.text('en'), 64)]
+        args = transformers.TrainingArguments(
+            output_dir=tmp_path/'out', max_steps=8, per_device_train_batch_size=8, report_to=[],
+            save_strategy='no', use_cpu=True, disable_tqdm=True, seed=0)
+        transformers.Trainer(
+            opened.module, args, train_dataset=rows,
+            data_collator=transformers.DataCollatorForLanguageModeling(tok),
+            callbacks=[recipe('ProbeCallback')(probe, sampler)] if probe else []).train()
+        return dict(opened.module.named_parameters())
+    probe = GradientProbe(ProbeConfig(every=2, n_batches=2))
+    plain, probed = end(None), end(probe)
+    assert all(torch.equal(p, probed[n]) for n, p in plain.items())
+    assert [r['step'] for r in probe.rows] == [2, 4, 6, 8]
