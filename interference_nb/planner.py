@@ -309,7 +309,10 @@ def measured_peak(step: StepSpec) -> int:  # bytes
     return int(np.cumsum([e['args']['Bytes'] for e in blocks]).max())
 
 # %% ../nbs/07c_planner.ipynb #80db91d4
-def as_text(header: list[str], lines: list[list[str]]) -> str:
+def as_text(
+    header: list[str],          # names of the columns
+    lines: list[list[str]],     # a cell for each column
+) -> str:                       # the table, without a newline at its end
     "Align a table for the terminal."
     import pandas as pd
     from interference_nb import claims
