@@ -93,7 +93,8 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
     if cfg.vocab_size is not None:
         scale = replace(scale, model=replace(scale.model, vocab_size=cfg.vocab_size))
     study = replace(own, scale=scale, data=cfg.data,
-                    pairs=(langs,), systems=split_commas(cfg.systems) or own.systems,
+                    pairs=(langs,),
+                    systems=split_commas(cfg.systems) if cfg.systems else own.systems,
                     tasks=split_commas(cfg.tasks), seeds=cfg.seeds)
     return _run_and_show(cfg, study, DEMO, f"demo-{'toy' if toy else '-'.join(langs)}")
 

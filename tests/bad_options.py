@@ -66,7 +66,7 @@ CASES = [
     (
         'demo: default languages that the folder lacks',
         ['demo', '--data', '{tmp}/mine'],
-        ["'x3'", 'de'],
+        ["'sw'", 'de'],
         {'mine/text/en/train.txt': 'a b c\n' * 9, 'mine/text/de/train.txt': 'a b c\n' * 9},
     ),
     ('causes: a pair of one', ['causes', '--pairs', 'en'], ['en']),

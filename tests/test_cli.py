@@ -81,7 +81,7 @@ def test_every_command_reads_its_own_options(capsys):
         status, out, err = command(capsys, *words, '--help')
         assert status == 0, err
         names = {n for n in option_names(found.options)} - {
-            '--run', '--folder', '--exhibits', '--first', '--second'}
+            '--run', '--folder', '--exhibits', '--first', '--second', '--model'}
         assert not [n for n in names if n not in out], words
 
 

@@ -11,6 +11,8 @@ import math
 from dataclasses import replace
 from importlib import import_module
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -356,16 +358,18 @@ def test_finetuning_reports_the_test_split_language_by_language():
 def test_a_search_compares_the_trials_best_epochs(monkeypatch):
     "Of each trial its best development score counts, of equals the first; that one is tested."
     dev = {1.: (20., 30.), 2.: (10., 90., 5.), 3.: (40., 50.), 4.: (90., 10.)}   # by rate: epochs
-    def trained(model, tokenizer, task, source, lang, cfg, *_):
+    def trained(model, tokenizer, spec, source, lang, cfg, *_):
         torch.manual_seed(int(cfg.lr))
         scores = dev[cfg.lr]
         rows = [dict(epoch=k, f1=f, accuracy=0.) for k, f in enumerate(scores, 1)]
-        return TaskModel(model, task_spec(task)), rows, int(np.argmax(scores)) + 1
-    monkeypatch.setattr(import_module('interference_nb.finetune'), 'tune', trained)
+        return SimpleNamespace(model=TaskModel(model, spec), history=rows,
+                               best_epoch=lambda: int(np.argmax(scores)) + 1,
+                               record=SimpleNamespace(rows=[dict(notes={})]))
+    monkeypatch.setattr(import_module('interference_nb.finetune'), '_tune', trained)
     found = finetune(untrained(), Words(), 'pos', Splits(), 'aa', ['aa', 'bb'], TUNE,
                      dict(lr=tuple(dev)))
     assert found['finetune']['lr'] == 2. and found['best_epoch'] == 2
-    tuned, *_ = trained(untrained(), None, 'pos', None, None, replace(TUNE, lr=2.))
+    tuned = trained(untrained(), None, task_spec('pos'), None, None, replace(TUNE, lr=2.)).model
     for l in ('aa', 'bb'): assert found['scores'][l] == evaluate(tuned, rows_of(l, 'test'), l)
 
 

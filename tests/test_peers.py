@@ -16,6 +16,14 @@ from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, train
 from interference_nb.toy_languages import ToySource
 
 
+@pytest.fixture(autouse=True, scope='module')
+def no_accelerator_left():
+    "What a Trainer sets up for its process would keep later tests from starting others."
+    yield
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_pcgrad_on_the_published_toy_problem():
     """Yu et al. (2020), Figure 1: L1 = 20 log |a/2 + tanh b| and L2 = 25 log |a/2 - tanh b + 2|.
 

@@ -440,7 +440,8 @@ def run_specs(draw):
                                                   'max_sentences', 'meta')))
 def test_what_differs_is_told_apart_by_name(a, b, field):
     "Two runs of one experiment share a folder only if they train the same system on the same text."
-    b = replace(a, **{field: getattr(b, field)})
+    try: b = replace(a, **{field: getattr(b, field)})
+    except InputError: assume(False)                # caps of a language that is not there
     assume(not (a.meta or b.meta) or (SYSTEMS[a.system].meta and SYSTEMS[b.system].meta))
     settled = lambda s: replace(s, meta=s.meta or SYSTEMS[s.system].meta)
     used = lambda s: {l: n for l, n in s.max_sentences.items() if l in s.pair}

@@ -79,7 +79,7 @@ def test_a_failed_run_stops_no_other(command, tmp_path):
     (['table2', '--scale', 'mini'], "scale 'mini' has no data of its own"),
     (['table2', '--scale', 'huge'], "unknown scale 'huge'"),
     (['table2', '--systems', 'jiont'], "unknown system 'jiont'"),
-    (['table2', '--targets', 'de'], "unknown target 'de'"),
+    (['table2', '--targets', 'de'], "unknown language 'de'"),
     (['table2', '--family', 'bilingul'], "unknown family 'bilingul'"),
     (['table2', '--tasks', 'nre'], "unknown task 'nre'"),
     (['table2', '--seeds', '0'], '0 seeds'),
@@ -104,7 +104,7 @@ def test_write_only_shows_what_is_there(command, tmp_path):
     assert '10 steps of' in table and '2 of 12 runs are complete' in table
     before = {p: p.read_bytes() for p in tmp_path.glob('*.md')}
     status, _, err = command(*ask, '--write-only', '--steps', 8)
-    assert status == 2 and 'another config' in err
+    assert status == 2 and 'was made for 10' in err
     assert before == {p: p.read_bytes() for p in before}
 
 def test_a_record_of_other_settings_stops_no_other(command, tmp_path):
@@ -112,7 +112,7 @@ def test_a_record_of_other_settings_stops_no_other(command, tmp_path):
     ask = 'table2', '--out', tmp_path, '--systems', 'joint', '--workers', 1
     assert command(*ask, '--targets', 'sw', '--steps', 8)[0] == 0
     status, _, err = command(*ask)
-    assert status == 2 and 'another config' in err and not (tmp_path/'joint-en+ar-0').exists()
+    assert status == 2 and 'was made for 8 s' in err and not (tmp_path/'joint-en+ar-0').exists()
     assert command(*ask, '--targets', 'ar')[0] == 0
     status, said, err = command(*ask)
     assert status == 2 and '1 of 2 runs failed' in err and 'hold other settings' in said
