@@ -176,7 +176,7 @@ def test_a_disk_too_small_is_told_before_it_starts(tmp_path, monkeypatch):
     spec, = plan(['joint'], ('en', 'sw'), 1, SCALES['pocket'], tmp_path/'text')
     with pytest.raises(InputError, match='the text of .* MB free'):
         load_run_data(spec, tmp_path/'runs')
-    with pytest.raises(InputError, match='the checkpoint of joint-en.* GB free'):
+    with pytest.raises(InputError, match='the checkpoint of joint-en.* MB free'):
         run(spec, tmp_path/'runs')
 
 def test_the_hub_counts_its_copy_and_streaming_has_none(tmp_path, monkeypatch):
