@@ -67,8 +67,8 @@ gpu: $(READY)       ## on a machine with a card: 8 minutes with DATA=folder
 	$(say) "Testing, training at scale mini and measuring on the GPU: at most 8 minutes"
 	python tools/gpu.py --data '$(DATA)' $(ARGS)
 
-test: $(READY)      ## every notebook's tests, then those in tests/: 8 minutes
-	$(say) "Running the notebooks, then the tests: about 8 minutes on 2 cores"
+test: $(READY)      ## every notebook's tests, then those in tests/: 10 minutes
+	$(say) "Running the notebooks, then the tests: about 10 minutes on 2 cores"
 	python tools/test_notebooks.py; notebooks=$$?; pytest -n 2 --dist loadgroup tests $(ARGS) && exit $$notebooks
 
 # The lowest versions that settings.ini promises (RESOLUTION=lowest-direct), or the latest it allows.
