@@ -1,5 +1,5 @@
 "One, two and four processes, a full disk, workers left alone: what a notebook cell cannot show."
-import errno, os, resource, shutil, signal, stat, subprocess, sys, time
+import errno, faulthandler, os, resource, shutil, signal, stat, subprocess, sys, time
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from interference_nb.meta_adapters import ESTIMATORS, MetaConfig, MetaStep
 from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, seed_step, train
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import MaskedLM, ModelConfig
-from waiting import LIMIT, wait_for
+from waiting import LIMIT, afresh, stacks_if_late, wait_for
 
 pytestmark = pytest.mark.xdist_group('processes')       # or each of pytest's workers makes the runs
 LANGS, STEPS = ('en', 'x3'), 3
@@ -84,27 +84,28 @@ def trained(toy, folder, **kw):
 
 def everything(toy, home):
     "Run every kind of step; each process leaves what came out in a file of its own."
+    stacks_if_late()                # the launcher then starts all anew
     rank, world = rank_and_world_size()
     out = {kind: some_steps(toy, kind) for kind in KINDS}
     out['probe'] = probed(toy, home/f'probe{world}')
     if world == 2:
         trained(toy, home/'moved', stop_at=2)               # goes on with four processes
-        if rank == 0: shutil.copytree(home/'moved', home/'own0')
+        if rank == 0: shutil.copytree(home/'moved', home/'own0', dirs_exist_ok=True)
         with pytest.raises(InputError, match=r'different steps: \[2, 0\].*folder that all'):
             trained(toy, home/f'own{rank}')
     if world == 4: out['moved'] = trained(toy, home/'moved')
     out['whole'] = trained(toy, home/f'whole{world}')
     torch.save(out, home/f'{world}-{rank}.pt')
+    faulthandler.cancel_dump_traceback_later()
+
+def all_worlds(toy, home):
+    for world in (1, 2, 4): launch(everything, toy, home, processes=world)
 
 @pytest.fixture(scope='module')
 def runs(toy, tmp_path_factory):
     "What 1, 2 and 4 processes make of the same global batches: {world: [of rank 0, ...]}."
     home = tmp_path_factory.mktemp('runs')
-    def late(*_): raise TimeoutError('the processes hang')
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(round(LIMIT))
-    for world in (1, 2, 4): launch(everything, toy, home, processes=world)
-    signal.alarm(0)
+    afresh(all_worlds, toy, home)
     load = lambda world: [torch.load(home/f'{world}-{rank}.pt', weights_only=True)
                           for rank in range(world)]
     return SimpleNamespace(home=home, of={world: load(world) for world in (1, 2, 4)})
