@@ -7,8 +7,8 @@ from setuptools import setup, find_packages
 config = ConfigParser(delimiters=['='])
 config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
-extras = {extra: cfg[f'{extra}_requirements'].split()
-          for extra in ('test', 'dev', 'transformers', 'peft', 'slurm')}
+extras = {key.removesuffix('_requirements'): cfg[key].split()
+          for key in cfg if key.endswith('_requirements')}
 for extra in ('test', 'transformers', 'peft'): extras['dev'] += extras[extra]  # contributors
 site, code = cfg['doc_host'] + cfg['doc_baseurl'], cfg['git_url']
 

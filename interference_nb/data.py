@@ -78,6 +78,12 @@ class Source:
         return {k: v for k, v in self.revision().items() if k.split('/')[0] in kinds
                 and (k.partition('/')[2] or [*langs][0]) in langs}
 
+    def set_aside(self, kind: str,  # 'text' or a task
+                  lang: str,  # language code
+                  ) -> tuple[str, ...]:
+        "Name the splits that consist of training documents or rows, since they have no own."
+        return ()
+
     def place(self, task: str, lang: str, split: str, i: int) -> str:  # i: index of an example
         "Say where a row of a task stands, for messages."
         return f'{task}/{lang}/{split}, row {i + 1}'

@@ -19,7 +19,7 @@ from .files import InputError, file_hash
 from .tokenizers import UNK
 
 # %% ../nbs/00d_folders.ipynb #d0d00007
-HELD_OUT = .05          # share of a folder's training documents, where a split has no file
+HELD_OUT = .05          # share of a folder's training documents or rows, for a split without a file
 SPLIT_NAMES = {'train': 'train', 'validation': 'validation', 'valid': 'validation',
                'val': 'validation', 'dev': 'validation', 'test': 'test'}
 FORMS = dict(text=('parquet', 'jsonl', 'json', 'txt'),  # endings that are read, by kind
@@ -225,6 +225,22 @@ def _labelled(task: str, lang: str, files: tuple) -> tuple[list, list]:  # files
             rows.append(row)
     return places, rows
 
+_TOGETHER = dict(ner='tokens', pos='tokens', qa='context', nli='premise')
+
+@functools.lru_cache(maxsize=32)
+def _share(task: str, lang: str, files: tuple, split: str, missing: tuple) -> tuple[list, list]:
+    "Choose of training rows those of a split, where some splits have no file."
+    places, rows = _labelled(task, lang, files)
+    own = [i for i, row in enumerate(rows)
+           if _part_of(str(row.get(_TOGETHER[task])), missing) == split]
+    return [places[i] for i in own], [rows[i] for i in own]
+
+def _part_of(text: str, missing: tuple) -> str:
+    "Draw the split of a training document or row by its content, where some splits have no file."
+    digest = hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()
+    drawn = split_of(digest, HELD_OUT)
+    return drawn if drawn in missing else 'train'
+
 class FolderSource(Source):
     "Folder of text and labelled rows in the forms listed above."
     name, names_labels = 'folder', True
@@ -263,19 +279,19 @@ class FolderSource(Source):
 
     def text(self, lang: str, split: str = 'train') -> Iterator[str]:
         "Yield documents, reading a batch of rows at a time; see `HELD_OUT`."
-        missing = self._missing(lang)
+        missing = self.set_aside('text', lang)
         source = 'train' if split in missing else split
         parts = [(path, read_rows(path, 'text', lang)) for path in self.files('text', lang, source)]
         documents = self._documents(lang, split, parts)
         if source != 'train' or not missing: return documents
-        if lang not in self._told:
-            print(f"{self.path}/text/{lang} has no {' and no '.join(missing)} file: {HELD_OUT:.0%} "
-                  'of the training documents are set aside for each.', file=sys.stderr)
-            self._told.add(lang)
-        def own(document):
-            drawn = split_of(hashlib.sha256(document.encode()).hexdigest(), HELD_OUT)
-            return split == (drawn if drawn in missing else 'train')
-        return filter(own, documents)
+        self._tell_once('text', lang, missing, 'documents')
+        return (d for d in documents if _part_of(d, missing) == split)
+
+    def _tell_once(self, kind, lang, missing, what):
+        if (kind, lang) in self._told: return
+        self._told.add((kind, lang))
+        print(f"{self.path}/{kind}/{lang} has no {' and no '.join(missing)} file: {HELD_OUT:.0%} "
+              f'of the training {what} are set aside for each.', file=sys.stderr)
 
     def _documents(self, lang, split, parts):
         "Pass over rows without text, and keep what was wrong with them."
@@ -287,16 +303,23 @@ class FolderSource(Source):
                 elif row['text'].strip(): yield row['text']
                 else: skipped.append(f'text/{lang}/{path.name}, {place}: no text')
 
-    def _missing(self, lang):
-        found = find_files(self.path, 'text', lang)
-        return [s for s in ('validation', 'test') if s not in found]
+    def set_aside(self, kind: str, lang: str) -> tuple[str, ...]:
+        "Name the splits without a file; a test set of QA has its own stand-in, see 06b_tasks."
+        found = find_files(self.path, kind, lang)
+        missing = ('validation',) if kind == 'qa' else ('validation', 'test')
+        return tuple(s for s in missing if s not in found and 'train' in found)
 
     def _labelled(self, task: str, lang: str, split: str) -> tuple[list, list]:
-        files = self.files(check_task(task), lang, split)
+        "Give a split's places and rows; rows of one sentence, premise or context stay together."
+        missing = self.set_aside(check_task(task), lang)
+        files = self.files(task, lang, 'train' if split in missing else split)
         def about(p):
             s = (p/'state.json' if p.is_dir() else p).stat()
             return p, s.st_size, s.st_mtime_ns
-        return _labelled(task, lang, tuple(map(about, files)))
+        files = tuple(map(about, files))
+        if not missing or split not in ('train', *missing): return _labelled(task, lang, files)
+        self._tell_once(task, lang, missing, 'rows')
+        return _share(task, lang, files, split, missing)
 
     def examples(self, task: str, lang: str, split: str,
                  labels: tuple[str, ...] | None = None,  # in the order of the ids; None: our own
@@ -311,18 +334,19 @@ class FolderSource(Source):
         return self._labelled(task, lang, split)[0][i]
 
     def count(self, task: str, lang: str, split: str) -> int:
-        "Count the rows of a labelled task; 0 where there is no file."
-        if split not in find_files(self.path, check_task(task), lang): return 0
-        files = self.files(task, lang, split)
-        if any(f.suffix != '.parquet'
-               for f in files): return len(self._labelled(task, lang, split)[0])
+        "Count the rows of a labelled task; 0 where there are none."
+        found, made = find_files(self.path, check_task(task), lang), self.set_aside(task, lang)
+        if split not in (*found, *made): return 0
+        files = found.get(split, ())
+        if made or any(f.suffix != '.parquet' for f in files):
+            return len(self._labelled(task, lang, split)[0])
         import pyarrow.parquet as pq
         for f in files: read_rows(f, task, lang)            # has it the columns?
         return sum(pq.ParquetFile(f).metadata.num_rows for f in files)
 
     def size(self, lang: str, split: str = 'train') -> int:
         "Tell how many bytes of text there are: from a parquet file's footer, to within 4 a row."
-        if split in self._missing(lang): return round(HELD_OUT * self.size(lang))
+        if split in self.set_aside('text', lang): return round(HELD_OUT * self.size(lang))
         return sum(_text_size(path) for path in self.files('text', lang, split))
 
     def revision(self) -> dict[str, str]:
@@ -337,7 +361,7 @@ class FolderSource(Source):
                     for f in files: found.update(f'{f.name} {fingerprint(f)}\n'.encode())
                     if files: self._revision[f'{kind}/{lang}'] = found.hexdigest()[:16]
             for lang in self.languages:
-                if missing := self._missing(lang):
+                if missing := self.set_aside('text', lang):
                     self._revision[f'text/{lang}'] += f' without {",".join(missing)}'
         return self._revision
 

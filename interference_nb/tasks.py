@@ -354,7 +354,9 @@ def read_data(
                          f'limit {limit}). Give it rows, or choose another language or task.')
     beyond = int((data.lengths > (trained_len or math.inf)).sum())
     cut = len({f.row for f in data.features if f.cut})
+    made = getattr(source, 'set_aside', lambda *_: ())(spec.data, lang)
     data.notes = {k: n for k, n in dict(left_out=len(wrong), questions_cut=cut,
+                                        taken_from_training=(split in made) * len(data.rows),
                                         beyond_trained_positions=beyond).items() if n}
     where = f'{spec.name} in {lang!r}, {split}'
     if cut: say_once(f'{where}: {cut} of {len(data.rows):,} questions are cut at their end, to '

@@ -172,6 +172,63 @@ def test_one_bad_row_among_many_is_counted_and_named(tmp_path, capsys, task, goo
     assert '1 of 6 validation rows' in str(e.value) and '\n' not in str(e.value)
 
 
+@pytest.mark.parametrize('task', ['ner', 'pos', 'qa', 'nli'])
+def test_rows_are_set_aside_where_a_split_has_no_file(tmp_path, capsys, task):
+    "As with text: a share of training, by content, no row in two splits; said, and counted."
+    text_of(tmp_path/'data')
+    some = dict(ner=lambda i: dict(tokens=['Ada', str(i)], ner_tags=[1, 0]),
+                pos=lambda i: dict(tokens=['Ada', str(i)], upos=[10, 0]),
+                qa=lambda i: ASKED | dict(id=str(i), context=f'Ada ide {i // 2}'),
+                nli=lambda i: dict(premise=f'a {i // 2}', hypothesis=str(i), label=i % 3))[task]
+    rows, place = [some(i) for i in range(800)], tmp_path/'data'/task/'sr-Latn'
+    write(place/'train.parquet', rows)
+    own = [*FolderSource(tmp_path/'data').set_aside(task, 'sr-Latn')]
+    assert own == ['validation'] + ['test'] * (task != 'qa')    # validation is its test set
+    def splits(folder=tmp_path/'data'):
+        source = FolderSource(folder)
+        found = {s: source.examples(task, 'sr-Latn', s) for s in ('train', *own)}
+        assert {s: source.count(task, 'sr-Latn', s) for s in found} == {
+            s: len(r) for s, r in found.items()}
+        for s in found: assert source.place(task, 'sr-Latn', s, 3) == (
+            f'{task}/sr-Latn/train.parquet, row {rows.index(found[s][3]) + 1}')
+        return found
+    first = splits()
+    said = f'{task}/sr-Latn has no {" and no ".join(own)} file: 5% of the training rows'
+    assert capsys.readouterr().err.count(said) == 1
+    assert sorted(map(str, sum(first.values(), []))) == sorted(map(str, rows))
+    assert all(20 < len(first[s]) < 60 for s in own)            # 40, and three deviations
+    if task in ('qa', 'nli'):                                   # two rows of one text
+        text = dict(qa='context', nli='premise')[task]
+        of = [{r[text] for r in part} for part in first.values()]
+        assert sum(map(len, of)) == 400
+    rows += [some(i) for i in range(800, 1000)]                 # it grows: none changes sides
+    write(tmp_path/'grown'/task/'sr-Latn'/'train.jsonl',
+          ''.join(json.dumps(r) + '\n' for r in rows))
+    text_of(tmp_path/'grown')
+    rows, grown = [some(i) for i in range(800)], FolderSource(tmp_path/'grown')
+    for s in first: assert grown.examples(task, 'sr-Latn', s)[:len(first[s])] == first[s]
+    write(place/'validation.parquet', rows[:3])                 # a file of its own is all of it
+    assert len(FolderSource(tmp_path/'data').examples(task, 'sr-Latn', 'validation')) == 3
+
+
+def test_rows_set_aside_are_enough_to_finetune(tmp_path):
+    "A task with training rows only: refused before, for want of a validation file."
+    text_of(tmp_path)
+    for lang in LINES:
+        write(tmp_path/'ner'/lang/'train.parquet',
+              [dict(tokens=['Ada', str(i)], ner_tags=[1, 0]) for i in range(100)])
+    scale = Scale(ModelConfig.toy(60, dim=8, n_layers=1, ffn_dim=16, n_heads=2),
+                  TrainConfig.toy(steps=1, warmup=1, batch_size=2, seq_len=8, eval_every=1),
+                  dict(ner=FinetuneConfig.toy(epochs=1, max_len=8)))
+    spec, = plan(['joint'], tuple(LINES), 1, scale, str(tmp_path), tasks=('ner',))
+    row = next(r for r in run(spec, tmp_path/'out') if r['kind'] == 'finetune')
+    source, lang = FolderSource(tmp_path), row['train_lang']
+    counts = {s: source.count('ner', lang, s) for s in ('validation', 'test')}
+    assert set(row['scores']) == set(LINES) and all(counts.values())
+    assert {s: row['notes'][f'{s}/{lang}'] for s in counts} == {
+        s: dict(taken_from_training=n) for s, n in counts.items()}
+
+
 def test_a_long_question_loses_its_end_and_is_counted(tmp_path, capsys):
     "65 pieces in 64: before, the whole run stopped, after pretraining."
     text_of(tmp_path)

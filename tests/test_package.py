@@ -1,5 +1,5 @@
 "What a package index would hold can be built, read and used without the checkout."
-import os, re, shutil, subprocess, sys, tarfile, zipfile
+import configparser, os, re, shutil, subprocess, sys, tarfile, zipfile
 import pytest
 from test_project import LEFT_OUT, ROOT
 
@@ -37,6 +37,13 @@ def test_metadata_tells_what_an_index_shows(wheel):
         name, = (n for n in f.namelist() if n.endswith('METADATA'))
         about, _, readme = f.read(name).decode().partition('\n\n')
     assert 'License-Expression: Apache-2.0' in about and 'Project-URL: Documentation' in about
+    settings = configparser.ConfigParser(delimiters=['='])
+    settings.read(ROOT/'settings.ini', encoding='utf-8')
+    own = {k for k in settings['DEFAULT'] if k.endswith('_requirements')}
+    assert {f'{k}_requirements' for k in re.findall('Provides-Extra: (.+)', about)} == own
+    named = {k for p in (ROOT/'interference_nb').glob('*.py')        # by messages: pip install ...
+             for k in re.findall(r"interference_nb\[(\w+)\]'", p.read_text(encoding='utf-8'))}
+    assert 'tensorboard' in named and {f'{k}_requirements' for k in named} <= own
     links = re.findall(r'\]\(([^)\s]+)', readme)
     assert links and not [l for l in links if not l.startswith(('https://', '#'))]
     assert readme.startswith('# ')
@@ -44,7 +51,7 @@ def test_metadata_tells_what_an_index_shows(wheel):
 
 def test_every_requirement_is_imported_and_every_import_is_required():
     "What the package needs, no more and no less; what only some commands need is an extra."
-    import ast, configparser
+    import ast
     from pathlib import Path
     import interference_nb
     cfg = configparser.ConfigParser(delimiters=['='])

@@ -50,6 +50,27 @@ def test_a_log_file_is_not_redrawn(tmp_path, monkeypatch, capsys, quiet):
     assert '\r' not in out and '\x1b' not in out
     assert out == '' if quiet else out.count('\n') == 1 and 'no luck' in out
 
+@pytest.mark.parametrize('terminal', [False, True])
+def test_a_bar_redraws_on_a_terminal_only(monkeypatch, capsys, terminal):
+    "pretrain, prune, probe and report: in a log file a plain line now and then, or none at all."
+    from interference_nb import pretrain
+    def shown(every):
+        monkeypatch.setattr(pretrain, 'LOG_EVERY', every)
+        monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal, raising=False)
+        with pretrain.progress_bar(4, 0, True) as bar:
+            for _ in range(4):
+                bar.set_postfix_str('en ppl 9.0', refresh=False)
+                bar.update(1)
+        return capsys.readouterr().out
+    if terminal:
+        assert '\r' in shown(60.)
+        return
+    assert shown(60.) == ''                          # over before the first line is due
+    lines = shown(0.).split('\n')
+    assert len(lines) == 6 and lines[-1] == '' and '\r' not in ''.join(lines)
+    assert lines[0].startswith('25% |') and '1/4 steps' in lines[0] and 'en ppl 9.0' in lines[0]
+    assert lines[4].startswith('100%')
+
 def test_a_page_fits_eighty_columns_and_loses_nothing():
     page = (ROOT/'records/demo-toy/table.md').read_text(encoding='utf-8')
     text = for_terminal(page, 80)
