@@ -49,6 +49,41 @@ def test_sidebar_lists_every_notebook(notebooks):
     listed = re.findall(r'(?m)^\s+- ([\w/-]+\.ipynb)$', config)
     assert sorted(listed) == sorted(p.relative_to(ROOT / 'nbs').as_posix() for p in notebooks)
 
+def cells_of(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+
+def answers_in(cells, chapter):
+    "Return what stands under each heading '### 02.3 ... {#sec-02-3}': {3: (quoted, code)}."
+    found, n = {}, None
+    for cell in cells:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] == 'code' and n: found[n] = found[n][0], found[n][1] + source + '\n'
+        if cell['cell_type'] == 'code': continue
+        for part in re.split(r'(?m)^(?=#{2,3} )', source):
+            head = re.match(rf'### {chapter}\.(\d+) .*\{{#sec-{chapter}-\1\}}\n', part)
+            if part[:2] == '##': n = int(head[1]) if head else None
+            if head: found[n] = ' '.join(re.findall(r'(?m)^> (.*)$', part)), ''
+    return found
+
+def test_exercises_have_solutions(notebooks):
+    "A linked answer quotes its question and is computed by a cell that asserts it."
+    faults, words = [], lambda s: set(re.findall(r'\w+', re.sub(r'\]\([^)]*\)', '', s)))
+    for p in notebooks:
+        text = '\n\n'.join(''.join(c['source']) for c in cells_of(p))
+        link = re.search(r'Solutions: \[[^]]+\]\(([^)#]+)#sec-([\w-]+)\)', text)
+        if not link: continue
+        asked = re.findall(r'(?m)^\d+\. (.*)', text.partition('## Exercises')[2])
+        cells = cells_of((p.parent / link[1]).resolve())
+        if not any(f'{{#sec-{link[2]}}}' in ''.join(c['source']) for c in cells):
+            faults.append(f'{p.name}: nothing at {link[1]}#sec-{link[2]}')
+        answers = answers_in(cells, link[2])
+        if [*answers] != [*range(1, len(asked) + 1)] or not asked:
+            faults.append(f'{p.name}: {len(asked)} questions, answers {[*answers]}')
+        for (n, (quoted, code)), question in zip(answers.items(), asked):
+            if not quoted or words(quoted) - words(question): faults.append(f'{p.name}, {n}: quote')
+            if not re.search(r'\bassert |\btest_(eq|close|fail)\(', code):
+                faults.append(f'{p.name}, {n}: no test')
+    assert not faults, '\n'.join(faults)
+
 def test_saved_outputs_are_fit_to_publish(notebooks):
     "Every notebook holds its outputs, without errors, dead widgets or this machine's paths."
     faults = []
