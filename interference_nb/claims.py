@@ -304,7 +304,7 @@ def claims_about(what: str,  # key of `STATEMENTS`
 # %% ../nbs/07e_claims.ipynb #fd07e009
 class Confirmatory(NamedTuple):
     "A statement fixed before the runs that decide it."
-    theme: str  # a line of the bottom line
+    theme: str  # question that it belongs to
     label: str  # a few words
     place: str  # where its evidence lies: key of `findings.EVIDENCE`
     claim: Claim
@@ -322,7 +322,7 @@ CONFIRMATORY = tuple(Confirmatory(*about, Claim(*claim)) for about, claim in (
     (('Interference', 'twice the steps lower the loss of joint', 'near'),
      ('Part of what joint loses at equal steps is budget: twice the steps lower its loss',
       'loss', 'joint2x', 'joint', -1)),
-    (('Interference', 'with little text joint ends lower than mono', 'scarce'),
+    (('Interference', 'joint reaches a lower loss than mono with little text', 'scarce'),
      ('Where text is scarce joint ends with a lower loss than mono', 'loss scarce', 'joint', 'mono',
       -1, '3.3, Fig. 2')),
     (('Transfer', 'joint transfers more than random weights', 'near'),

@@ -476,8 +476,7 @@ def plot_control(
         d = difference(scores[control])
         low, high = (d.low, d.high) if d.n > 1 else (d.delta - .2, d.delta + .2)
         ax.axvspan(low, high, color=GREYS[2], alpha=.6, lw=0, zorder=0)
-        ax.text(d.delta, len(order) - .45, 'random weights', ha='center', fontsize=8,
-                color=GREYS[1])
+        ax.text(high, len(order) - .45, ' random weights', fontsize=8, color=GREYS[1])
     ax.set(yticks=range(len(order)), ylim=(-.6, len(order) - .1), xlabel=f'{metric}, F1')
     ax.set_yticklabels(order)
     return fig

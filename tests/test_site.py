@@ -146,6 +146,21 @@ def test_page(name, page, site):
     page.faults += [f'no alt text: {src}' for src in page.eval_on_selector_all('img', unnamed)]
     assert not page.faults, '\n'.join(dict.fromkeys(page.faults))
 
+def test_the_first_page_is_short(page, site):
+    "A stranger meets question, figure, bottom line and doors within four screens, 600 words."
+    page.goto(site + 'index.html', wait_until='networkidle')
+    assert page.evaluate('document.documentElement.scrollHeight') <= 3500
+    before, doors, _ = page.locator('main').inner_text().partition('Three doors')
+    assert doors and len(before.split()) <= 600
+
+def test_figures_side_by_side_are_stacked_on_a_telephone(page, site):
+    for width, columns in ((1280, 2), (390, 1)):
+        page.set_viewport_size(dict(width=width, height=900))
+        page.goto(site + 'index.html', wait_until='networkidle')
+        boxes = [i.bounding_box() for i in page.locator('.pair img').all()]
+        assert len({round(box['x'] / 100) for box in boxes}) == columns
+        assert all(box['width'] > 300 for box in boxes)         # as large as they were drawn
+
 @pytest.mark.parametrize('name', ['index.html', 'meta_adapters.html', 'finetune.html'])
 def test_colours_of_the_dark_mode(name, page, site):
     page.emulate_media(color_scheme='dark')

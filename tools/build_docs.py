@@ -211,6 +211,13 @@ def frames(page):
     box = r'(?s)(<div class="slider" data-values="([^"]*)"><label>([^<]*)).*?</div></div></div>'
     return re.sub(box, named, page)
 
+def size(png):
+    "Return how large a picture is to be seen: as large as it was drawn, however fine."
+    at = png.find(b'pHYs', 0, 2000)       # behind the palette
+    dpi = .0254 * struct.unpack('>I', png[at + 4:at + 8])[0] if at > 0 else 96
+    w, h = (round(n * 96 / dpi) for n in struct.unpack('>II', png[16:24]))
+    return f' width="{w}" height="{h}"'
+
 def pictures(page, up, out):
     "Move pictures into files, which load when they come near."
     def move(m):
@@ -218,9 +225,8 @@ def pictures(page, up, out):
         name = f'{hashlib.sha256(data).hexdigest()[:16]}.{kind.split("+")[0]}'
         (out / 'pictures').mkdir(exist_ok=True)
         (out / 'pictures' / name).write_bytes(data)
-        w, h = struct.unpack('>II', data[16:24]) if kind == 'png' else (0, 0)
-        size = f' width="{w}" height="{h}"' if w else ''
-        return f'{m[1]}src="{up}pictures/{name}" loading="lazy"{size}'
+        seen = size(data) if kind == 'png' else ''
+        return f'{m[1]}src="{up}pictures/{name}" loading="lazy"{seen}'
     return re.sub(r'(<img [^>]*?)src="data:image/([\w+]+);base64,([^"]*)"', move, page)
 
 def api_link(pages, page, m):

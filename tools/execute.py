@@ -13,8 +13,9 @@ and of all cells before it. A test compares the stamps with the code.
 """
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')       # small models: more threads stand in the way
+os.environ['MATPLOTLIBRC'] = os.path.join(os.path.dirname(__file__), 'matplotlibrc')
 
-import re, sys, time
+import base64, io, re, sys, time
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
@@ -55,6 +56,22 @@ def without_counts(outputs):
         o.pop('execution_count', None)
     return outputs
 
+def small_pictures(outputs):
+    "Save each picture in 256 colours, and say at which size it is meant to be seen."
+    from PIL import Image
+    for o in outputs:
+        if 'image/png' not in (data := o.get('data', {})): continue
+        image = Image.open(io.BytesIO(base64.b64decode(data['image/png'])))
+        dpi = image.info.get('dpi', (96, 96))
+        out = io.BytesIO()
+        paper = Image.new('RGBA', image.size, 'white')
+        flat = Image.alpha_composite(paper, image.convert('RGBA')).convert('RGB')
+        flat.quantize(256, dither=0).save(out, 'png', optimize=True, dpi=dpi)
+        data['image/png'] = base64.b64encode(out.getvalue()).decode()
+        width, height = (round(n * 96 / d) for n, d in zip(image.size, dpi, strict=True))
+        o.setdefault('metadata', {})['image/png'] = dict(width=width, height=height)
+    return outputs
+
 def never_run(cell):
     "Say whether ordinary runs leave this code cell out, whatever flags are set now."
     return skipped(cell, set(get_config().tst_flags.split()))
@@ -72,6 +89,10 @@ def faults(nb):
             if any(path in str(o) for path in here): yield f'cell {i}: an absolute path in it'
             if WIDGET in o.get('data', {}): yield f'cell {i}: a widget; mark it `#| eval: false`'
 
+def finished(outputs):
+    "Make what a cell has put out fit to be saved."
+    return small_pictures(without_counts(merge_streams(outputs)))
+
 def run(path, flags, timeout=1200):
     "Run the notebook at `path`, save it, and return what is wrong with its outputs."
     nb = nbformat.read(path, as_version=4)
@@ -83,7 +104,7 @@ def run(path, flags, timeout=1200):
     client.leave_out = frozenset(keep)
     client.execute()
     for c, stamp in stamps(nb.cells, never_run):
-        c.outputs = keep[c.id] if c.id in keep else without_counts(merge_streams(c.outputs))
+        c.outputs = keep[c.id] if c.id in keep else finished(c.outputs)
         if c.id not in keep: c.metadata['ran'] = stamp
         if not c.outputs: c.metadata.pop('ran', None)
     nb.metadata.pop('widgets', None)
