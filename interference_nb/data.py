@@ -368,6 +368,11 @@ def _resolve_revision(repo: str, revision: str | None, online: bool = True) -> t
     commits = sorted(cache.glob('*'), key=lambda path: path.stat().st_mtime)
     return (commits[-1].name if commits else 'unknown'), False
 
+def _small_reads():
+    "Ask for 4 MB at a time, where a few are to be read; `pyarrow` would ask for 32."
+    from pyarrow import CacheOptions, dataset
+    return dataset.ParquetFragmentScanOptions(cache_options=CacheOptions(range_size_limit=2**22))
+
 def _open_hub(repo: str, config: str | None, data_dir: str | None, commit: str | None,
              streaming: bool, online: bool) -> dict:
     "Open a data set of the hub, or its local copy, as {split: rows}."
@@ -377,9 +382,12 @@ def _open_hub(repo: str, config: str | None, data_dir: str | None, commit: str |
         local = snapshot_download(repo, repo_type='dataset', revision=commit,
                                   allow_patterns=f'{data_dir}/*', local_files_only=not online)
         return datasets.load_dataset('parquet', data_dir=f'{local}/{data_dir}')
-    before = datasets.config.HF_HUB_OFFLINE
+    before, load = datasets.config.HF_HUB_OFFLINE, functools.partial(
+        datasets.load_dataset, repo, config, revision=commit, streaming=streaming)
     datasets.config.HF_HUB_OFFLINE = before or not online   # straight to the local copy, no retries
-    try: return datasets.load_dataset(repo, config, revision=commit, streaming=streaming)
+    try: return load(fragment_scan_options=_small_reads()) if streaming else load()
+    except ValueError:                                      # of a version without this option
+        return load()
     finally: datasets.config.HF_HUB_OFFLINE = before
 
 # %% ../nbs/00_data.ipynb #002f94ff
@@ -419,28 +427,43 @@ class HubSource(Source):
     name, languages, any_language, names_labels = 'hub', tuple(LANGUAGES), True, True
     def __init__(self,
                  streaming: bool = False,   # True: read over the network anew, keep no local copy
-                 held_out: float = .01):    # share of Wikipedia for validation, and for test
-        self.streaming, self.held_out, self._online, self._commits = streaming, held_out, True, {}
+                 held_out: float = .01,     # share of Wikipedia for validation, and for test
+                 megabytes: float | None = None):   # text to stream of a language; None: all
+        self.streaming, self.held_out, self.megabytes = streaming, held_out, megabytes
+        self._online, self._commits = True, {}
         self._sizes = functools.cache(self._look_up)
         self._open = functools.cache(self._load)            # each data set is opened once
+        self._first = functools.cache(self._first_articles)
         self._found = functools.cache(self._look_for_treebanks)
 
     def text(self, lang: str, split: str = 'train') -> Iterator[str]:
-        "Give Wikipedia articles; a batch of rows is in memory at a time."
+        "Give Wikipedia articles; a batch of rows is in memory, or the megabytes that were asked."
         check_languages(self, [lang])
-        rows = self._open('text', f'{WIKIPEDIA_DUMP}.{lang}')['train'].with_format('arrow')
-        return (text.as_py() for table in rows.iter(1000)
-                for id, text in zip(table['id'], table['text'])
-                if split_of(id, self.held_out) == split)
+        rows = self._open('text', f'{WIKIPEDIA_DUMP}.{lang}')['train']
+        articles = self._first(lang) if self.megabytes else self._articles(rows, 1000)
+        return (text.as_py() for id, text in articles if split_of(id, self.held_out) == split)
+
+    def _articles(self, rows, n):
+        for table in rows.with_format('arrow').iter(n): yield from zip(table['id'], table['text'])
+
+    def _first_articles(self, lang):
+        "Stream articles up to the size that was asked, once."
+        found, left = [], self.megabytes * 1e6
+        for article in self._articles(self._open('text', f'{WIKIPEDIA_DUMP}.{lang}')['train'], 100):
+            if left <= 0: break
+            found.append(article)
+            left -= len(article[1].as_py().encode())
+        return found
 
     def size(self, lang: str, split: str = 'train') -> int | None:
         "Estimate the bytes of text from the card, which counts titles too; None if it lacks them."
         if (sizes := self._sizes(lang)) is None: return None
-        return round(sizes[0] * (1 - 2 * self.held_out if split == 'train' else self.held_out))
+        text = min(sizes[0], self.megabytes * 1e6) if self.megabytes else sizes[0]
+        return round(text * (1 - 2 * self.held_out if split == 'train' else self.held_out))
 
     def copy_size(self, lang: str) -> int:
         "Tell what a local copy of the text will take: as downloaded and as read; 0 if it is there."
-        return 0 if self.streaming else (self._sizes(lang) or (0, 0))[1]
+        return 0 if self.streaming or self.megabytes else (self._sizes(lang) or (0, 0))[1]
 
     def examples(self, task: str, lang: str, split: str,
                  labels: tuple[str, ...] | None = None,  # in the order of the ids; None: our own
@@ -471,6 +494,7 @@ class HubSource(Source):
         "Name the commit of every data set ('unknown' where neither hub nor cache tells)."
         found = {kind: f'{repo}@{self._commit(kind)}' for kind, repo in HUB.items()}
         found['text'] += f' {WIKIPEDIA_DUMP} held-out {self.held_out}'
+        if self.megabytes: found['text'] += f' first {self.megabytes:g} MB'
         return found
 
     def _commit(self, kind):
@@ -493,7 +517,8 @@ class HubSource(Source):
         repo, commit = HUB[kind], self._commit(kind)
         if commit == 'unknown': commit = HUB_REVISIONS.get(kind)
         what = f"{repo} ({config or data_dir})"
-        try: return _open_hub(repo, config, data_dir, commit, self.streaming, self._online)
+        streaming = self.streaming or bool(self.megabytes and kind == 'text')
+        try: return _open_hub(repo, config, data_dir, commit, streaming, self._online)
         except Exception as e:
             if not self._online:
                 raise InputError(f"no network and no local copy of {what}. Go online once, or use "

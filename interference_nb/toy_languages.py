@@ -12,6 +12,7 @@ __all__ = ['TOPICS', 'WORDS', 'SUFFIXES', 'WORLD_SIZES', 'TOY_LANGUAGES', 'SMALL
 # %% ../nbs/00a_toy_languages.ipynb #82997d0d
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice, pairwise
@@ -740,14 +741,17 @@ def toy_tokenizer(source: ToySource, # knows the lexicons
 # training documents of 'toy:pairs'; else 4000
 SMALL_CORPORA = {'hi': 1500, 'te': 1000, 'sw': 300, 'mr': 800, 'kn': 800}
 
-def open_source(spec: str, # 'toy', 'toy:big', 'toy:pairs', 'hub', or a folder
+def open_source(spec: str, # 'toy', 'toy:big', 'toy:pairs', 'hub', 'hub:8', or a folder
                 seed: int = 0, # of the toy sentences
                ) -> ToySource | FolderSource | HubSource: # text and labelled examples
-    "Open a source of data by name. Raises `InputError` for an unknown one."
+    "Open a source by name; 'hub:8' is 8 MB of text a language. Raises `InputError` if unknown."
     if spec in ('toy', 'toy:small', 'toy:big'):
         return ToySource(seed, world=spec.partition(':')[2] or 'small')
     if spec == 'toy:pairs': return ToySource(seed, sizes=SMALL_CORPORA, pairs=True)
     if spec == 'hub': return HubSource()
+    if re.fullmatch(r'hub:\d*\.?\d+', spec) and (size := float(spec[4:])):
+        return HubSource(held_out=.05, megabytes=size)
     if Path(spec).is_dir(): return FolderSource(spec)
     raise InputError(f"no data source {spec!r}. "
-                     "Name 'toy', 'toy:big', 'toy:pairs', 'hub' or a folder.")
+                     "Name 'toy', 'toy:big', 'toy:pairs', 'hub', 'hub:8' (8 MB of text a "
+                     "language) or a folder.")

@@ -1,11 +1,13 @@
 """`HubSource` against a stand-in for the hub on this machine: pinned commits, no remote code; then
 the same with the stand-in gone, from the local copy. And a folder without test text."""
 import hashlib, http.server, json, os, subprocess, sys, threading, urllib.parse
+from contextlib import contextmanager
 from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from interference_nb.experiments import Scale, plan, run
+from interference_nb.files import read_jsonl
 from interference_nb.pretrain import TrainConfig
 from interference_nb.toy_languages import ToySource
 from interference_nb.transformer import ModelConfig
@@ -16,7 +18,7 @@ REVISIONS = {'main': MAIN, MAIN: MAIN, 'refs/convert/parquet': PARQUET, PARQUET:
 
 class Hub(http.server.BaseHTTPRequestHandler):
     "The few answers that `datasets` and `huggingface_hub` need: repository, tree, paths, file."
-    root, protocol_version = None, 'HTTP/1.1'
+    root, protocol_version, sent = None, 'HTTP/1.1', {}         # sent: bytes of each file
     def log_message(self, *args): pass
 
     def answer(self, code, body=b'', **headers):
@@ -47,8 +49,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
             if 'Range' in self.headers and self.command == 'GET':
                 first, last = self.headers['Range'].removeprefix('bytes=').split('-')
                 part = content[int(first):int(last or len(content)) + 1]
+                self.sent[path] = self.sent.get(path, 0) + len(part)
                 span = f'bytes {first}-{int(first) + len(part) - 1}/{len(content)}'
                 return self.answer(206, part, ETag=tag, X_Repo_Commit=commit, Content_Range=span)
+            if self.command == 'GET': self.sent[path] = self.sent.get(path, 0) + len(content)
             return self.answer(200, content, ETag=tag, X_Repo_Commit=commit)
         if what == 'revision' and base.is_dir():
             about = dict(id=repo, sha=commit, siblings=[])
@@ -65,9 +69,24 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.answer(404, b'{}', X_Error_Code='EntryNotFound')
     do_GET = do_HEAD = do_POST = respond
 
-def save(path, rows):
+def save(path, rows, group=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+
+@contextmanager
+def serving():
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield server
+    finally: server.shutdown(); server.server_close()
+
+def configs(*names, splits=('train',)):
+    "The head of a card: where the files of each configuration are."
+    lines = ['---', 'configs:']
+    for name in names:
+        lines += [f'- config_name: {name}', '  data_files:']
+        lines += [f'  - {{split: {s}, path: {name}/{s}-*}}' for s in splits]
+    return '\n'.join([*lines, '---', ''])
 
 @pytest.fixture(scope='module')
 def answers(tmp_path_factory):
@@ -85,11 +104,8 @@ def answers(tmp_path_factory):
     for name in ('hi_hdtb/train', 'hi_hdtb/test', 'hi_pud/test'):
         save(treebanks / PARQUET / name / '0000.parquet',
              [dict(tokens=['a', 'b'], upos=[0, 13], misc=[''])])
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    online = ask(server, home, SIZES + CLIENT, ways=2)
-    server.shutdown(); server.server_close()
-    offline = ask(server, home, CLIENT + SIZES)
+    with serving() as server: online = ask(server, home, SIZES + CLIENT, '2')
+    offline = ask(server, home, CLIENT + SIZES, '1')
     return SimpleNamespace(sizes=online[:4], online=online[4:], offline=offline[:6],
                            sizes_offline=offline[6:])
 
@@ -140,12 +156,12 @@ print(len(list(HubSource().text('sw'))) > 2000)
 tell(HubSource())
 '''
 
-def ask(server, home, client, ways=1):
+def ask(server, home, client, *words):
     "What a fresh process gets from the hub, line by line."
     address = f'http://127.0.0.1:{server.server_port}'
     environment = os.environ | {'HF_HOME': str(home / 'home'), 'HF_ENDPOINT': address}
     environment.pop('HF_HUB_OFFLINE', None)
-    done = subprocess.run([sys.executable, '-c', client, str(ways)], env=environment,
+    done = subprocess.run([sys.executable, '-c', client, *words], env=environment,
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -171,6 +187,47 @@ def test_what_the_card_says_is_known_before_anything_is_fetched(answers):
     streamed, before, read, after = answers.sizes
     assert streamed == f'{text} {ids} 0' and before == f'{text} {ids} 130000' and read == 'True'
     assert after.endswith(' 0') and answers.sizes_offline[3] == after
+
+DEMO = '''
+import sys
+from interference_nb import cli, reproduce
+from interference_nb.experiments import Scale
+from interference_nb.finetune import FinetuneConfig
+from interference_nb.pretrain import TrainConfig
+from interference_nb.transformer import ModelConfig
+tiny = Scale(ModelConfig.toy(60, dim=8, n_layers=1, ffn_dim=16),
+             TrainConfig.toy(steps=4, warmup=2, batch_size=2, seq_len=16, eval_every=4),
+             dict(ner=FinetuneConfig.toy(epochs=1)))
+reproduce.STUDIES['demo-text'] = cli.replace(cli.STUDIES['demo-text'], scale=tiny)
+cli.DEMO_MEGABYTES = .02
+cli.main(['demo', '--data', 'hub', '--langs', 'en,sw', '--systems', 'joint', '--seeds', '1',
+          '--tasks', 'ner', '--workers', '1', '--out', sys.argv[1]])
+'''
+
+def test_demo_streams_what_it_eats(tmp_path):
+    "It says how much beforehand, asks for that part of the file, and copies none of it."
+    Hub.root = tmp_path/'repos'
+    toy, wikipedia = ToySource(0, n_train=1500), Hub.root/'wikimedia/wikipedia'/MAIN
+    wikiann = Hub.root/'unimelb-nlp/wikiann'/MAIN
+    for lang, spoken in (('en', 'en'), ('sw', 'x3')):
+        rows = [dict(id=os.urandom(10_000).hex(), url='', title='', text=t)     # 30 MB
+                for i, t in enumerate(toy.text(spoken))]
+        save(wikipedia/f'20231101.{lang}/train-00000-of-00001.parquet', rows, 100)
+        for split in ('train', 'validation', 'test'):
+            save(wikiann/lang/f'{split}-00000-of-00001.parquet', toy.examples('ner', spoken, split))
+    (wikipedia/'README.md').write_text(configs('20231101.en', '20231101.sw'))
+    (wikiann/'README.md').write_text(configs('en', 'sw', splits=('train', 'validation', 'test')))
+    Hub.sent.clear()
+    with serving() as server: said = ask(server, tmp_path, DEMO, str(tmp_path/'demo'))
+    assert said[0] == ('Streaming 0.02 MB of Wikipedia a language, enough for these models, and '
+                       'the rows of the tasks. For more: --data hub:0.1.')
+    rows = read_jsonl(tmp_path/'demo'/'joint-en+sw-0'/'record.jsonl')
+    assert rows[0]['config']['run']['data'] == 'hub:0.02'
+    assert {r['kind'] for r in rows} >= {'end', 'finetune'}
+    for lang in ('en', 'sw'):
+        path = f'20231101.{lang}/train-00000-of-00001.parquet'
+        assert 0 < Hub.sent[path] < .7 * (wikipedia/path).stat().st_size
+    assert not list((tmp_path/'home').rglob('*20231101*/**/*.arrow'))
 
 def test_a_folder_without_test_text_trains(tmp_path, capsys):
     "A share of the training text is set aside, which is said once; perplexity is measured on it."
