@@ -35,7 +35,8 @@ import pandas as pd
 from .capacity import Sweep, run_sweep, sweep_runs, write_sweep
 from .claims import text_table
 from .records import compare, read_rows
-from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose, for_terminal,
+from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose,
+                                       columns_that_fit, for_terminal,
                                        gate_table, loss_table, make_study, numbers_of_study,
                                        one_line, run_study, say, specs_of, tell_failed,
                                        write_index)
@@ -83,6 +84,11 @@ def split_commas(words: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(x for w in words for x in w.split(',') if x)
 
 # %% ../nbs/09_cli.ipynb #d8568918
+def _show(*tables: pd.DataFrame):  # of text
+    "Print tables, in parts where they are wider than the terminal."
+    width = min(shutil.get_terminal_size().columns, 100)
+    for t in tables: say('\n'.join(columns_that_fit([*t.columns], t.values.tolist(), width)))
+
 DEMO_MEGABYTES = 8      # of text a language: more than its longest run reads
 
 def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of records, table, figure
@@ -371,7 +377,7 @@ def predict_run(cfg: PredictCommand) -> Path:  # of the file
     out = write_atomically(cfg.out or home/f'{name}.tsv', '\n\n'.join(sentences) + '\n')
     if cfg.text is None:
         table = pd.DataFrame(scores_by_type(gold, found)).T.rename_axis('type').reset_index()
-        print(text_table(table.map(lambda x: f'{x:.1f}' if isinstance(x, float) else x)))
+        _show(table.map(lambda x: f'{x:.1f}' if isinstance(x, float) else str(x)))
     print(f'{len(data.rows)} sentences of {lang} are tagged in {out}: word, tag'
           + ', true tag' * (cfg.text is None))
     return out
@@ -409,7 +415,7 @@ def probe_run(cfg: ProbeCommand) -> list[dict]:  # rows, also in the run's probe
             probe(i * settings.every, model, sampler)
             bar.update(1)
     table = probe_table(probe.rows)
-    print(text_table(table))
+    _show(table)
     if (table == '–').any(axis=None):
         print('–: no corrected cosine, since the noise dominates: two gradients of one language '
               'are hardly more alike than those of two. More --batches help.')
@@ -446,7 +452,7 @@ def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to p
     JsonlLog(cfg.run/'prune'/'record.jsonl', keep=lambda row: False).write('gates', **study)
     numbers = numbers_of_study(study, spec.seed)
     loss = loss_table(numbers).set_index('loss').T.rename_axis('loss').reset_index()
-    print(text_table(gate_table(numbers)), text_table(loss), sep='\n\n', end='\n\n')
+    _show(gate_table(numbers), loss)
     for name, figure in dict(similarity=figures.plot_similarity([study]),
                              extremes=figures.plot_extremes(study),
                              pruned=figures.plot_pruned([study])).items():
@@ -540,7 +546,7 @@ def check_data(cfg: CheckConfig):  # the command's options
             if counts: tasks.append(dict(task=task, language=lang) | counts)
             else: problems.append(f'{task}/{lang} has no file that can be read.')
     for rows in (texts, tasks):
-        if rows: print(text_table(pd.DataFrame(rows)), end='\n\n')
+        if rows: _show(pd.DataFrame(rows))
     for (lang, split), rows in source.skipped.items():
         if rows and split in ('train', *find_files(cfg.folder, 'text', lang)):
             print(f'{len(rows):,} {split} rows of {lang} hold no text: {"; ".join(rows[:3])}')
@@ -834,6 +840,7 @@ def main(args: list[str] | None = None,  # None: those of the process
          ):
     "Run the `interference` program, alone or as one of torchrun's processes."
     stopped = 'stopped. The same command goes on from the last checkpoint.'
+    if getattr(sys.stdout, 'errors', '') == 'strict': sys.stdout.reconfigure(errors='plain')
     try:
         with process_group(), _first_speaks():
             args = upgrade_options(sys.argv[1:] if args is None else args)

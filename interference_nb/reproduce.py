@@ -14,12 +14,12 @@ __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'TEXT', 'DEMO_SCALE', 'D
            'power_note', 'origin', 'about_study', 'about_size', 'demo_page', 'numbers_of_demo', 'causes_page',
            'numbers_of_causes', 'verdicts_by_pair', 'gradient_table', 'gate_table', 'loss_table', 'table_by_pair',
            'runs_of_causes', 'runs_of_demo', 'draw_similarity', 'write', 'write_figures', 'page_of_cells',
-           'page_of_statistics', 'write_index', 'say', 'minutes', 'work_done', 'Progress', 'for_terminal', 'run_study',
-           'run_missing', 'tell_failed', 'latest', 'one_line', 'family', 'records_of', 'records_to_draw', 'family_page',
-           'family_table']
+           'page_of_statistics', 'write_index', 'say', 'minutes', 'work_done', 'Progress', 'for_terminal',
+           'columns_that_fit', 'run_study', 'run_missing', 'tell_failed', 'latest', 'one_line', 'family', 'records_of',
+           'records_to_draw', 'family_page', 'family_table']
 
 # %% ../nbs/07a_reproduce.ipynb #ef5fe051
-import itertools, math, re, shutil, sys, textwrap, threading, time
+import codecs, itertools, math, re, shutil, sys, textwrap, threading, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -1042,14 +1042,17 @@ def write_index(study: Study,  # scale, data, languages, systems, seeds
 # %% ../nbs/07a_reproduce.ipynb #14d9a4ff
 PLAIN = str.maketrans({'−': '-', '–': '-', '±': '+-', '×': 'x', 'λ': 'lambda', '∞': 'inf'})
 
+def _plain(e: UnicodeEncodeError) -> tuple[str, int]:
+    "Stand in for characters that an encoding lacks: errors='plain'."
+    text = e.object[e.start:e.end].translate(PLAIN)
+    return text.encode(e.encoding, 'backslashreplace').decode(e.encoding), e.end
+
+codecs.register_error('plain', _plain)
+
 def say(text: str):  # what to print
     "Print what the terminal can show of a text, at once."
     code = getattr(sys.stdout, 'encoding', None) or 'utf-8'
-    def shown(c):
-        try: c.encode(code)
-        except UnicodeEncodeError: c = c.translate(PLAIN).encode(code, 'replace').decode(code)
-        return c
-    print(text if text.isascii() else ''.join(map(shown, text)), flush=True)
+    print(text.encode(code, 'plain').decode(code), flush=True)
 
 def minutes(seconds: float,  # a time
             ) -> str:
@@ -1133,14 +1136,16 @@ def for_terminal(page: str,  # Markdown
     for line in [*page.splitlines(), '']:
         if line.startswith('|'): table.append([c.strip() for c in line.strip('|').split('|')])
         else:
-            if table: out += _columns_that_fit(table, width)
+            if table: out += columns_that_fit(table[0], table[2:], width)
             table, lead = [], re.match(r'\s*(- )?', line)[0]
             out += textwrap.wrap(line, width, subsequent_indent=' ' * len(lead)) or ['']
     return '\n'.join(out).rstrip() + '\n'
 
-def _columns_that_fit(table: list[list[str]], width: int) -> list[str]:
+def columns_that_fit(head: list[str],  # names of the columns
+                     rows: list[list[str]],  # as many cells in each
+                     width: int = 80,  # columns of the terminal
+                     ) -> list[str]:  # lines
     "Lay a table out in parts, each with the first column."
-    head, _, *rows = table
     sizes = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     parts, out = [[]], []
     for i in range(1, len(head)):

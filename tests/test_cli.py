@@ -1,5 +1,5 @@
 """The command line: words that lead to commands, mistyped ones, options old and new."""
-import os, re, shutil, subprocess, sys
+import io, os, re, shutil, subprocess, sys
 from dataclasses import replace
 import pytest
 from interference_nb import __version__, cli, tasks
@@ -141,6 +141,35 @@ def test_text_is_prepared_by_the_line_or_by_the_document(rows, tmp_path, capsys)
     assert ('segments' in manifest.read_text()) == (rows == 'segments')
 
 
+@pytest.mark.parametrize('encoding, shown', [('utf-8', "'B-船'"), ('cp1252', r"'B-\u8239'"),
+                                             ('ascii', r"'B-\u8239'")])
+def test_a_terminal_is_told_what_it_can_show(encoding, shown, tmp_path, capsys, monkeypatch):
+    "People's words in their own script ended in UnicodeEncodeError, with status 1."
+    for split in ('train', 'validation', 'test'):
+        (tmp_path/'text/zh').mkdir(parents=True, exist_ok=True)
+        (tmp_path/f'text/zh/{split}.txt').write_text('今天下雨。\n', encoding='utf-8')
+    (tmp_path/'ner/zh').mkdir(parents=True)
+    (tmp_path/'ner/zh/train.bio').write_text('今 B-船\n\n', encoding='utf-8')
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, encoding=encoding))
+    with pytest.raises(SystemExit) as stop: main(['data', 'check', str(tmp_path)])
+    sys.stdout.flush()
+    assert stop.value.code == 2 and shown in raw.getvalue().decode(encoding)
+
+
+def test_a_cosine_beyond_one_is_a_dash():
+    "Where noise dominates, dividing by it says nothing: .3 / sqrt(.1 * .4) is 1.5."
+    pairs = {'en-en': (.1, .5), 'en-x3': (.3, -.2), 'x3-x3': (.4, .5)}
+    rows = [dict(kind='probe', step=k, cos={p: dict(zip(('all', 'layer 0'), c, strict=True))
+                                            for p, c in pairs.items()}) for k in range(3)]
+    table = cli.probe_table(rows).set_index('gradients of')
+    assert table.loc['all', 'en-x3 corrected'] == '–'
+    assert table.loc['layer 0', 'en-x3 corrected'] == '-0.40'
+    assert table.loc['layer 0', 'en-x3 below zero'] == '100%'
+    rows = [r | dict(cos=r['cos'] | {'en-en': {'all': -.1, 'layer 0': .5}}) for r in rows]
+    assert cli.probe_table(rows).set_index('gradients of').loc['all', 'en-x3 corrected'] == '–'
+
+
 def test_two_runs_are_compared(tmp_path, capsys):
     "The same run, another seed, another rate; what the records name of data and code."
     for name, seed, *more in (('a', 0), ('b', 0), ('c', 1), ('d', 0, '--train.lr', '.02')):
@@ -194,6 +223,15 @@ def test_labelled_rows_are_predicted_and_scored_by_type(task, tagger, capsys):
     for kind, s in tasks.scores_by_type(gold, said).items():
         numbers = ' +'.join([kind, *(f'{s[k]:.1f}' for k in ('precision', 'recall', 'f1'))])
         assert re.search(rf"^{numbers} +{s['n']}", out, re.M), out
+
+
+def test_tables_of_gates_fit_a_terminal(tagger, capsys):
+    "One of them was 130 columns wide."
+    status, out, err = command(capsys, 'prune', '--run', tagger, '--prune.steps', 2,
+                               '--prune.warmup', 1, '--prune.batch-size', 2)
+    assert status == 0, err
+    tables = [l for l in out.splitlines() if '  ' in l.strip()]
+    assert len(tables) > 6 and max(map(len, tables)) <= 80
 
 
 def test_scores_by_type_by_hand():

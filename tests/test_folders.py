@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from interference_nb import data
+from interference_nb import data, experiments
 from interference_nb.adapters import MultilingualLM
 from interference_nb.cli import main
 from interference_nb.data import (NER_LABELS, NLI_LABELS, UPOS_LABELS, prepare_corpus,
@@ -227,6 +227,44 @@ def test_rows_set_aside_are_enough_to_finetune(tmp_path):
     assert set(row['scores']) == set(LINES) and all(counts.values())
     assert {s: row['notes'][f'{s}/{lang}'] for s in counts} == {
         s: dict(taken_from_training=n) for s, n in counts.items()}
+
+
+@pytest.mark.parametrize('lang, split', [('sr-Latn', 'train'), ('zh-yue', 'validation'),
+                                         ('zh-yue', 'test')])
+@pytest.mark.parametrize('how', ['alone', 'side by side', 'by the command'])
+def test_nothing_is_trained_before_all_rows_were_looked_at(tmp_path, monkeypatch, capsys, how, lang,
+                                                           split):
+    "Whichever language and split hold them: no step, no worker, no checkpoint, no record."
+    text_of(tmp_path/'data')
+    for l in LINES:
+        for s in ('train', 'validation', 'test'):
+            rows = [TAGGED | dict(tokens=['Ada', str(i)]) for i in range(30)]
+            if (l, s) == (lang, split): rows[7] = TAGGED | dict(ner_tags=[1])
+            write(tmp_path/f'data/ner/{l}/{s}.parquet', rows)
+    scale = Scale(ModelConfig.toy(60, dim=8, n_layers=1, ffn_dim=16, n_heads=2),
+                  TrainConfig.toy(steps=1, warmup=1, batch_size=2, seq_len=8, eval_every=1),
+                  dict(ner=FinetuneConfig.toy(epochs=1, max_len=8)))
+    out = tmp_path/'out'
+    specs = plan(['joint', 'adpt'], tuple(LINES), 1, scale, str(tmp_path/'data'), tasks=('ner',))
+    said = f'{split} rows of ner in {lang!r} cannot be used'
+    if how == 'by the command':
+        words = 'demo --systems joint --tasks ner --seeds 1 --steps 2 --vocab-size 60 --workers 1'
+        assert command(*words.split(), '--data', tmp_path/'data', '--langs', *LINES,
+                       '--out', out) != 0
+        told = capsys.readouterr()
+        found = [told.out + told.err]
+    else:
+        def never(*_): raise AssertionError('work has begun')
+        monkeypatch.setattr(experiments, 'train', never)
+        monkeypatch.setattr(experiments, 'worker_pool', never)
+        if how == 'alone':
+            with pytest.raises(InputError) as e: run(specs[0], out)
+            found = [str(e.value)]
+        else: found = [str(e) for _, e in experiments.run_all(specs, out, 2)]
+        assert len(found) == 1 + (how != 'alone')
+    assert all(said in f and f'ner/{lang}/{split}.parquet, row 8: 2 words with 1 labels' in f
+               for f in found), found
+    assert not [*out.rglob('record.jsonl')] + [*out.rglob('*.safetensors')]
 
 
 def test_a_long_question_loses_its_end_and_is_counted(tmp_path, capsys):

@@ -67,3 +67,52 @@ def test_every_requirement_is_imported_and_every_import_is_required():
     extras = {'transformers', 'submitit', 'tokenizers', 'sacremoses'}
     assert names('requirements') - found <= {'tabulate'}          # pandas asks for it
     assert found - names('requirements') <= extras
+
+
+def cells_of_05():
+    "The code of 05 that runs everywhere."
+    import nbformat
+    from cells import skip_flags, why_skipped
+    from nbdev.process import extract_directives
+    cells = nbformat.read(ROOT/'nbs/05_meta_adapters.ipynb', as_version=4).cells
+    flags = skip_flags()
+    return [c for c in cells if c.cell_type == 'code' and not why_skipped(
+        extract_directives(nbformat.from_dict(dict(c)), remove=False), flags)]
+
+def test_05_looks_for_no_repository(tmp_path, monkeypatch, capsys):
+    """Alone beside the installed package, as in Colab, it says what it does without.
+
+    Its imports and the cells that read records are run; no other cell may name a path."""
+    import ast
+    (tmp_path/'empty').mkdir()
+    monkeypatch.chdir(tmp_path/'empty')
+    monkeypatch.setitem(sys.modules, 'fastcore.test', None)         # not what the package needs
+    inside, space = ('Import', 'ImportFrom', 'FunctionDef', 'Try'), {}
+    for cell in cells_of_05():
+        kinds = {type(node).__name__ for node in ast.parse(cell.source).body}
+        reads = 'record' in cell.source and '../' in cell.source
+        if reads or 'bottom_line' in cell.source or kinds <= {*inside} and 'Import' in str(kinds):
+            exec(cell.source, space)
+        else: assert not re.search(r'\.\./|Path\(["\x27]|open\(["\x27]', cell.source), cell.source
+    assert capsys.readouterr().out.startswith('No records here: they are in the repository')
+    space['test_eq'](space['torch'].ones(2), [1., 1.])
+    space['test_close'](1., 1 + 1e-6)
+    for wrong in (lambda: space['test_eq']({'a': 1}, {'a': 2}), lambda: space['test_close'](1., 2)):
+        with pytest.raises(AssertionError): wrong()
+
+@pytest.mark.skipif('slow' not in os.environ.get('NBDEV_FLAGS', ''), reason='two minutes; slow')
+def test_05_runs_alone(wheel, tmp_path, monkeypatch):
+    "The whole of it, in an empty folder, with the wheel and without fastcore."
+    import nbformat
+    from nbclient import NotebookClient
+    with zipfile.ZipFile(wheel) as f: f.extractall(tmp_path/'site')
+    (tmp_path/'site/fastcore').mkdir()
+    (tmp_path/'site/fastcore/__init__.py').write_text("raise ImportError('not here')")
+    (tmp_path/'empty').mkdir()
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path/'site'))
+    monkeypatch.setenv('NBDEV_FLAGS', '')
+    nb = nbformat.v4.new_notebook(cells=[*cells_of_05(), nbformat.v4.new_code_cell(
+        'import interference_nb; print(interference_nb.__file__)')])
+    NotebookClient(nb, timeout=600, kernel_name='python3',
+                   resources=dict(metadata=dict(path=str(tmp_path/'empty')))).execute()
+    assert nb.cells[-1].outputs[0].text.startswith(str(tmp_path))

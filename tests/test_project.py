@@ -193,3 +193,38 @@ def test_tables_beside_records_are_what_they_say(tmp_path):
     pages = sorted(folder.glob('*.md'))
     assert len(pages) == 12
     assert not (out := [p.name for p in pages if (made / p.name).read_text() != p.read_text()]), out
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='no make')
+@pytest.mark.parametrize('user', ['0', '1000'])
+def test_lab_starts_for_root_too_and_takes_options(user, tmp_path):
+    "In a container everybody is root, whom JupyterLab refuses without a flag."
+    (tmp_path/'id').write_text(f'#!/bin/sh\necho {user}\n')
+    (tmp_path/'id').chmod(0o755)
+    r = subprocess.run(['make', '-n', 'lab', 'ARGS=--port=1234'], cwd=ROOT, text=True, check=True,
+                       capture_output=True, env=os.environ | dict(
+                           PATH=f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'))
+    line, = (l for l in r.stdout.splitlines() if 'jupyter lab' in l)
+    assert line.endswith('--port=1234') and ('--allow-root' in line) == (user == '0')
+
+def test_what_building_leaves_is_ignored():
+    ignored = (ROOT/'.gitignore').read_text(encoding='utf-8').split()
+    assert {'build/', 'dist/'} <= {*ignored}
+
+def test_workflows_may_do_no_more_than_they_must():
+    "Rights job by job, no token left in a checkout, actions by commit; the Pythons that are run."
+    import yaml
+    for path in (ROOT/'.github/workflows').glob('*.y*ml'):
+        flow = yaml.safe_load(path.read_text(encoding='utf-8'))
+        assert flow['permissions'] == {}, path
+        steps = [s for job in flow['jobs'].values() for s in job.get('steps', ())]
+        assert all(job['permissions'] for job in flow['jobs'].values())
+        for used in (s['uses'] for s in steps if 'uses' in s):
+            assert re.fullmatch(r'[\w.-]+/[\w./-]+@[0-9a-f]{40}', used), used
+        assert all(s['with']['persist-credentials'] is False for s in steps
+                   if s.get('uses', '').startswith('actions/checkout'))
+        deployed = [s['run'] for s in flow['jobs'].get('site', {}).get('steps', ()) if 'run' in s]
+        assert deployed == ['make docs ARGS=--smalldocs']           # what the tests look at
+        pythons = flow['jobs']['test']['strategy']['matrix']['python']
+        assert pythons[0] == re.search(r'min_python = (\S+)',
+                                       (ROOT/'settings.ini').read_text())[1] and len(pythons) > 2

@@ -1,9 +1,9 @@
 "From an empty folder to tables, figures and verdicts, through the command; and where that fails."
-import csv, json, re
+import csv, errno, json, re
 from dataclasses import replace
 import numpy as np
 import pytest
-from interference_nb import planner, records, reproduce
+from interference_nb import files, planner, records, reproduce
 from interference_nb.cli import main
 from interference_nb.records import load
 from interference_nb.experiments import RunSpec, Scale, _parameters, run_all, with_vocabulary
@@ -232,8 +232,10 @@ def test_nothing_run_is_said_so(tmp_path):
     assert 'not run' in text and 'None of them has been run.' in text
     assert set(reproduce.judged(e)['verdict']) == {'not run'}
 
-def test_each_record_is_parsed_once(command, tmp_path, monkeypatch):
-    "Writing all pages parses a file once, however many pages show its run; packed studies too."
+def test_pages_parse_each_record_once_and_are_written_whole(command, tmp_path, monkeypatch):
+    """Writing all pages parses a file once, however many pages show its run; packed studies too.
+
+    On a full disk each page, table and figure that was there stays as it was."""
     ask = 'table2', 'figure3', '--out', tmp_path, '--workers', 2
     assert command(*ask)[0] == 0
     parsed, read = [], records.read_jsonl
@@ -248,6 +250,15 @@ def test_each_record_is_parsed_once(command, tmp_path, monkeypatch):
     assert not list(tmp_path.glob('*/record.jsonl'))
     assert command('all', '--out', tmp_path, '--write-only')[0] == 0
     assert pages == {p: p.read_bytes() for p in pages} and len(parsed) == 5
+    shown = [p for p in pages if p.name != records.PACKED]
+    assert {p.suffix for p in shown} == {'.md', '.csv', '.tex', '.svg'}
+    for p in shown: p.write_text('old')
+    def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, 'fsync', full)
+        status, _, err = command('all', '--out', tmp_path, '--write-only')
+    assert status == 2 and 'Make room on the disk' in err and 'Traceback' not in err
+    assert {p.read_text() for p in shown} == {'old'} and not [*tmp_path.rglob('*.tmp')]
     assert command(*ask)[0] == 0                        # going on unpacks, and runs nothing again
     assert sorted(tmp_path.glob('*/*.jsonl')) == sorted(logs)
 
