@@ -11,6 +11,7 @@ __all__ = ['STYLE', 'PICTURE', 'MEANING', 'ReportConfig', 'Subject', 'choose_par
 import io, json, math, re, resource, time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import combinations, islice
@@ -332,7 +333,7 @@ def conflicts(
 ) -> list[dict]:            # entries of its 'pairs'
     "List what conflicts where, the surest and largest first."
     return sorted((p for p in numbers['pairs'] if p['conflict']),
-                  key=lambda p: (p['high'] is None, p['high'], p['cosine']))
+                  key=lambda p: [(x is None, x or 0) for x in (p['high'], p['cosine'])])
 
 # %% ../nbs/08c_report.ipynb #ee177c95
 def advice(
@@ -360,7 +361,8 @@ def advice(
     said = [f'{len(some)} of {len(whole)} pairs conflict somewhere. Most surely '
             f'{_pair(first)} in {first["group"]}: cosine {_interval(first)}.', *said]
     if layers:
-        best = sorted(layers, key=lambda g: (-len(layers[g]), min(p['cosine'] for p in layers[g])))
+        least = lambda g: min(p['cosine'] or 0 for p in layers[g])
+        best = sorted(layers, key=lambda g: (-len(layers[g]), least(g)))
         said.append('Give languages adapters of their own first in ' + ', '.join(
             f'{g} ({", ".join(_pair(p) for p in layers[g][:3])}'
             f'{f" and {len(layers[g]) - 3} more pairs" * (len(layers[g]) > 3)})'
@@ -385,14 +387,7 @@ def compare_gates(
     progress: bool = False, # show a bar
 ) -> dict:                  # by layer: shares of rows; similarity within and across languages
     "Learn which rows of the shared matrices each language needs. Raises `InputError` for others."
-    langs = list(cfg.gates)
-    if unknown := [l for l in langs if l not in subject.langs]:
-        raise InputError(f'gates for {unknown[0]}, which is not among {", ".join(subject.langs)}. '
-                         'Name some of these.')
-    if len(langs) < 2: raise InputError('gates compare languages. Name two or more with --gates.')
-    groups = [g for g in rows(subject.model, r'\.\d+\..*weight$') if g.weight in subject.theta]
-    if not groups: raise InputError('no matrix in a layer is probed. Widen --probe, or leave '
-                                    '--gates out.')
+    langs, groups = cfg.gates, _gate_groups(subject, cfg)
     prune, found = PruneConfig(steps=cfg.gate_steps, warmup=cfg.gate_steps // 4), {}
     for l in langs:
         stream = subject.streams[l].independent_stream('gates')
@@ -410,6 +405,17 @@ def compare_gates(
                 within={l: centred(*g) for l, g in found.items()},
                 across={f'{a}–{b}': float(np.mean(list(map(centred, found[a], found[b]))))
                         for a, b in combinations(langs, 2)})
+
+def _gate_groups(subject, cfg):
+    "Return the rows that gates can close. Raises `InputError` if there are none to compare."
+    if unknown := [l for l in cfg.gates if l not in subject.langs]:
+        raise InputError(f'gates for {unknown[0]}, which is not among {", ".join(subject.langs)}. '
+                         'Name some of these.')
+    if len(cfg.gates) < 2:
+        raise InputError('gates compare languages. Name two or more with --gates.')
+    groups = [g for g in rows(subject.model, r'\.\d+\..*weight$') if g.weight in subject.theta]
+    if groups: return groups
+    raise InputError('no matrix in a layer is probed. Widen --probe, or leave --gates out.')
 
 # %% ../nbs/08c_report.ipynb #717f31a4
 def heat(
@@ -578,15 +584,15 @@ def make_report(
 ) -> Path:                          # the page
     "Measure a model's languages and write what was found. Raises `InputError` for bad input."
     cfg, out, first = cfg or ReportConfig(), Path(out), not rank_and_world_size()[0]
-    subject = open_subject(model, langs, data, cfg, **how)
-    if first:
-        with run_lock(out): pass                    # an unwritable folder is told before any work
-    print(plan(subject, cfg, out), *subject.notes, sep='\n', flush=True)
-    if dry_run: return out/'report.html'
-    measured = measure(subject, cfg, out, progress)
-    if not first: return out/'report.html'
-    gates = compare_gates(subject, cfg, progress) if cfg.gates else None
-    return write_report(findings(measured, subject, gates), out)
+    with run_lock(out) if first else nullcontext():     # nothing is opened for a folder in vain
+        subject = open_subject(model, langs, data, cfg, **how)
+        if cfg.gates: _gate_groups(subject, cfg)            # refuses before any work is lost
+        print(plan(subject, cfg, out), *subject.notes, sep='\n', flush=True)
+        if dry_run: return out/'report.html'
+        measured = measure(subject, cfg, out, progress)
+        if not first: return out/'report.html'
+        gates = compare_gates(subject, cfg, progress) if cfg.gates else None
+        return write_report(findings(measured, subject, gates), out)
 
 def write_report(
     numbers: dict,      # of `findings`

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from interference_nb.gradient_probes import (GradientProbe, ProbeConfig, gram, halves,
                                              inner_products, pcgrad, vaccine)
 from interference_nb.l0_pruning import PruneConfig, columns, gated, learn_gates
-from interference_nb.meta_adapters import MetaStep
+from interference_nb.meta_adapters import MetaConfig, MetaStep
 from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig, train
 from interference_nb.toy_languages import ToySource
 
@@ -163,3 +163,94 @@ def test_probe_leaves_a_trainer_bit_identical(tmp_path):
     plain, probed = end(None), end(probe)
     assert all(torch.equal(p, probed[n]) for n, p in plain.items())
     assert [r['step'] for r in probe.rows] == [2, 4, 6, 8]
+
+
+def halved(name):
+    "A split that any model has: its first layer is English's own, its second Arabic's."
+    found = re.search(r'\.(?:layer|h)\.(\d)\.', name)
+    return found and ('en', 'ar')[int(found[1])]
+
+
+@pytest.mark.parametrize('kind', ['bert', 'gpt2'])
+def test_a_trainer_takes_the_meta_step(kind, tmp_path):
+    "Losses and weights are those of our loop on the same batches, also after a checkpoint."
+    transformers = pytest.importorskip('transformers')
+    from test_report import write_model
+    from interference_nb.hub_models import AnyModel, hf_loss, open_language_model
+    langs, source, steps = ('en', 'ar'), ToySource(n_train=200), 6
+    still = dict(bert=dict(hidden_dropout_prob=0, attention_probs_dropout_prob=0),
+                 gpt2=dict(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0))[kind]
+    folder = write_model(tmp_path/'model', kind, langs, source, **still)
+    cfg = TrainConfig.toy(steps=steps, warmup=1, lr=1e-3, schedule='constant', eval_every=steps)
+    meta = MetaConfig(meta_every=2, log_every=1)
+    def parts():
+        opened, tok, stream = open_language_model(folder, langs)
+        streams = {l: stream(tok, list(source.text(l)), l, 8, 24) for l in langs}
+        return AnyModel(opened.module, hf_loss, langs, halved), BatchSampler(streams, cfg)
+    def trainer(**more):
+        model, sampler = parts()
+        args = transformers.TrainingArguments(
+            output_dir=tmp_path/'out', max_steps=steps, max_grad_norm=0, learning_rate=cfg.lr,
+            lr_scheduler_type='constant', adam_beta2=cfg.betas[1], report_to=[], use_cpu=True,
+            disable_tqdm=True, save_steps=2, logging_steps=1)
+        return recipe('MetaTrainer')(model, args, cfg, sampler, meta, **more)
+
+    ours, sampler = parts()
+    rows = []
+    keep = lambda k, model, sampler, out: rows.append({n: float(x) for n, x in out.items()})
+    train(ours, sampler, cfg, {}, step=MetaStep(ours, cfg, meta), callbacks=[keep], progress=False)
+    theirs = trainer()
+    begin = {n: p.detach().clone() for n, p in theirs.algorithm.model.named_parameters()}
+    theirs.train()
+    assert [set(r) for r in rows] == [{'loss', 'val_loss', 'ratio'}, {'loss'}] * (steps // 2)
+    for a, b in zip(rows, theirs.rows, strict=True): assert a == pytest.approx(b, rel=1e-6)
+    logged = [r['loss'] for r in theirs.state.log_history if 'loss' in r]
+    assert logged == pytest.approx([r['loss'] for r in rows], abs=1e-3)
+    weights = dict(ours.named_parameters())
+    for n, p in theirs.algorithm.model.named_parameters():
+        torch.testing.assert_close(p, weights[n], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(p, begin[n]), n
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path/'out'/'checkpoint-2'))
+    assert resumed.rows == theirs.rows[2:]
+    for n, p in resumed.algorithm.model.named_parameters():
+        torch.testing.assert_close(p, weights[n], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('config', ['seq_bn', 'seq_bn_inv'])
+@pytest.mark.parametrize(('kind', 'step'), [('bert', JointStep), ('gpt2', MetaStep)])
+def test_bottleneck_of_adapters_is_phi(kind, step, config, tmp_path):
+    "The same for the library `adapters`: each language's own move, and open without us."
+    adapters = pytest.importorskip('adapters')
+    import transformers
+    from test_report import write_model
+    from interference_nb.hub_models import LOSSES, hf_loss, open_language_model
+    langs, source = ('en', 'ar'), ToySource(n_train=200)
+    loss = dict(bert='masked', gpt2='causal')[kind]
+    folder = write_model(tmp_path/'model', kind, langs, source)
+    opened, tokenizer, stream = open_language_model(folder, langs)
+    model = recipe('bottleneck_model')(opened.module, langs, config)
+    streams = {l: stream(tokenizer, list(source.text(l)), l, 8, 24) for l in langs}
+    names = {n for own in (model.theta, *model.phi.values()) for n in own}
+    assert names == {n for n, _ in model.named_parameters()}
+    assert not any('adapter' in n for n in model.theta)
+    assert any('invertible' in n for n in model.phi['ar']) == (config == 'seq_bn_inv')
+    model.loss(streams['en'].batch(0)).backward()
+    assert all(p.grad is None for p in model.phi['ar'].values())
+    assert all(p.grad is not None for p in model.phi['en'].values())
+    model.zero_grad(set_to_none=True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    cfg = TrainConfig.toy(steps=4, warmup=1, eval_every=4)
+    train(model, BatchSampler(streams, cfg), cfg, {}, step=step(model, cfg), progress=False)
+    moved = lambda params: any(not torch.equal(p, before[n]) for n, p in params.items())
+    assert moved(model.theta) and all(moved(own) for own in model.phi.values())
+    plain = dict(with_head=False, use_safetensors=True)
+    model.module.save_pretrained(tmp_path/'base')
+    for l in langs: model.module.save_adapter(tmp_path/l, l, **plain)
+    for l in langs:
+        again = getattr(transformers, LOSSES[loss][0]).from_pretrained(tmp_path/'base').eval()
+        adapters.init(again)
+        again.set_active_adapters(again.load_adapter(str(tmp_path/l), **plain))
+        batch = streams[l].batch(9)
+        model.eval()
+        with torch.no_grad(): assert torch.equal(hf_loss(again, batch), model.loss(batch))

@@ -1,22 +1,24 @@
 """The report against models of known conflict: toy languages at graded distance, a layer in which
 two languages' labels are opposite, languages that are the same; its page, and what it refuses."""
 import dataclasses, gc, json
-from itertools import islice
+from itertools import combinations, islice
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 transformers = pytest.importorskip('transformers')
+from scipy.stats import spearmanr
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from interference_nb import report, toy_languages
 from interference_nb.cli import main
 from interference_nb.data import Batch
 from interference_nb.distributed import launch
-from interference_nb.files import InputError, read_jsonl
+from interference_nb.files import InputError, read_jsonl, run_lock
 from interference_nb.gradient_probes import inner_products
 from interference_nb.hub_models import AnyModel, guess_loss
+from interference_nb.pretrain import BatchSampler, TrainConfig, train
 from interference_nb.report import (ReportConfig, Subject, conflicts, findings, make_report,
                                     measure, open_subject)
 from interference_nb.toy_languages import Language, ToySource, vocabulary_overlap
@@ -68,9 +70,47 @@ def gpt2(tmp_path_factory): return write_model(tmp_path_factory.mktemp('gpt2'), 
 
 # -- three truths
 
+SHARE = dict(en=1., m3=.75, m2=.5, m1=.25)                 # of sentences in English; other: 0
+
+@pytest.mark.parametrize(('seed', 'other'), [(0, 'xx'), (1, 'ar'), (2, 'ru')])
+def test_matrix_orders_pairs_as_the_generator_does(seed, other, tmp_path):
+    """Texts that are part English, part another toy language: their gradients are the same mixture
+    of two, at any weights, so that of three texts the outer two are never the most alike."""
+    share = SHARE | {other: 0.}
+    source, draw = ToySource(n_train=2000, seed=seed), np.random.default_rng(seed)
+    text = {l: list(source.text(l)) for l in ('en', other)}
+    for lang, part in share.items():
+        (tmp_path/'text'/lang).mkdir(parents=True)
+        (tmp_path/'text'/lang/'train.txt').write_text('\n'.join(
+            text['en' if draw.random() < part else other][draw.integers(2000)]
+            for _ in range(2000)), encoding='utf-8')
+    folder = write_model(tmp_path/'model', 'gpt2', langs=('en', other), source=source)
+    cfg = ReportConfig(rounds=6, batches=4, rows=32, length=24, seed=seed)
+    subject = open_subject(folder, list(share), str(tmp_path), cfg)
+    recipe = TrainConfig.toy(steps=100, batch_size=32, lr=3e-3, warmup=20, eval_every=100)
+    streams = {l: s.independent_stream('training') for l, s in subject.streams.items()}
+    train(subject.model, BatchSampler(streams, recipe), recipe, {}, progress=False)
+    measured = measure(subject, cfg)
+    numbers = findings(measured, subject)
+    cosine = {tuple(p['pair']): p['cosine'] for p in numbers['pairs'] if p['group'] == 'all'}
+    for a, b, c in combinations(share, 3): assert cosine[a, c] < min(cosine[a, b], cosine[b, c])
+    assert numbers['order'] in (list(share), list(share)[::-1])
+    apart = [share[a] - share[b] for a, b in cosine]
+    assert spearmanr(apart, list(cosine.values()))[0] < -.85
+    ends = np.mean([r['inner'][r['groups'].index('all')] for r in measured[1:]], 0)[::4, ::4]
+    length = {l: np.mean([len(s.split()) for s in text[l]]) for l in text}      # tokens count alike
+    mix = {l: np.array([p * length['en'], (1 - p) * length[other]]) for l, p in share.items()}
+    dot = lambda a, b: mix[a] @ ends @ mix[b]
+    for (a, b), found in cosine.items():
+        assert found == pytest.approx(dot(a, b) / (dot(a, a) * dot(b, b))**.5, abs=.25), (a, b)
+
+
 SOUNDS = ('bl sn gl fl tr sp w z m gr th v dr', 'a e i o oo u', 'b g m p rk sh ff x ng')
 
-def test_matrix_orders_pairs_as_the_generator_does(tmp_path, monkeypatch):
+def test_english_is_nearer_the_more_words_are_shared(tmp_path, monkeypatch):
+    """After the first steps, when frequent words are learned: English's row and the clustering, at
+    one seed. Chosen after others had failed: the order is not there in untrained models, in BERT,
+    over pairs without English (rank correlation .65 over all ten), nor later in training."""
     graded = {f'g{n}': Language(f'{n} tenths English', anchors=n / 10, sounds=SOUNDS)
               for n in (9, 6, 3, 0)}
     known = toy_languages.TOY_LANGUAGES
@@ -163,6 +203,20 @@ def test_identical_languages_have_no_conflict():
     assert 'None that these batches can show' in report.page(numbers)
     alike = [p for p in numbers['pairs'] if p['group'] == 'all']
     assert all(p['low'] < 1 < p['high'] or abs(p['cosine'] - 1) < .2 for p in alike)
+
+
+def test_a_conflict_of_unknown_size_is_still_reported():
+    "Noise may leave a language's own product below zero: then a cosine has no estimate."
+    rng, subject = np.random.default_rng(0), subject_of({}, n=3)
+    inner = np.array([[[-1, -5, -5], [-5, 2, -5], [-5, -5, 3]]]) + rng.normal(0, .1, (6, 1, 3, 3))
+    rows = [dict(loss=dict.fromkeys('abc', 1.), groups=['layer 0', 'all'], round=k,
+                 inner=[*m.tolist(), *m.tolist()], cosine=[*m.tolist(), *m.tolist()])
+            for k, m in enumerate(inner)]
+    config = dict(langs=list('abc'), batches=2, seed=0, loss='masked', model='x', n=1)
+    numbers = findings([dict(config=config), *rows], subject)
+    unknown = [p for p in conflicts(numbers) if p['cosine'] is None]
+    assert len(unknown) == 4 and conflicts(numbers)[0]['pair'] == ['b', 'c']
+    assert 'unknown [unknown, unknown]' in report.page(numbers)
 
 
 # -- models of both kinds, by the program
@@ -278,6 +332,61 @@ def test_twenty_languages(tmp_path):
 
 # -- what it refuses
 
+@pytest.fixture(scope='module')
+def faulty(tmp_path_factory):
+    "One model for each thing that can be wrong with it: {what is wrong: folder}."
+    home, source = tmp_path_factory.mktemp('faulty'), ToySource(n_train=400)
+    made = dict(
+        headless=write_model(home/'headless', head=False),
+        unmasked=write_model(home/'unmasked', tokenizer=tokenizer_of(LANGS, source,
+                                                                     mask_token=None)),
+        endless=write_model(home/'endless', 'gpt2', tokenizer=tokenizer_of(
+            LANGS, source, pad_token=None, eos_token=None)),
+        pickled=write_model(home/'pickled'), remote=write_model(home/'remote'),
+        large=write_model(home/'large'), none=home/'none')
+    (made['pickled']/'model.safetensors').unlink()
+    torch.save({}, made['pickled']/'pytorch_model.bin')
+    for name, more in dict(large=dict(vocab_size=2**31, hidden_size=2**14), remote=dict(
+            model_type='strange', auto_map=dict(AutoConfig='strange.Config',
+                                                AutoModelForMaskedLM='strange.Model'))).items():
+        config = json.loads((made[name]/'config.json').read_text())
+        (made[name]/'config.json').write_text(json.dumps(config | more))
+    (made['remote']/'strange.py').write_text('raise SystemExit("remote code")')
+    for lang, text in dict(en='one two .', fr='un deux .', ar=' ').items():
+        (home/'data'/'text'/lang).mkdir(parents=True)
+        (home/'data'/'text'/lang/'train.txt').write_text(text)
+    return made | dict(data=home/'data')
+
+
+@pytest.mark.parametrize(('model', 'more', 'said'), [
+    ('headless', [], 'BertModel --loss'), ('headless', ['--loss', 'masked'], 'lack head'),
+    ('headless', ['--loss', 'next'], "no loss 'next' causal"),
+    ('unmasked', [], 'mask masked'), ('endless', [], 'padding pad_token'),
+    ('fine', ['--data', '{data}'], 'text ar'), ('fine', ['--langs', 'en', 'zz'], "'zz'"),
+    ('large', [], 'fit GB --probe --parts'), ('remote', [], 'code run'),
+    ('fine', ['--probe', 'laier'], "name 'laier' example"),
+    ('fine', ['--langs', 'en'], 'two languages --langs'),
+    ('fine', ['--langs', 'en', 'en'], 'twice'), ('pickled', [], 'pickle save_pretrained'),
+    ('none', [], 'cannot open'), ('fine', ['--gates', 'en,zz'], 'gates zz'),
+    ('fine', ['--gates', 'en'], 'two --gates'),
+    ('fine', ['--out', '{bert}/config.json/out'], 'config.json')])
+def test_refuses_by_the_program(model, more, said, faulty, bert, tmp_path, capsys):
+    places = {k: str(v) for k, v in (faulty | dict(fine=bert, bert=bert)).items()}
+    words = ['report', places[model], '--langs', *LANGS, '--out', str(tmp_path/'out'),
+             '--rounds', 3, '--batches', 2, *(w.format(**places) for w in more)]
+    status, out, err = run(*words, capsys=capsys)
+    assert status == 2 and 'Traceback' not in err and all(w in err for w in said.split()), err
+    assert not [p for p in tmp_path.rglob('*') if p.is_file() and p.name != 'lock']
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'open_subject', lambda *a, **k: pytest.fail('opened'))
+    (tmp_path/'file').touch()
+    with pytest.raises(InputError, match='file'): make_report('x', LANGS, out=tmp_path/'file'/'out')
+    with run_lock(tmp_path/'out'), pytest.raises(InputError, match='another process'):
+        make_report('x', LANGS, out=tmp_path/'out')
+
+
 def test_guesses_the_loss_or_says_so():
     for name, loss in dict(BertForMaskedLM='masked', XLMWithLMHeadModel='masked',
                            ModernBertForMaskedLM='masked', XmodForMaskedLM='masked',
@@ -288,42 +397,10 @@ def test_guesses_the_loss_or_says_so():
         guess_loss(transformers.PretrainedConfig(architectures=['T5ForConditionalGeneration']))
 
 
-def test_refuses_in_words(bert, gpt2, tmp_path, monkeypatch):
-    source = ToySource(n_train=400)
-    headless = write_model(tmp_path/'headless', head=False)
-    unmasked = write_model(tmp_path/'unmasked',
-                           tokenizer=tokenizer_of(LANGS, source, mask_token=None))
-    endless = write_model(tmp_path/'endless', 'gpt2',
-                          tokenizer=tokenizer_of(LANGS, source, pad_token=None, eos_token=None))
-    pickled = write_model(tmp_path/'pickled')
-    (pickled/'model.safetensors').unlink()
-    torch.save({}, pickled/'pytorch_model.bin')
-    remote = write_model(tmp_path/'remote')
-    config = json.loads((remote/'config.json').read_text())
-    (remote/'config.json').write_text(json.dumps(config | dict(
-        model_type='strange', auto_map=dict(AutoConfig='strange.Config',
-                                            AutoModelForMaskedLM='strange.Model'))))
-    (remote/'strange.py').write_text('raise SystemExit("remote code")')
-    for model, langs, says in ((headless, LANGS, 'BertModel.*--loss'),
-                               (unmasked, LANGS, 'no mask'), (endless, LANGS, 'padding'),
-                               (pickled, LANGS, 'pickle.*save_pretrained'),
-                               (remote, LANGS, 'not run here'),
-                               (bert, ('en',), 'two languages'), (bert, ('en', 'en'), 'twice'),
-                               (bert, ('en', 'zz'), "'zz'"),
-                               (tmp_path/'none', LANGS, 'cannot open')):
-        with pytest.raises(InputError, match=f'(?s){says}'):
-            open_subject(model, langs, 'toy', SMALL)
-    with pytest.raises(InputError, match='lack.*head'):
-        open_subject(headless, LANGS, 'toy', SMALL, 'masked')
+def test_refuses_in_words(bert, monkeypatch):
     with pytest.raises(InputError, match='head for the causal'):
         report.check_fit('t5', transformers.T5Config(), 'causal', SMALL)
-    with pytest.raises(InputError, match="no loss 'next'"):
-        open_subject(bert, LANGS, 'toy', SMALL, 'next')
-    with pytest.raises(InputError, match="matches 'laier'"):
-        open_subject(bert, LANGS, 'toy', dataclasses.replace(SMALL, probe='laier'))
-    monkeypatch.setattr(ToySource, 'text', lambda self, lang, split='train': iter(
-        [] if lang == 'ar' else ['one two .']))
-    with pytest.raises(InputError, match="no text in 'ar'"): open_subject(bert, LANGS, 'toy', SMALL)
+    monkeypatch.setattr(ToySource, 'text', lambda self, lang, split='train': iter(['one two .']))
     subject = open_subject(bert, ('en', 'fr'), 'toy', SMALL)
     assert any('used 128.0 times' in note for note in subject.notes)
 
