@@ -132,6 +132,9 @@ def attend(
     bias: Tensor | None = None,     # [H,T,T] added to the scores, from query (rows) to key
 ) -> Tensor:                        # [B,T,H*D/H]
     "Average the values, weighted by how well keys match queries [@eq-attention]."
+    if not qkv.is_cuda and torch.is_autocast_enabled('cpu'):    # in 16 bits, a CPU is slow at this
+        with torch.autocast('cpu', enabled=False):
+            return attend(qkv.float(), mask, p, multiple, bias)
     d = qkv.shape[-1]
     if d % multiple: qkv = F.pad(qkv, (0, -d % multiple))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)          # each [B,H,T,D/H]

@@ -17,3 +17,14 @@ def test_still_there(package, module, name, used):
     try: found = hasattr(importlib.import_module(module), name)
     except ImportError: found = False
     assert found, f'{package} {version(package)} no longer has {module}.{name}: see {used}'
+
+def test_tests_of_a_group_meet_in_one_process(pytester):
+    "pytest-xdist writes a name that pytest 9.2 no longer reads: fixtures were then made twice."
+    pytester.makepyfile("""
+        import os, pathlib, pytest
+        pytestmark = pytest.mark.xdist_group('one')
+        @pytest.mark.parametrize('i', range(6))
+        def test_where(i): pathlib.Path(f'process{os.getpid()}').touch()
+        """)
+    pytester.runpytest_subprocess('-n', '2', '--dist', 'loadgroup').assert_outcomes(passed=6)
+    assert len(list(pytester.path.glob('process*'))) == 1
