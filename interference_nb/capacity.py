@@ -193,9 +193,9 @@ def sweep_page(folder,  # of a sweep's records
     gaps, sweep = interference(sweep_losses(folder)), sweep or Sweep()
     homes = sorted(Path(folder).glob('width-*'), key=lambda p: int(p.name.split('-')[1]))
     parts = ['# Interference against capacity and training', bottom_line(gaps),
-             f'Held-out loss, nats, less that of mono at {gaps["batches"].max():,} batches of each '
-             'language; mean of the two languages, 95% interval over n seeds. Above zero: worse '
-             'than alone. A meta step takes 5 to 6 passes; its batches are counted as one.',
+             f'Held-out loss minus that of mono, nats, at {gaps["batches"].max():,} batches of '
+             'each language; mean of the two languages, 95% interval over n seeds. Above '
+             'zero: worse than alone. A meta step takes 5 to 6 passes; its batches count as one.',
              markdown(sweep_table(gaps, sweep), 'left'),
              '## Where this comes from', *(f'{h.name}: {describe(h)}' for h in homes)]
     return '\n\n'.join(parts) + '\n'

@@ -30,7 +30,7 @@ from .l0_pruning import HardConcrete
 from .gradient_probes import conflict, split_pairs
 from .experiments import SYSTEMS
 from .records import load, price, strongest, summarise, text_name
-from .claims import difference, paired
+from .claims import difference, interval, markdown, paired
 from .tasks import task_spec
 from .toy_languages import TOY_LANGUAGES
 
@@ -81,6 +81,22 @@ def legend_above(ax, columns: int):
     ax.legend(once.values(), once, frameon=False, fontsize=8, ncols=columns, loc='lower left',
               bbox_to_anchor=(0, 1), borderpad=0, columnspacing=1.2)
 
+def label_ends(ax):
+    "Write each line's name behind its end, clear of the others; more than five get a legend."
+    lines = [l for l in ax.get_lines() if l.get_label()[0] != '_' and len(l.get_xdata())]
+    if len(lines) > 5: return ax.legend(frameon=False, fontsize=8)
+    ax.figure.draw_without_rendering()              # so that its size is known
+    height, at = ax.bbox.height * 72 / ax.figure.dpi, []
+    for line in lines:
+        xy = ax.transAxes.inverted().transform(ax.transData.transform(line.get_xydata()))
+        at.append((xy[xy[:, 0] <= 1.001][-1, 1], line))
+    at.sort(key=lambda pair: pair[0])
+    low = -1.
+    for y, line in at:
+        low = max(y, low + 10 / height)             # names are 8 points high
+        ax.annotate(line.get_label(), (1, low), xycoords='axes fraction', xytext=(4, 0),
+                    textcoords='offset points', va='center', fontsize=8, color=line.get_color())
+
 # %% ../nbs/08_figures.ipynb #ffec5170
 def read_curves(folder,  # of records, or what `load` read from it
                 names: Iterable[str] | None = None,  # of runs; None: all that are there
@@ -112,17 +128,19 @@ def over_seeds(curves: pd.DataFrame,  # of `read_curves`
     return at[show], loss[:, show]
 
 def spread(values,  # seeds first
-           error: bool = False,  # the mean's standard error in place of the standard deviation
+           of_mean: bool = False,  # half the mean's 95% interval, not the standard deviation
            ) -> tuple[np.ndarray, np.ndarray]:  # mean, its ±: 0 for one seed
     "Average over seeds."
+    from scipy.stats import t
     values = np.asarray(values)
     n = len(values)
-    sd = values.std(0, ddof=1) if n > 1 else np.zeros(values.shape[1:])
-    return values.mean(0), sd / n**.5 if error else sd
+    if n < 2: return values.mean(0), np.zeros(values.shape[1:])
+    sd = values.std(0, ddof=1)
+    return values.mean(0), t.ppf(.975, n - 1) * sd / n**.5 if of_mean else sd
 
-def _bars(ax, x, values, width: float, error: bool = False, **how):     # values: seeds first
+def _bars(ax, x, values, width: float, of_mean: bool = False, **how):     # values: seeds first
     "Draw bars of means over seeds, with their spread if there is one."
-    mean, pm = spread(values, error)
+    mean, pm = spread(values, of_mean)
     ax.bar(x, mean, width, yerr=pm if len(values) > 1 else None, error_kw=dict(lw=1), **how)
 
 def _draw_curves(curves: pd.DataFrame, ax, x: str = 'step', max_step: float | None = None,
@@ -156,7 +174,7 @@ def plot_curves(folder,  # of records, or what `load` read from it
     _draw_curves(curves[curves['system'].isin(tuple(systems)) & (curves['text'] != 'train')], ax, x,
                 max_step)
     ax.set_ylabel('held-out perplexity')
-    ax.legend(frameon=False, fontsize=8)
+    label_ends(ax)
     return fig
 
 # %% ../nbs/08_figures.ipynb #684b6f3f
@@ -191,9 +209,9 @@ def plot_perplexity(folder,  # of records, or what `load` read from it
         own = curves[curves['text'] == lang]
         _draw_curves(own, ax, max_step=max_step)
         n = own['sentences'].iloc[0]
+        label_ends(ax)
         ax.set_title(lang if n != n else f'{lang}, {n:,.0f} sentences', fontsize=9)
     np.atleast_1d(axes)[0].set_ylabel('held-out perplexity')
-    np.atleast_1d(axes)[0].legend(frameon=False, fontsize=8)
     return np.atleast_1d(axes)[0].figure
 
 # %% ../nbs/08_figures.ipynb #7e1c71aa
@@ -202,7 +220,7 @@ def gaps(folder,  # of records, or what `load` read from it
          share: float = 1.,  # of training; the last evaluation before it
          system: str = 'joint',  # to compare with mono
          ) -> dict[str, tuple[int | None, np.ndarray]]:  # {text: (sentences, nats of each seed)}
-    "Take a system's held-out loss less mono's, by seed, means over pairs; smallest corpus first."
+    "Take a system's held-out loss minus mono's, by seed, means over pairs; smallest corpus first."
     curves = held_out(folder, names, ('mono', system))
     last = curves.groupby(['run', 'text'])['step'].transform('max')
     ends = curves[curves['step'] <= share * last].groupby(['run', 'text']).tail(1)
@@ -228,7 +246,7 @@ def plot_sizes(folder,  # of records, or what `load` read from it
         ax.errorbar(i, *spread(gap), fmt='o', ms=6, color=colour(system), lw=1)
     ax.axhline(0, color='0.6', lw=.8, zorder=0)
     ax.set(xticks=range(len(found)), xlim=(-.6, len(found) - .4), xlabel='language, sentences',
-           ylabel=f'loss of {system}\nless mono, nats', title=f'{share:.0%} of training', ylim=ylim)
+           ylabel=f'loss of {system}\n− mono, nats', title=f'{share:.0%} of training', ylim=ylim)
     ax.title.set_size(9)
     ax.set_xticklabels([t if n is None else f'{t}\n{n:,}' for t, (n, _) in found.items()])
     return fig
@@ -254,7 +272,7 @@ def plot_convergence(folder,  # of records, or what `load` read from it
     fig, ax = (ax.figure, ax) if ax else new_axes()
     _draw_curves(curves, ax, x, max_step, nats=True)
     ax.set(xlim=(0, max_step), ylabel=f"{'held-out' if held_out else 'training'} loss, nats")
-    ax.legend(frameon=False, fontsize=8)
+    label_ends(ax)
     return fig
 
 # %% ../nbs/08_figures.ipynb #866d4883
@@ -323,7 +341,7 @@ def plot_transfer(scores: pd.DataFrame,  # of `load`
                   source: str | None = None,  # language that zero-shot starts from; None: any
                   ax=None,  # matplotlib axes; None: new ones
                   ) -> Figure:
-    "Draw zero-shot over within-language scores, ± standard errors. [paper Tables 2, 3 and 6]"
+    "Draw zero-shot over within-language scores, 95% intervals. [paper Tables 2, 3 and 6]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=4)
     right, up = _both_ways(scores, task, langs, source)
     home = f'in {source}' if task == 'nli' and source else 'within language'
@@ -334,9 +352,9 @@ def plot_transfer(scores: pd.DataFrame,  # of `load`
     both = pd.concat([right, up], axis=1, join='inner').dropna()
     for system in both.index.unique('system'):
         xy = both.loc[system]
-        se = xy.sem() if len(xy) > 1 else np.zeros(2)
-        x, y = xy.mean()
-        ax.errorbar(x, y, *list(se)[::-1], fmt='o', color=colour(system), ms=6, lw=1)
+        (x, y), (right_left, up_down) = spread(xy, of_mean=True)
+        ax.errorbar(x, y, up_down, right_left, fmt='none', ecolor=colour(system), alpha=.35, lw=1)
+        ax.plot(x, y, 'o', color=colour(system), ms=6)
         points[system] = x, y
     ax.set(xlabel=f'{task.upper()} {home}, {metric_name(task)}',
            ylabel=f'{task.upper()} zero-shot, {metric_name(task)}')
@@ -482,17 +500,25 @@ def plot_control(
     return fig
 
 # %% ../nbs/08_figures.ipynb #3db03e11
-def describe_differences(differences: dict[str, Iterable[float]],  # {name: one for each seed}
+def describe_differences(cases: dict[str, dict[str, Iterable[float]]],  # {column: {line: by seed}}
                          unit: str = 'points',  # of the differences
-                         ) -> str:
-    "Sort differences by the side of zero that their 95% intervals lie on; ± standard errors."
-    found = {'above zero': [], 'below zero': [], 'undecided': []}
-    for name, values in differences.items():
-        d = difference(list(values))
-        side = 'above zero' if d.low > 0 else 'below zero' if d.high < 0 else 'undecided'
-        found[side].append(f'{name} {d.delta:+.2f}' + f' ± {d.se:.2f}' * (d.n > 1))
-    said = [f'{side}: {", ".join(names)}' for side, names in found.items() if names]
-    return f'{"; ".join(said)} ({unit})' if said else 'nothing to compare'
+                         name: str = '',  # what the lines are
+                         ) -> str:  # Markdown
+    "Lay differences out with their 95% intervals, those without zero in bold, and count these."
+    lines, above, below = {}, 0, 0
+    for case, found in cases.items():
+        for line, values in found.items():
+            d = difference(list(values))
+            if not d.n: continue
+            above, below = above + (d.low > 0), below + (d.high < 0)
+            text = interval(d, 1 if unit == 'points' else 3)
+            lines.setdefault(line, {})[case] = f'**{text}**' if d.low > 0 or d.high < 0 else text
+    if not lines: return 'Nothing to compare.'
+    table = pd.DataFrame.from_dict(lines, 'index').reindex(columns=list(cases)).fillna('–')
+    n = sum(map(len, lines.values()))
+    return (f'{markdown(table.rename_axis(name).reset_index(), "left")}\n\nIn {unit}, with 95% '
+            f'intervals over seeds. Bold: the interval leaves zero out. Of {n}, {above} are above '
+            f'zero and {below} below; the other {n - above - below} are undecided.')
 
 # %% ../nbs/08_figures.ipynb #3813f818
 def plot_summary(folder,  # of records, or what `load` read from it
@@ -504,7 +530,8 @@ def plot_summary(folder,  # of records, or what `load` read from it
     fig, axes = new_axes(2, 3, width=9.5, height=5.2)
     for ax, x in zip(axes[0], ('step', 'passes'), strict=False):
         plot_curves(table, x, ax=ax)
-    axes[0, 1].get_legend().remove(); axes[0, 1].set_ylabel('')
+    if legend := axes[0, 1].get_legend(): legend.remove()
+    axes[0, 1].set_ylabel('')
     plot_transfer(table, ax=axes[0, 2])
     shown = _comparable(results)
     if shown: plot_differences(results, axes=axes[1, :len(shown)])
@@ -518,7 +545,7 @@ def plot_conflict(probes: dict,  # {'en-fr': rows of each seed's probe}
                   max_step: float = math.inf,  # leave out what comes from this step on
                   ax=None,  # matplotlib axes; None: new ones
                   ) -> Figure:
-    "Draw cosines within and across languages over training: mean ± se over seeds. [paper Fig. 3]"
+    "Draw cosines within and across languages over training; 95% intervals. [paper Fig. 3]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=6.)
     for (pair, seeds), colour in zip(probes.items(), ACCENTS, strict=False):
         a, b = split_pairs(seeds[0][0]['cos'])[pair]
@@ -527,10 +554,10 @@ def plot_conflict(probes: dict,  # {'en-fr': rows of each seed's probe}
         for name, style, which in (('within', '--', (f'{a}-{a}', f'{b}-{b}')), ('', '-', (pair,))):
             runs = [running(np.array([np.mean([r['cos'][w].get(group, np.nan) for w in which])
                                       for r in rows]), window) for rows in seeds]
-            mean, se = spread(runs, error=True)
+            mean, pm = spread(runs, of_mean=True)
             ax.plot(steps, mean, style, color=colour, lw=1 if name else 1.5, label=f'{pair} {name}')
             if len(runs) > 1 and not name:
-                ax.fill_between(steps, mean - se, mean + se, color=colour, alpha=.15, lw=0)
+                ax.fill_between(steps, mean - pm, mean + pm, color=colour, alpha=.15, lw=0)
     ax.axhline(0, color='0.6', lw=.8, zorder=0)
     ax.set(xlabel='optimiser steps', ylabel=f'cosine of gradients, {group}')
     legend_above(ax, len(probes))
@@ -546,10 +573,10 @@ def running(values: np.ndarray, window: int) -> np.ndarray:
 def plot_groups(probes: dict,  # {'en-fr': rows of each seed's probe}
                 step: int = 0,  # the first step to count
                 width: int = 200,  # steps to average over
-                groups: Iterable[str] | None = None,  # None: what the probe has, less the sums
+                groups: Iterable[str] | None = None,  # None: what the probe has, without the sums
                 ax=None,  # matplotlib axes; None: new ones
                 ) -> Figure:
-    "Draw cosines within and across languages by group at a time of training: mean ± se."
+    "Draw cosines within and across languages by group at a time of training; 95% intervals."
     rows = next(iter(probes.values()))[0]
     known = [g for g in next(iter(rows[0]['cos'].values())) if g not in ('all', 'encoder')]
     groups = list(groups or sorted(known, key=lambda g: (g.startswith('layer'), g)))
@@ -562,7 +589,7 @@ def plot_groups(probes: dict,  # {'en-fr': rows of each seed's probe}
         x = np.arange(len(groups)) + (i - (len(probes) - 1) / 2) * shift
         across = [[f[pair]['mean'] for f in row] for row in found]
         within = [[(f[f'{a}-{a}']['mean'] + f[f'{b}-{b}']['mean']) / 2 for f in r] for r in found]
-        _bars(ax, x, across, shift * .9, error=True, color=colour, label=pair)
+        _bars(ax, x, across, shift * .9, of_mean=True, color=colour, label=pair)
         ax.plot(x, np.mean(within, 0), '_', color=colour, ms=10)
     ax.axhline(0, color='0.6', lw=.8, zorder=0)
     ax.set(xticks=range(len(groups)), ylim=(-.6, 1.), ylabel='cosine of gradients',
@@ -649,7 +676,7 @@ def plot_pruned(studies: list[dict],  # of `prune_study`, one a seed
                 langs: tuple[str, str] | None = None,  # None: the study's first two
                 ax=None,  # matplotlib axes; None: new ones
                 ) -> Figure:
-    "Draw what pruning each class of groups does to each language's loss: mean ± se over seeds."
+    "Draw what pruning each class of groups does to each language's loss; 95% intervals."
     fig, ax = (ax.figure, ax) if ax else new_axes(width=6., height=2.8)
     langs = langs or tuple(studies[0]['ppl']['whole'])[:2]
     classes = [c for c in studies[0]['pruned'] if any(s['pruned'][c]['n'] for s in studies)]
@@ -657,8 +684,8 @@ def plot_pruned(studies: list[dict],  # of `prune_study`, one a seed
         for j, (what, shade) in enumerate((('ppl', 1.), ('random', .35))):
             harm = [[math.log(s['pruned'][c][what][lang] / s['ppl']['whole'][lang]) for s in studies
                      if s['pruned'][c]['n']] for c in classes]
-            means, se = zip(*(spread(h, error=True) for h in harm), strict=True)
-            ax.bar(np.arange(len(classes)) + .2 * (2 * i + j) - .3, means, .18, yerr=se,
+            means, pm = zip(*(spread(h, of_mean=True) for h in harm), strict=True)
+            ax.bar(np.arange(len(classes)) + .2 * (2 * i + j) - .3, means, .18, yerr=pm,
                    color=colour, alpha=shade, error_kw=dict(lw=1),
                    label=lang if what == 'ppl' else f'{lang}, random groups')
     share = [np.mean([s['shares']['all'][c] for s in studies]) for c in classes]
@@ -936,7 +963,6 @@ def plot_capacity(
     for text, y, va in (('worse than alone', .98, 'top'), ('better than alone', .02, 'bottom')):
         axes[-1].text(.98, y, text, transform=axes[-1].transAxes, ha='right', va=va, fontsize=8,
                       color=GREYS[1], style='italic')
-    labelled = next(ax for ax in axes if ax.get_legend_handles_labels()[1])
-    labelled.legend(frameon=False, fontsize=8.5, handlelength=1.2)
+    label_ends(next((ax for ax in axes[::-1] if ax.get_legend_handles_labels()[1]), axes[-1]))
     return axes[0].figure
 
