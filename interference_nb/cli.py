@@ -32,6 +32,7 @@ from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, check_specs, complete
                                          default_workers, inputs_of, is_pretrained, load_run_data,
                                          make_batches, open_run, prune_model, run, run_of)
 import pandas as pd
+import torch
 from .capacity import Sweep, run_sweep, sweep_runs, write_sweep
 from .claims import text_table
 from .records import compare, read_rows
@@ -45,7 +46,7 @@ from .finetune import FinetuneConfig, finetune, finetuned, predict
 from .gradient_probes import GradientProbe, ProbeConfig, conflict, split_pairs
 from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
-from .pretrain import TrainConfig, progress_bar
+from .pretrain import TrainConfig, cpu_has_bfloat16, progress_bar
 from .report import ReportConfig
 from .toy_languages import open_source
 from .transformer import ModelConfig
@@ -100,6 +101,8 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
     own = STUDIES['demo' if toy else 'demo-text']
     langs = split_commas(cfg.langs) or own.pairs[0]
     scale = SCALES[cfg.scale] if cfg.scale else own.scale
+    if not toy and not cfg.scale and not torch.cuda.is_available() and cpu_has_bfloat16():
+        scale = replace(scale, train=replace(scale.train, precision='bfloat16'))    # half the time
     if cfg.vocab_size is not None:
         scale = replace(scale, model=replace(scale.model, vocab_size=cfg.vocab_size))
     if cfg.data == 'hub':

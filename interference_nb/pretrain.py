@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISIONS', 'LOG_EVERY', 'BEFORE', 'OWN_ROWS', 'FREE', 'TrainConfig', 'learning_rate', 'BatchSampler',
-           'check_shares', 'pinned', 'perplexity', 'make_adam', 'Precision', 'JointStep', 'training_state',
-           'restore_training_state', 'config_hash', 'code_version', 'run_info', 'train', 'clocks', 'seed_step',
-           'prepare_model', 'keep_memory', 'TensorBoard', 'progress_bar', 'flattened', 'same_config', 'data_name',
-           'upgraded']
+           'check_shares', 'pinned', 'perplexity', 'make_adam', 'cpu_has_bfloat16', 'Precision', 'JointStep',
+           'training_state', 'restore_training_state', 'config_hash', 'code_version', 'run_info', 'train', 'clocks',
+           'seed_step', 'prepare_model', 'keep_memory', 'TensorBoard', 'progress_bar', 'flattened', 'same_config',
+           'data_name', 'upgraded']
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, io, json, math, os, platform, signal, subprocess, sys, time
@@ -251,6 +251,11 @@ def make_adam(params,  # tensors to update
     about = dict(lr=cfg.lr, betas=cfg.betas, eps=cfg.adam_eps, fused=True)
     if not cfg.weight_decay: return torch.optim.Adam(params, **about)
     return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, **about)
+
+def cpu_has_bfloat16() -> bool:
+    "Tell whether this processor multiplies 16-bit numbers, as far as PyTorch (2.10 on) says."
+    known = getattr(torch.cpu, 'get_capabilities', dict)()
+    return bool(known.get('avx512_bf16') or known.get('amx_bf16'))
 
 class Precision:
     "Autocast and loss scaling; 'auto' is bfloat16 (or float16) on a GPU, float32 on a CPU."

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from interference_nb.experiments import Scale, plan, run
 from interference_nb.files import read_jsonl
-from interference_nb.pretrain import TrainConfig
+from interference_nb.pretrain import TrainConfig, cpu_has_bfloat16
 from interference_nb.toy_languages import ToySource
 from interference_nb.transformer import ModelConfig
 
@@ -224,6 +224,7 @@ def test_demo_streams_what_it_eats(tmp_path):
     rows = read_jsonl(tmp_path/'demo'/'joint-en+sw-0'/'record.jsonl')
     assert rows[0]['config']['run']['data'] == 'hub:0.02'
     assert {r['kind'] for r in rows} >= {'end', 'finetune'}
+    assert rows[0]['precision'] == ('bfloat16' if cpu_has_bfloat16() else 'float32')
     for lang in ('en', 'sw'):
         path = f'20231101.{lang}/train-00000-of-00001.parquet'
         assert 0 < Hub.sent[path] < .7 * (wikipedia/path).stat().st_size
