@@ -3,7 +3,7 @@ import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from build_docs import PAPER, Labels
-from cells import stamps
+from cells import INSTALL, stamps
 from execute import stale
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +83,23 @@ def test_exercises_have_solutions(notebooks):
             if not re.search(r'\bassert |\btest_(eq|close|fail)\(', code):
                 faults.append(f'{p.name}, {n}: no test')
     assert not faults, '\n'.join(faults)
+
+def test_every_notebook_brings_the_package_to_a_machine_without_it(notebooks):
+    "Colab opens a notebook alone: its first code cell fetches the rest, and goes to its folder."
+    for p in notebooks:
+        code = [''.join(c['source']) for c in cells_of(p) if c['cell_type'] == 'code']
+        if not code or p.stem == 'index' or p.parent.name == 'solutions': continue
+        assert code[0] == INSTALL.format(folder=p.parent.relative_to(ROOT).as_posix()), p.name
+
+def test_glossary_is_linked_from_where_its_words_are_taught(notebooks):
+    config = (ROOT / '_quarto.yml').read_text(encoding='utf-8')
+    learn = re.search(r'- section: Learn\s+contents:((?:\s+- [\w/-]+\.ipynb)+)', config)[1]
+    text = '\n'.join(''.join(c['source']) for name in re.findall(r'- (\S+)', learn)
+                     for c in cells_of(ROOT / 'nbs' / name) if c['cell_type'] == 'markdown')
+    terms = re.findall(r'<span id="([\w-]+)">', (ROOT / 'nbs/glossary.ipynb').read_text('utf-8')
+                       .replace('\\"', '"'))
+    assert len(terms) > 20
+    assert not set(terms) ^ set(re.findall(r'glossary\.ipynb#([\w-]+)', text))
 
 def test_saved_outputs_are_fit_to_publish(notebooks):
     "Every notebook holds its outputs, without errors, dead widgets or this machine's paths."

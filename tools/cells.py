@@ -3,6 +3,14 @@ import ast, hashlib, os, re
 from nbdev.config import get_config
 
 HEADING = re.compile(r'^(#{1,6})\s+(.*)$')
+INSTALL = """#| hide
+#| eval: false
+# In Colab or Kaggle: fetch the package, its records and this folder (a minute); elsewhere nothing.
+import importlib.util
+if not importlib.util.find_spec('interference_nb'):
+    !git clone -q --depth 1 https://github.com/interference-nb/interference-nb
+    !pip install -q ./interference-nb fastcore
+    %cd interference-nb/{folder}"""
 FENCE = re.compile(r'^(:{3,}|`{3,}|~{3,})\s*(.*)$')
 
 def skip_flags():
