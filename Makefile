@@ -20,6 +20,7 @@ export UV_TORCH_BACKEND ?= auto
 endif
 
 # make demo DATA=folder LANGS=en,sw ARGS='--seeds 5'
+# make demo DATA=hub LANGS=en,sw         streams 8 MB of Wikipedia a language
 # make reproduce SCALE=mini DATA=folder EXHIBIT='table2 figure1' ARGS=--dry-run
 # make reproduce SCALE=mini DATA=folder ARGS=--write-only     the pages of what has been run so far
 DATA    ?=
