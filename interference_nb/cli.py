@@ -26,7 +26,7 @@ from .folders import FolderSource, describe_text, find_files, unread_files
 from .tasks import (TASKS, TaskData, read_data, scores_by_type, task_spec,
                                    usable_rows)
 from .tokenizers import load_tokenizer
-from .files import (InputError, JsonlLog, load_checkpoint, read_jsonl,
+from .files import (InputError, load_checkpoint, read_jsonl,
                                    remedy_of, write_atomically)
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, check_specs, complete,
                                          default_workers, inputs_of, is_pretrained, load_run_data,
@@ -298,6 +298,10 @@ def export_run(cfg: ExportCommand):  # the command's options
     print(f'{spec.name} is in {made}/; README.md there says how to open it.')
     if cfg.push: print(export.push_to_hub(made, cfg.push, private=not cfg.public))
 
+def _write_row(folder: Path, kind: str, **fields):
+    "Write a record of one row, whole, in place of an earlier one."
+    write_atomically(folder/'record.jsonl', json.dumps(dict(kind=kind, **fields)) + '\n')
+
 def pretrain(cfg: PretrainConfig):  # the command's options
     "Pretrain a run and say where it is."
     spec = _pretraining(cfg)
@@ -330,9 +334,8 @@ def finetune_run(cfg: FinetuneCommand,  # the command's options
                     grid if cfg.search else None, folder, cfg.workers, progress=True,
                     trained_len=spec.train.seq_len)
     result.pop('counts')
-    anew = JsonlLog(folder/'record.jsonl', keep=lambda row: False)
     used = dict.fromkeys([cfg.train_lang, *langs])
-    anew.write('finetune', **result, inputs=inputs_of(spec, source, task, used))
+    _write_row(folder, 'finetune', **result, inputs=inputs_of(spec, source, task, used))
     for lang, scores in result['scores'].items():
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
@@ -362,10 +365,13 @@ def predict_run(cfg: PredictCommand) -> Path:  # of the file
     if cfg.text is None:
         data = read_data(task, source, lang, 'test', tokenizer, max_len, settings.max_eval)
     else:
-        try: lines = cfg.text.read_text(encoding='utf-8').splitlines()
+        try: lines = cfg.text.read_text(encoding='utf-8-sig').split('\n')
         except UnicodeDecodeError as e:
             raise InputError(f'{cfg.text} is not UTF-8 ({e.reason} at byte {e.start}). Convert it, '
                              'with iconv for example.') from None
+        except OSError as e:
+            raise InputError(f'{cfg.text} cannot be read ({e.strerror}). Name a file of text, a '
+                             'sentence a line.') from None
         words, labels = TASK_COLUMNS[task.data]
         rows = [{words: line.split(), labels: [next(i for i, l in enumerate(task.labels)
                  if l != '_')] * len(line.split())} for line in lines if line.strip()]
@@ -452,7 +458,7 @@ def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to p
     spec, _, tokenizer, corpora, model = open_run(cfg.run, cfg.data)
     sampler, dev = make_batches(spec, tokenizer, corpora)
     study = prune_model(model, sampler, dev, cfg.prune, cfg.run/'prune', progress=True)
-    JsonlLog(cfg.run/'prune'/'record.jsonl', keep=lambda row: False).write('gates', **study)
+    _write_row(cfg.run/'prune', 'gates', **study)
     numbers = numbers_of_study(study, spec.seed)
     loss = loss_table(numbers).set_index('loss').T.rename_axis('loss').reset_index()
     _show(gate_table(numbers), loss)
@@ -542,7 +548,8 @@ def check_data(cfg: CheckConfig):  # the command's options
         except InputError as e: problems.append(str(e))
         else:
             texts.append(_text_row(lang, found))
-            if not found['rows']['train']: problems.append(f'{lang} has no training text.')
+            problems += [f'{lang} has no {split} text.' for split in SPLITS
+                         if not found['rows'][split]]
     for task, spec in TASKS.items():
         for lang in sorted(p.name for p in (cfg.folder/task).glob('*') if p.is_dir()):
             counts = _count_usable(source, spec, lang, problems)
@@ -769,7 +776,7 @@ def _find_command(args: list[str]) -> tuple[Command, str, list[str]]:  # it, wor
 
 def _nearest(word: str, known: list[str]) -> str:  # a sentence
     "Suggest what a mistyped word was meant to be."
-    if near := difflib.get_close_matches(word, known, 1, .5): return f'Did you mean {near[0]}?'
+    if near := difflib.get_close_matches(word, known, 1, .6): return f'Did you mean {near[0]}?'
     return f'Use one of {", ".join(known)}.'
 
 def _group_help(group: Group, said: str) -> str:  # said: the words that lead to it

@@ -458,8 +458,9 @@ def open_run(home,  # folder of a run
     "Open a finished run again; raises `InputError` if it is not finished, or of other data."
     home = Path(home)
     if not (home/'record.jsonl').exists():
-        raise InputError(f'no run in {home}. Name a folder that `interference pretrain` '
-                         'made.')
+        inside = ', '.join(sorted(p.parent.name for p in home.glob('*/record.jsonl'))[:4])
+        raise InputError(f'no run in {home}. Name a folder that `interference pretrain` made'
+                         + f', such as {inside} in it' * bool(inside) + '.')
     rows = read_jsonl(home/'record.jsonl')
     if not rows or 'run' not in rows[0].get('config', {}):
         raise InputError(f'{home} holds no whole record. Pretrain again into another folder.')

@@ -156,7 +156,7 @@ def _read_conll(path: Path) -> Iterator[tuple[str, dict]]:
     "Read a word and its tag a line; sentences end at empty lines."
     words, tags, start, wrong = [], [], 1, ''
     for n, line in (*_lines(path), (0, '')):
-        fields = line.split('\t') if '\t' in line else line.split()
+        fields = line.split('\t') if '\t' in line else re.split(' +', line.strip(' '))
         if not line.strip() or fields[0] == '-DOCSTART-':
             if wrong: yield f'line {start}', dict(unreadable=wrong)
             elif words: yield f'line {start}', dict(tokens=words, ner_tags=tags)
@@ -202,6 +202,9 @@ def _read_xnli(path: Path, lang: str) -> Iterator[tuple[str, dict]]:
             yield f'line {n}', dict(unreadable=f'{len(row)} columns, not {len(header)}')
         elif own is None or row[own] == lang:
             label = row[at['label']]
+            if label == '-':                        # as SNLI and MultiNLI write it
+                yield f'line {n}', dict(unreadable='the pair has no gold label (-); leave it out')
+                continue
             label = int(label) if label.isdigit() else label.replace('contradictory',
                                                                      'contradiction')
             yield f'line {n}', dict(premise=row[at['premise']], hypothesis=row[at['hypothesis']],

@@ -1178,7 +1178,10 @@ def run_study(study: Study,  # scale, data, languages, systems, seeds
     if rank_and_world_size()[0]: return failed            # the first process has the results
     shown = replace(study, family='all')        # pages show what else is there, too
     for exhibit in exhibits:
-        paths = write(exhibit, shown, source, folder, failed)
+        try: paths = write(exhibit, shown, source, folder, failed)
+        except InputError:
+            tell_failed(failed, len(specs))     # says more than that nothing is there to show
+            raise
         if not quiet: say(' '.join(map(str, paths)))
     return failed
 

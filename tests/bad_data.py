@@ -43,7 +43,8 @@ FILES = {
     'text of half characters': ({'text/bb/train.jsonl': '{"text": "a\\ud800"}\n'},
                                 "line 1 'text' holds"),
     'text of blanks': ({'text/bb/train.jsonl': lines(dict(text='  '))}, 'line 1 no text'),
-    'empty text file': ({'text/bb/train.txt': ''}, 'bb no training text'),
+    'empty text file': ({'text/bb/train.txt': ''}, 'bb has no train text'),
+    'text of one line': ({'text/bb/train.txt': 'Ada čita.\n'}, 'bb has no validation text'),
     'text that is no parquet': ({'text/bb/train.parquet': b'PAR1'},
                                 'train.parquet is no parquet file'),
     'parquet of no bytes': ({'text/bb/train.parquet': b''}, 'train.parquet is no parquet file'),
@@ -136,6 +137,9 @@ FILES = {
                                'columns neutral, a, b sentence1'),
     'pairs of two columns': ({'nli/aa/dev.tsv': 'gold_label\tsentence1\tsentence2\nneutral\ta\n'},
                              'line 2 2 columns, not 3'),
+    'pairs that were never labelled': ({'nli/aa/dev.tsv':
+                                        'gold_label\tsentence1\tsentence2\n-\ta\tb\n'},
+                                       'line 2: the pair has no gold label'),
     'labels named otherwise': ({'nli/aa/dev.parquet': named('label', ['yes', 'no'], NLI)},
                                "label 'yes'"),
     'answers that are null': ({'qa/aa/train.jsonl': lines(QA | dict(answers=None))},
@@ -238,8 +242,8 @@ def write(path, content):
 def build(tmp):
     "Make all folders, once."
     for i, (files, _) in enumerate(FILES.values()):
-        for name, content in ({'text/aa/train.jsonl': lines(*TEXT)} | files).items():
-            write(tmp/str(i)/name, content)
+        sound = {f'text/aa/{s}.jsonl': lines(*TEXT) for s in ('train', 'validation', 'test')}
+        for name, content in (sound | files).items(): write(tmp/str(i)/name, content)
     (tmp/'empty').mkdir()
     write(tmp/'csv/text/aa/train.csv', 'text\na\n')
     for split in ('train', 'validation', 'test'):

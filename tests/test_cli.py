@@ -2,7 +2,7 @@
 import io, os, re, shutil, subprocess, sys
 from dataclasses import replace
 import pytest
-from interference_nb import __version__, cli, tasks
+from interference_nb import __version__, cli, reproduce, tasks
 from interference_nb.cli import Command, Group, command_tree, main, option_names, upgrade_options
 from interference_nb.experiments import SYSTEMS
 from interference_nb.files import read_jsonl
@@ -232,6 +232,45 @@ def test_tables_of_gates_fit_a_terminal(tagger, capsys):
     assert status == 0, err
     tables = [l for l in out.splitlines() if '  ' in l.strip()]
     assert len(tables) > 6 and max(map(len, tables)) <= 80
+
+
+def test_a_full_disk_keeps_the_record_that_was_there(tagger, tmp_path, capsys):
+    "Gates and finetuning are recorded anew, by a file that is whole; it was emptied first."
+    import resource
+    run = shutil.copytree(tagger, tmp_path/tagger.name)
+    shutil.copytree(tagger.parent/'data', tmp_path/'data')
+    gates = 'prune', '--run', run, '--prune.warmup', 1, '--prune.batch-size', 2, '--prune.steps'
+    assert command(capsys, *gates, 2)[0] == 0
+    path, limits = run/'prune'/'record.jsonl', resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = path.read_bytes()
+    assert read_jsonl(path)[0]['config']['steps'] == 2
+    sizes = [p.stat().st_size for p in run.glob('prune/*.safetensors')]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) + 200, limits[1]))
+    try: status, _, err = command(capsys, *gates, 3)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and f'could not write {path}' in err and path.read_bytes() == before
+
+
+def test_when_all_runs_fail_their_reason_is_told(tmp_path, capsys, monkeypatch):
+    "Before, the last word was that there is nothing to show."
+    monkeypatch.setattr(reproduce, 'run_all', lambda specs, *_: ((s, ValueError('no luck'))
+                                                                 for s in specs))
+    status, _, err = command(capsys, 'demo', '--systems', 'joint', '--seeds', 1, '--out', tmp_path)
+    assert status == 2 and '1 of 1 runs failed' in err and 'joint-en+x3-0: no luck' in err
+
+
+def test_text_to_tag_is_read_by_the_line(tagger, tmp_path, capsys):
+    "A mark at its beginning is no word; only a line's end ends a sentence."
+    (tmp_path/'t.txt').write_bytes('\ufeffka mi\u2028to\x85na\r\nmi\n'.encode())
+    status, _, err = command(capsys, 'predict', '--run', tagger, '--text', tmp_path/'t.txt',
+                             '--out', tmp_path/'x.tsv')
+    assert status == 0, err
+    found = (tmp_path/'x.tsv').read_text(encoding='utf-8').rstrip('\n').split('\n\n')
+    assert [[w.split('\t')[0] for w in s.split('\n')] for s in found] == [
+        ['ka', 'mi', 'to', 'na'], ['mi']]
+    for path, said in ((tmp_path, 'Is a directory'), (tmp_path/'none', 'No such file')):
+        status, _, err = command(capsys, 'predict', '--run', tagger, '--text', path)
+        assert status == 2 and f'{path} cannot be read ({said}' in err
 
 
 def test_scores_by_type_by_hand():

@@ -1,6 +1,6 @@
 """Damaged records and checkpoints, signals, code that is not in a repository of its own."""
 
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from interference_nb.pretrain import (
 from interference_nb.records import load
 from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import MaskedLM, ModelConfig
+from waiting import LIMIT, wait_for
 
 LANGS = ('en', 'x3')
 TINY = Scale(
@@ -318,11 +319,9 @@ def test_ctrl_c_ends_a_demo_in_one_line(tmp_path):
         start_new_session=True,
     )
     try:
-        while not any(tmp_path.glob('*/record.jsonl')):
-            assert command.poll() is None, command.stderr.read()
-            time.sleep(0.05)
+        wait_for(lambda: any(tmp_path.glob('*/record.jsonl')), command, command.stderr.read)
         os.killpg(command.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-        _, said = command.communicate(timeout=300)
+        _, said = command.communicate(timeout=LIMIT)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(command.pid, signal.SIGKILL)

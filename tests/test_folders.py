@@ -172,6 +172,17 @@ def test_one_bad_row_among_many_is_counted_and_named(tmp_path, capsys, task, goo
     assert '1 of 6 validation rows' in str(e.value) and '\n' not in str(e.value)
 
 
+def test_a_word_of_conll_ends_at_a_blank_or_a_tab(tmp_path):
+    "Numbers lost all behind a no-break space, silently; so would words with other odd blanks."
+    text_of(tmp_path)
+    words = ['10\u00a0000', '1\u202f5', 'a\u3000b', 'O\u2028x', 'n\x0bm']
+    for end, between in (('train', ' '), ('validation', '\t'), ('test', '  ')):
+        write(tmp_path/f'ner/sr-Latn/{end}.conll',
+              ''.join(f'{w}{between}NN{between}{t}\n' for w, t in zip(words, 'O' * 5)) + '\n')
+        assert FolderSource(tmp_path).examples('ner', 'sr-Latn', end) == [
+            dict(tokens=words, ner_tags=[0] * 5)]
+
+
 @pytest.mark.parametrize('task', ['ner', 'pos', 'qa', 'nli'])
 def test_rows_are_set_aside_where_a_split_has_no_file(tmp_path, capsys, task):
     "As with text: a share of training, by content, no row in two splits; said, and counted."
