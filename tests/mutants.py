@@ -64,6 +64,16 @@ TASKS = (PROPERTIES, FORMULAS, 'nbs/06b_tasks.ipynb')
 def prop(*names): return tuple(f'{PROPERTIES}::{n}' for n in names)
 
 
+def report(*names): return tuple(f'tests/test_report.py::{n}' for n in names)
+
+DEFINED = report('test_findings_are_what_their_definitions_say')
+ORDERED = report('test_matrix_orders_pairs_as_the_generator_does')
+DRAWN = report('test_every_batch_is_behind_one_gradient')
+RUNS = report('test_a_run_of_ours_is_asked_about_text_it_did_not_just_see')
+GATED = report('test_gates_are_learned_twice_with_noise_of_their_own')
+XMOD = report('test_adapters_of_one_language_are_not_compared')
+
+
 EDITS = (
     # ---- data ----
     Edit('00_data', 'p = (L / L.sum()) ** (1 / T)', 'p = (L / L.sum()) ** T',
@@ -305,6 +315,49 @@ EDITS = (
     Edit('07_experiments', "f'{self.system}{meta}-{self.model}", "f'{self.system}-{self.model}",
          'runs with other meta steps share a folder',
          prop('test_what_differs_is_told_apart_by_name')),
+    # ---- report ----
+    Edit('04_gradient_probes', 'np.fill_diagonal(out, M[range(K), 0, range(K), 1])', 'pass',
+         'report: a gradient meets itself, so the noise is not taken out', ORDERED),
+    Edit('04_gradient_probes', 'return inner / np.sqrt(own[..., :, None] * own[..., None, :])',
+         'return inner / np.maximum(own[..., :, None], own[..., None, :])',
+         'report: a product over the longer gradient, which is no cosine', DEFINED),
+    Edit('04_gradient_probes', 'stats.false_discovery_control(p[pairs]) < .05', 'p[pairs] < .05',
+         'report: many comparisons, each at five in a hundred', DEFINED),
+    Edit('04_gradient_probes', 'p = stats.t.cdf(mean', 'p = stats.norm.cdf(mean',
+         'report: a normal law for a few rounds', DEFINED),
+    Edit('04_gradient_probes', '_TOGETHER = 1.645 + .842', '_TOGETHER = 1.645',
+         'report: batches needed at a power of one half', DEFINED),
+    Edit('08c_report', 'first = (2 * r + half) * n', 'first = 2 * r * n',
+         'report: both gradients of a language from the same batches', DRAWN),
+    Edit('08c_report', 'first = (2 * r + half) * n', 'first = half * n',
+         'report: every round looks at the same batches', DRAWN),
+    Edit('08c_report', 'range(first + rank, first + n, world)', 'range(first, first + n, world)',
+         'report: each process takes the same batches',
+         report('test_two_processes_measure_what_one_does')),
+    Edit('08c_report', 'with evaluating(subject.model), progress_bar(',
+         'with nullcontext(), progress_bar(', 'report: dropout is on while gradients are compared',
+         report('test_causal_loss_is_the_modules_own_and_counts_every_token_but_the_first')),
+    Edit('08c_report', '/ cfg.batches / cfg.parts)', '/ cfg.batches)',
+         'report: losses are added up over the turns',
+         report('test_probing_leaves_the_model_alone_and_parts_change_nothing')),
+    Edit('08c_report', 'far = 1 - np.nan_to_num(', 'far = 1 + np.nan_to_num(',
+         'report: languages least alike are neighbours', ORDERED),
+    Edit('08c_report', "linkage(apart, 'complete'), 2.5", "linkage(apart, 'single'), 2.5",
+         'report: languages that conflict in one group',
+         report('test_two_conflicts_in_two_layers_are_told_apart') + DEFINED),
+    Edit('08c_report', "[k, i, j] * config['batches'])", '[k, i, j])',
+         'report: rounds needed called batches', DEFINED),
+    Edit('08c_report', 'x.mean() * subject.pieces[l]', 'x.mean() / subject.pieces[l]',
+         'report: loss per character the wrong way round', DEFINED),
+    Edit('08c_report', "if p['group'].startswith('layer'): layers", 'layers',
+         'report: adapters are advised for kinds of parameters',
+         report('test_injected_conflict_is_named_with_pair_and_layer')),
+    Edit('08c_report', "independent_stream('report')", "independent_stream('train')",
+         'report: a run is looked at on the batches that it has just seen', RUNS),
+    Edit('08c_report', 'prune, cfg.seed + s, progress)', 'prune, cfg.seed, progress)',
+         'report: two prunings of a language with the same noise', GATED),
+    Edit('08c_report', "if 'adapter_modules' not in n}", '}',
+         "report: X-MOD's own adapters are compared as if shared", XMOD),
 )
 
 

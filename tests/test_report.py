@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 transformers = pytest.importorskip('transformers')
-from scipy.stats import spearmanr
+from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from interference_nb import report, toy_languages
+from interference_nb import experiments, report, toy_languages
 from interference_nb.cli import main
 from interference_nb.data import Batch
 from interference_nb.distributed import launch
+from interference_nb.experiments import Scale
 from interference_nb.files import InputError, read_jsonl, run_lock
 from interference_nb.gradient_probes import inner_products
 from interference_nb.hub_models import AnyModel, guess_loss
@@ -22,6 +23,7 @@ from interference_nb.pretrain import BatchSampler, TrainConfig, train
 from interference_nb.report import (ReportConfig, Subject, conflicts, findings, make_report,
                                     measure, open_subject)
 from interference_nb.toy_languages import Language, ToySource, vocabulary_overlap
+from interference_nb.transformer import ModelConfig
 
 LANGS = ('en', 'fr', 'ar')
 SMALL = ReportConfig(rounds=4, batches=2, rows=16, length=24)
@@ -70,12 +72,13 @@ def gpt2(tmp_path_factory): return write_model(tmp_path_factory.mktemp('gpt2'), 
 
 # -- three truths
 
-SHARE = dict(en=1., m3=.75, m2=.5, m1=.25)                 # of sentences in English; other: 0
+SHARE = dict(en=1., m3=.75, m2=.5, n2=.5, m1=.25)          # of sentences in English; other: 0
 
 @pytest.mark.parametrize(('seed', 'other'), [(0, 'xx'), (1, 'ar'), (2, 'ru')])
 def test_matrix_orders_pairs_as_the_generator_does(seed, other, tmp_path):
     """Texts that are part English, part another toy language: their gradients are the same mixture
-    of two, at any weights, so that of three texts the outer two are never the most alike."""
+    of two, at any weights, so that of three texts the outer two are never the most alike, and texts
+    of the same shares, which have no sentence in common but by chance, are alike but for noise."""
     share = SHARE | {other: 0.}
     source, draw = ToySource(n_train=2000, seed=seed), np.random.default_rng(seed)
     text = {l: list(source.text(l)) for l in ('en', other)}
@@ -93,16 +96,19 @@ def test_matrix_orders_pairs_as_the_generator_does(seed, other, tmp_path):
     measured = measure(subject, cfg)
     numbers = findings(measured, subject)
     cosine = {tuple(p['pair']): p['cosine'] for p in numbers['pairs'] if p['group'] == 'all'}
-    for a, b, c in combinations(share, 3): assert cosine[a, c] < min(cosine[a, b], cosine[b, c])
-    assert numbers['order'] in (list(share), list(share)[::-1])
+    for a, b, c in combinations(share, 3):
+        if share[a] > share[b] > share[c]: assert cosine[a, c] < min(cosine[a, b], cosine[b, c])
+    assert cosine['m2', 'n2'] == pytest.approx(1, abs=.15)
+    assert [share[l] for l in numbers['order']] in (sorted(share.values()),
+                                                    sorted(share.values(), reverse=True))
     apart = [share[a] - share[b] for a, b in cosine]
-    assert spearmanr(apart, list(cosine.values()))[0] < -.85
-    ends = np.mean([r['inner'][r['groups'].index('all')] for r in measured[1:]], 0)[::4, ::4]
+    assert stats.spearmanr(apart, list(cosine.values()))[0] < -.85
+    ends = np.mean([r['inner'][r['groups'].index('all')] for r in measured[1:]], 0)[::5, ::5]
     length = {l: np.mean([len(s.split()) for s in text[l]]) for l in text}      # tokens count alike
     mix = {l: np.array([p * length['en'], (1 - p) * length[other]]) for l, p in share.items()}
     dot = lambda a, b: mix[a] @ ends @ mix[b]
     for (a, b), found in cosine.items():
-        assert found == pytest.approx(dot(a, b) / (dot(a, a) * dot(b, b))**.5, abs=.25), (a, b)
+        assert found == pytest.approx(dot(a, b) / (dot(a, a) * dot(b, b))**.5, abs=.15), (a, b)
 
 
 SOUNDS = ('bl sn gl fl tr sp w z m gr th v dr', 'a e i o oo u', 'b g m p rk sh ff x ng')
@@ -182,7 +188,9 @@ def test_injected_conflict_is_named_with_pair_and_layer():
     numbers = found_in({'b': (1,)}, n=2)
     assert {(*p['pair'], p['group']) for p in conflicts(numbers)
             if p['group'].startswith('layer')} == {('a', 'b', 'layer 1')}
-    assert 'a–b in layer 1' in numbers['advice'][0] and 'layer 1 (a–b)' in numbers['advice'][1]
+    assert 'a–b in layer 1' in numbers['advice'][0]
+    assert numbers['advice'][1].startswith('Give languages adapters of their own first in layer 1 '
+                                           '(a–b). ')
     assert sorted(numbers['together']) == [['a'], ['b']]
     worst = conflicts(numbers)[0]
     assert worst['high'] < -.5 and worst['batches_needed'] <= worst['batches']
@@ -217,6 +225,45 @@ def test_a_conflict_of_unknown_size_is_still_reported():
     unknown = [p for p in conflicts(numbers) if p['cosine'] is None]
     assert len(unknown) == 4 and conflicts(numbers)[0]['pair'] == ['b', 'c']
     assert 'unknown [unknown, unknown]' in report.page(numbers)
+
+
+def test_findings_are_what_their_definitions_say():
+    rng, langs, R = np.random.default_rng(1), list('abcde'), 8
+    mean = np.array([[np.cos(.7 * (i - j)) for j in range(5)] for i in range(5)])  # b-e, a-d, ...
+    inner = mean + rng.normal(0, 1, (R, 2, 5, 5))
+    inner = (inner + inner.swapaxes(2, 3)) / 2
+    losses, raw = rng.uniform(2, 3, (R, 5)), rng.uniform(-1, 1, (R, 2, 5, 5))
+    rows = [dict(loss=dict(zip(langs, losses[r])), inner=inner[r], cosine=raw[r],
+                 groups=['all', 'layer 0']) for r in range(R)]
+    subject = subject_of({}, n=5)
+    subject.pieces = dict(zip(langs, (.2, .3, .4, .5, .6)))
+    config = dict(langs=langs, batches=6, seed=0, loss='causal', model='x', n=1)
+    numbers = findings([dict(config=config), *rows], subject)
+    assert len(numbers['pairs']) == 20 and numbers['rounds'] == R
+    for p in numbers['pairs']:
+        (i, j), g = map(langs.index, p['pair']), ['all', 'layer 0'].index(p['group'])
+        own = inner[:, g, i, j]
+        product = inner[:, g].mean(0)
+        assert p['cosine'] == pytest.approx(product[i, j] / (product[i, i] * product[j, j])**.5)
+        assert p['p'] == pytest.approx(stats.ttest_1samp(own, 0, alternative='less').pvalue)
+        assert p['within'] == pytest.approx([raw[:, g, k, k].mean() for k in (i, j)])
+        assert p['below_zero'] == np.mean(raw[:, g, i, j] < 0) and p['batches'] == R * 6
+        n, effect = p['batches_needed'] / 6, abs(own.mean()) / own.std(ddof=1)
+        power = [stats.nct.cdf(stats.t.ppf(.05, m - 1), m - 1, -effect * m**.5) for m in (n - 1, n)]
+        if n > 6: assert power[0] < .81 and power[1] > .78, p
+    by_p = sorted(p['p'] for p in numbers['pairs'])     # Benjamini and Hochberg's step up
+    last = max((x for k, x in enumerate(by_p, 1) if x <= .05 * k / 20), default=-1)
+    assert 2 < sum(p['conflict'] for p in numbers['pairs']) < sum(x < .05 for x in by_p)
+    assert all(p['conflict'] == (p['p'] <= last) for p in numbers['pairs'])
+    for k, l in enumerate(langs):
+        found = numbers['losses'][l]
+        assert found['loss'] == pytest.approx(losses[:, k].mean())
+        assert found['se'] == pytest.approx(stats.sem(losses[:, k]))
+        assert found['perplexity'] == pytest.approx(np.exp(losses[:, k].mean()))
+        assert found['loss_per_character'] == pytest.approx(losses[:, k].mean() * (k + 2) / 10)
+    fight = {tuple(p['pair']) for p in conflicts(numbers)}
+    assert not [p for own in numbers['together'] for p in combinations(sorted(own), 2)
+                if p in fight]
 
 
 # -- models of both kinds, by the program
@@ -263,7 +310,9 @@ def test_causal_loss_is_the_modules_own_and_counts_every_token_but_the_first(gpt
             for t in range(1, int((~batch.pad[b]).sum()))]
     assert len(nats) == len(batch.targets)
     torch.testing.assert_close(subject.model.loss(batch), torch.stack(nats).mean())
+    subject.model.train()                                   # dropout must be off all the same
     row = measure(subject, SMALL)[1]
+    subject.model.eval()
     own = [subject.model.loss(subject.streams['ar'].batch(k)).item() for k in (0, 1)]
     assert row['loss']['ar'] == pytest.approx(np.mean(own), rel=1e-5)
     numbers = findings(measure(subject, SMALL), subject)
@@ -288,6 +337,66 @@ def test_probing_leaves_the_model_alone_and_parts_change_nothing(bert):
                                    dict(zip(b['groups'], b['inner']))['all'], rtol=1e-4, atol=1e-6)
     assert all(torch.equal(p, before[n]) and p.grad is None
                for n, p in subject.model.named_parameters())
+
+
+def test_every_batch_is_behind_one_gradient():
+    subject, drawn = subject_of({}), []
+    for stream in subject.streams.values():
+        whole = stream.batch
+        stream.batch = lambda k, whole=whole, lang=stream.lang: drawn.append((lang, k)) or whole(k)
+    measure(subject, ReportConfig(rounds=3, batches=4))
+    assert sorted(drawn) == [(l, k) for l in subject.langs for k in range(12)]
+
+
+def test_a_run_of_ours_is_asked_about_text_it_did_not_just_see(tmp_path):
+    scale = Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16),
+                  TrainConfig.toy(steps=2, warmup=1))
+    spec, = experiments.plan(['adpt'], ('en', 'x3'), 1, scale, tasks=())
+    experiments.run(spec, tmp_path)
+    subject = open_subject(tmp_path/spec.name, (), 'toy', SMALL)
+    assert subject.langs == ['en', 'x3'] and not any('adapters' in n for n in subject.theta)
+    _, _, tokenizer, corpora, opened = experiments.open_run(tmp_path/spec.name, 'toy')
+    sampler = experiments.make_batches(spec, tokenizer, corpora)[0]
+    for lang, stream in subject.streams.items():
+        for seen in (sampler.streams[lang], sampler.validation[lang]):
+            assert not torch.equal(seen.batch(0).tokens, stream.batch(0).tokens)
+    row = measure(subject, SMALL)[1]
+    opened.eval()
+    own = [opened.loss(subject.streams['x3'].batch(k)).item() for k in (0, 1)]
+    assert row['loss']['x3'] == pytest.approx(np.mean(own), rel=1e-5)
+    for langs, said in ((('en', 'fr'), 'does not know fr'), (('en',), 'two')):
+        with pytest.raises(InputError, match=said):
+            open_subject(tmp_path/spec.name, langs, 'toy', SMALL)
+
+
+def test_gates_are_learned_twice_with_noise_of_their_own(bert, monkeypatch):
+    cfg = dataclasses.replace(SMALL, gates=('en', 'ar'), gate_steps=4)
+    subject, learned = open_subject(bert, LANGS, 'toy', cfg), []
+    learn = report.learn_gates
+    def recorded(model, loss, groups, prune, seed, progress):
+        torch.manual_seed(0)
+        learned.append((seed, [loss(k).item() for k in range(4)]))
+        return learn(model, loss, groups, prune, seed, progress)
+    monkeypatch.setattr(report, 'learn_gates', recorded)
+    found = report.compare_gates(subject, cfg)
+    assert [seed for seed, _ in learned] == [0, 1, 0, 1]
+    assert len({x for _, losses in learned for x in losses}) == 16      # and batches of their own
+    assert all(x < .999 for x in found['within'].values()) and set(found['across']) == {'en–ar'}
+    for shares in found['layers'].values(): assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_adapters_of_one_language_are_not_compared(tmp_path):
+    tok = tokenizer_of(LANGS, ToySource(n_train=400))
+    cfg = transformers.XmodConfig(
+        vocab_size=len(tok), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=32, pad_token_id=1,
+        adapter_reduction_factor=2, languages=['en_XX', 'fr_XX', 'ar_AR'])
+    transformers.XmodForMaskedLM(cfg).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    subject = open_subject(tmp_path, LANGS, 'toy', SMALL)
+    own = [n for n, _ in subject.model.named_parameters() if 'adapter_modules' in n]
+    assert own and not set(own) & set(subject.theta)
+    assert subject.theta and any('adapters are left out' in n for n in subject.notes)
 
 
 @pytest.mark.parametrize('K', [2, 7])
