@@ -96,7 +96,7 @@ TEXT = """() => {
 UNRENDERED = {
     'raw TeX': r'\$\$|\\[a-zA-Z]{2,}|\\[()\[\]]|\$[^$\n]*[\\_^][^$\n]*\$',
     'unresolved reference': r'(?<![\w@])@(?:fig|tbl|eq|sec)-[\w-]+',
-    'raw markup': r':{3,}|\{#[\w-]+\}|\{\.[\w-]+',
+    'raw markup': r':{3,}|\{#[\w-]+\}|\{\.[\w-]+|`[^`\n]+`|\*\*\w|\]\([\w./#-]+\)',
 }
 
 # What was drawn of the maths, and how: roots have their sign, numbers stand clear of formulas.
@@ -142,6 +142,10 @@ def test_page(name, page, site):
     page.faults += page.evaluate(BADLY_DRAWN)
     width = page.evaluate('document.documentElement.scrollWidth')
     if width > 390: page.faults.append(f'{width} px wide on a telephone of 390')
+    small = '''imgs => imgs.filter(i => i.getClientRects().length).map(i => [i.clientWidth /
+      (i.getAttribute('width') || i.naturalWidth), i.alt.slice(0, 60)]).filter(x => x[0] < .55)'''
+    page.faults += [f'too small to read on a telephone: {x}'
+                    for x in page.eval_on_selector_all('main img', small)]
     unnamed = 'imgs => imgs.filter(i => !i.alt.trim()).map(i => i.src.slice(0, 80))'
     page.faults += [f'no alt text: {src}' for src in page.eval_on_selector_all('img', unnamed)]
     assert not page.faults, '\n'.join(dict.fromkeys(page.faults))

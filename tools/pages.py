@@ -131,9 +131,10 @@ def heads(source, exported):
 def entry(module, name, doc, text):
     "Return a name's place in the index: what it does, and its signature, folded."
     said = re.sub(r'\[?@eq-[\w-]+\]?', '', ' '.join(doc.split('\n\n')[0].split()))
+    said = re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(said))
     return (f'```{{=html}}\n<p class="api" id="{module}.{name}">'
             f'<a href="{module}.html#{name.lower()}"><code>{name}</code></a> '
-            f'{html.escape(said) or "Used as it stands."}</p>\n'
+            f'{said or "Used as it stands."}</p>\n'
             f'<details class="api"><summary>signature of {name}</summary>\n'
             f'<pre>{html.escape(text)}</pre></details>\n'.replace('\n\n', '\n') + '```\n')
 
