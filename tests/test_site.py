@@ -203,7 +203,7 @@ def test_pages_lead_to_their_sources_and_to_places_that_run_them(site):
         if name == 'api.html': continue
         for path in re.findall(r'href="[^"]*(?:blob/main|labpath=)/?([^"]*\.ipynb)"', text)[:2]:
             assert (ROOT / path).is_file(), path
-        assert re.search(r'\d+ minutes? to read', text), name
+        assert int(re.search(r'(\d+) minutes? to read', text)[1]) <= 45, name
 
 def test_a_signature_stands_once(site):
     "A short function shows its source alone; a long one its signature, and the source folded."
