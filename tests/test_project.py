@@ -82,6 +82,9 @@ def test_exercises_have_solutions(notebooks):
             if not quoted or words(quoted) - words(question): faults.append(f'{p.name}, {n}: quote')
             if not re.search(r'\bassert |\btest_(eq|close|fail)\(', code):
                 faults.append(f'{p.name}, {n}: no test')
+        shown = [c['id'] for c in cells if c['cell_type'] == 'code' and not re.search(
+            r'(?m)^#\| (code-fold: true|hide$|echo: false)', ''.join(c['source']))]
+        if shown: faults.append(f'{link[1]}: {", ".join(shown)} not folded')
     assert not faults, '\n'.join(faults)
 
 def test_every_notebook_brings_the_package_to_a_machine_without_it(notebooks):
