@@ -26,8 +26,8 @@ from .folders import FolderSource, describe_text, find_files, unread_files
 from .tasks import (TASKS, TaskData, read_data, scores_by_type, task_spec,
                                    usable_rows)
 from .tokenizers import load_tokenizer
-from .files import (InputError, load_checkpoint, read_jsonl,
-                                   remedy_of, write_atomically)
+from .files import (InputError, explain_write_errors, load_checkpoint,
+                                   read_jsonl, remedy_of, write_atomically)
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, check_specs, complete,
                                          default_workers, inputs_of, is_pretrained, load_run_data,
                                          make_batches, open_run, prune_model, run, run_of)
@@ -312,6 +312,7 @@ def pretrain(cfg: PretrainConfig):  # the command's options
     if not rank_and_world_size()[0] and complete(spec, home):   # the checkpoint must be whole, too,
         if (home/'checkpoint.safetensors').exists(): load_checkpoint(home/'checkpoint.safetensors')
         else: is_pretrained(spec, home)                 # or it trains again, and keeps the rest
+    with explain_write_errors(cfg.out): cfg.out.mkdir(parents=True, exist_ok=True)
     print(f'{spec.name}: record and checkpoint in {cfg.out/spec.name}/', flush=True)
     if (rows := run(spec, cfg.out, progress=True)) is None: return      # another process has them
     end = next(r for r in rows if r['kind'] == 'end')
@@ -385,7 +386,8 @@ def predict_run(cfg: PredictCommand) -> Path:  # of the file
     name = f'predictions-{lang}' if cfg.text is None else f'{cfg.text.stem}-{lang}'
     out = write_atomically(cfg.out or home/f'{name}.tsv', '\n\n'.join(sentences) + '\n')
     if cfg.text is None:
-        table = pd.DataFrame(scores_by_type(gold, found)).T.rename_axis('type').reset_index()
+        table = pd.DataFrame(scores_by_type(gold, found)).T.astype(dict(n=int))
+        table = table.rename_axis('type').reset_index()
         _show(table.map(lambda x: f'{x:.1f}' if isinstance(x, float) else str(x)))
     print(f'{len(data.rows)} sentences of {lang} are tagged in {out}: word, tag'
           + ', true tag' * (cfg.text is None))

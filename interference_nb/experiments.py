@@ -37,7 +37,8 @@ from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, check_sh
 from .baselines import held_out_report
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import Gates, PruneConfig, prune_study
-from .gradient_probes import CombinedStep, GradientProbe, ProbeConfig
+from .gradient_probes import (CombinedStep, GradientProbe, ProbeConfig,
+                                             check_pairs)
 from .meta_adapters import MetaConfig, MetaStep, upgrade_meta
 from .finetune import GRIDS, FinetuneConfig, finetune
 from .hub_models import XLM_100, open_encoder
@@ -224,9 +225,7 @@ def check_specs(specs: Iterable[RunSpec],  # to be run
             meta.check(len(s.langs))
         if s.probe:
             check_shares(s.probe.n_batches, world, 'n_batches')
-            if len(s.langs) < 2:
-                raise InputError(f'a probe compares languages, but {s.name} has only {s.langs[0]}. '
-                                 'Leave the probe out, or name two languages.')
+            check_pairs(s.langs)
 
 def each_once(specs: list[RunSpec]):  # runs
     "Raise `InputError` if two runs have one name."

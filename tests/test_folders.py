@@ -417,6 +417,23 @@ def test_labels_edited_after_finetuning_are_noticed(tmp_path):
     assert run(replace(spec, tasks=()), tmp_path/'out')         # its text is the same
 
 
+def test_pairs_of_one_name_are_refused_before_any_step(tmp_path, capsys):
+    "en with zh-yue and en-zh with yue shared a line of numbers: that of the later pair."
+    langs = 'en', 'zh-yue', 'en-zh', 'yue'
+    for lang in langs:
+        for split in ('train', 'validation', 'test'):
+            write(tmp_path/f'data/text/{lang}/{split}.txt', 'Ada čita knjigu. Pada kiša.\n' * 60)
+    ask = 'pretrain', *TINY, '--data', tmp_path/'data', '--out', tmp_path/'out'
+    said = 'en-zh with yue and en with zh-yue are both written en-zh-yue'
+    assert command(*ask, '--probe-every', 2, '--langs', *langs) == 2
+    assert said in capsys.readouterr().err and not (tmp_path/'out').exists()
+    assert command(*ask, '--langs', *langs) == 0                # without a probe nothing is amiss
+    home = tmp_path/'out'/f'joint-{"+".join(langs)}-0'
+    assert command('probe', '--run', home, '--data', tmp_path/'data', '--repeats', 1) == 2
+    assert said in capsys.readouterr().err and not (home/'probe').exists()
+    assert command(*ask, '--probe-every', 2, '--langs', *langs[:3]) == 0
+
+
 def test_figures_of_languages_with_hyphens():
     "Names of pairs were taken apart at every hyphen: too many values to unpack."
     import matplotlib
