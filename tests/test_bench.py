@@ -2,6 +2,7 @@
 import json, subprocess, sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 from waiting import LIMIT
 
@@ -114,3 +115,15 @@ def test_committed_numbers(bench):
     for result in (json.loads(p.read_text()) for p in paths):
         assert result['table'] == json.loads(json.dumps(bench.table(result['sections'])))
         assert not result['quick']
+
+def test_matrix_costs_two_gradients_a_language(bench):
+    import matrix
+    told = []
+    job = matrix.replace(matrix.MODEL, **matrix.TINY, langs=('a', 'b', 'c'))
+    matrix.cost(job, 2, SimpleNamespace(send=told.append))
+    row, = told
+    assert row['passes'] == 6 and row['pairs'] == 3 and len(row['seconds']) == 2
+    assert row['disk_bytes'] == 6 * row['gradient_bytes'] > 0 <= row['grown_bytes']
+    kept = json.loads(next((FOLDER/'matrix').glob('*.json')).read_text())
+    assert [r['languages'] for r in kept['rows']] == [2, 5, 10, 20] and not kept['quick']
+    assert all(r['passes'] == 2 * r['languages'] for r in kept['rows'])

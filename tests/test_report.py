@@ -1,6 +1,6 @@
 """The report against models of known conflict: toy languages at graded distance, a layer in which
 two languages' labels are opposite, languages that are the same; its page, and what it refuses."""
-import dataclasses, gc, json
+import dataclasses, gc, json, multiprocessing, os, signal
 from itertools import combinations, islice
 import numpy as np
 import pytest
@@ -9,7 +9,9 @@ from torch import nn
 
 transformers = pytest.importorskip('transformers')
 from scipy import stats
+from browsers import NEEDED
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from waiting import LIMIT
 
 from interference_nb import experiments, report, toy_languages
 from interference_nb.cli import main
@@ -419,6 +421,43 @@ def test_memory_is_a_flat_gradient_whatever_the_languages(K, tmp_path):
 
 def _measured(folder):
     return measure(subject_of({'b': (1,)}), ReportConfig(rounds=3, batches=4), folder)
+
+def _killed(folder):
+    subject, mine = subject_of({'b': (1,)}), os.getpid()
+    stream = subject.streams['c']
+    whole = stream.batch
+    stream.batch = lambda k: os.kill(mine, signal.SIGKILL) if k == 6 else whole(k)  # in round 1
+    measure(subject, ReportConfig(rounds=3, batches=4), folder)
+
+def test_a_killed_report_goes_on_exactly(tmp_path):
+    process = multiprocessing.get_context('fork').Process(target=_killed, args=(tmp_path,))
+    process.start()
+    process.join(LIMIT)
+    assert process.exitcode == -signal.SIGKILL and len(read_jsonl(tmp_path/'rounds.jsonl')) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ['rounds.jsonl']
+    whole = [{k: v for k, v in r.items() if k != 'time'} for r in _measured(None)]
+    assert [{k: v for k, v in r.items() if k != 'time'} for r in _measured(tmp_path)] == whole
+
+
+@NEEDED
+def test_the_page_fits_a_phone_and_paper(browser, tmp_path):
+    "Twenty languages: nothing is asked of a network, and what is wide scrolls or shrinks."
+    (tmp_path/'report.html').write_text(report.page(found_in({'b': (1,)}, n=20)), encoding='utf-8')
+    for media, width, scheme in (('screen', 390, 'dark'), ('screen', 1280, 'light'),
+                                 ('print', 688, 'dark')):
+        tab, asked = browser.new_page(viewport=dict(width=width, height=800)), []
+        tab.on('request', lambda r, asked=asked: asked.append(r.url))
+        tab.emulate_media(media=media, color_scheme=scheme)
+        tab.goto((tmp_path/'report.html').as_uri())
+        look = """() => { const s = document.querySelector('svg').getBoundingClientRect();
+            return [document.documentElement.scrollWidth, s.right,
+                    getComputedStyle(document.body).backgroundColor] }"""
+        wide, right, paper = tab.evaluate(look)
+        assert len(asked) == 1 and wide == width
+        assert right <= width or media == 'screen'
+        assert (paper == 'rgb(20, 23, 26)') == (media == 'screen' and scheme == 'dark')
+        tab.close()
+
 
 def test_two_processes_measure_what_one_does(tmp_path):
     one = _measured(None)
