@@ -8,10 +8,10 @@ __all__ = ['WIDE', 'STYLE', 'PICTURE', 'MEANING', 'ReportConfig', 'Subject', 'ch
            'make_report', 'write_report']
 
 # %% ../nbs/08c_report.ipynb #10139efc
-import io, json, math, re, resource, time
+import io, json, math, re, resource, shutil, time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import combinations, islice
@@ -592,7 +592,7 @@ def make_report(
 ) -> Path:                          # the page
     "Measure a model's languages and write what was found. Raises `InputError` for bad input."
     cfg, out, first = cfg or ReportConfig(), Path(out), not rank_and_world_size()[0]
-    with run_lock(out) if first else nullcontext():     # nothing is opened for a folder in vain
+    with _held(out) if first else nullcontext():        # nothing is opened for a folder in vain
         subject = open_subject(model, langs, data, cfg, **how)
         if cfg.gates: _gate_groups(subject, cfg)            # refuses before any work is lost
         print(plan(subject, cfg, out), *subject.notes, sep='\n', flush=True)
@@ -601,6 +601,15 @@ def make_report(
         if not first: return out/'report.html'
         gates = compare_gates(subject, cfg, progress) if cfg.gates else None
         return write_report(findings(measured, subject, gates), out)
+
+@contextmanager
+def _held(out):
+    "Hold a folder; where nothing was written, leave none behind."
+    new = not out.exists()
+    with run_lock(out):
+        try: yield
+        finally:
+            if new and [p.name for p in out.iterdir()] == ['lock']: shutil.rmtree(out)
 
 def write_report(
     numbers: dict,      # of `findings`
