@@ -65,11 +65,12 @@ def answers_in(cells, chapter):
     return found
 
 def test_exercises_have_solutions(notebooks):
-    "A linked answer quotes its question and is computed by a cell that asserts it."
+    "Every exercise has an answer that quotes it and is computed by a cell that asserts it."
     faults, words = [], lambda s: set(re.findall(r'\w+', re.sub(r'\]\([^)]*\)', '', s)))
     for p in notebooks:
         text = '\n\n'.join(''.join(c['source']) for c in cells_of(p))
         link = re.search(r'Solutions: \[[^]]+\]\(([^)#]+)#sec-([\w-]+)\)', text)
+        if not link and '## Exercises' in text: faults.append(f'{p.name}: no solutions')
         if not link: continue
         asked = re.findall(r'(?m)^\d+\. (.*)', text.partition('## Exercises')[2])
         cells = cells_of((p.parent / link[1]).resolve())
