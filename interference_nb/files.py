@@ -86,8 +86,10 @@ def free_space(folder: str | Path,  # need not exist yet
 
 def size_in_words(n: float,  # bytes
                   ) -> str:
-    "Write a size in GB, or in MB where it is less than that."
-    return f'{n / 1e9:,.2f} GB' if n >= 1e9 else f'{n / 1e6:,.2f} MB'
+    "Write a size in the largest unit of which it has one."
+    for unit, size in dict(GB=1e9, MB=1e6, kB=1e3).items():
+        if n >= size: return f'{n / size:,.2f} {unit}'
+    return f'{n:,.0f} bytes'
 
 
 # %% ../nbs/00b_files.ipynb #fba30a16

@@ -170,13 +170,13 @@ def test_a_disk_too_small_is_told_before_it_starts(tmp_path, monkeypatch):
     source = folder_of(tmp_path/'text', ('en', 'sw'), 50)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(9, 9, 9))
     tokenizer = toy_tokenizer(ToySource(0), ('en',))
-    with pytest.raises(InputError, match=r'text of en, sw takes about .* MB free\. Make room'):
+    with pytest.raises(InputError, match=r'text of en, sw takes about .* 9 bytes free\. Make room'):
         prepare_corpus(source, ['en', 'sw'], tokenizer, tmp_path/'ids')
     assert not (tmp_path/'ids').exists()
     spec, = plan(['joint'], ('en', 'sw'), 1, SCALES['pocket'], tmp_path/'text')
-    with pytest.raises(InputError, match='the text of .* MB free'):
+    with pytest.raises(InputError, match='the text of .* 9 bytes free'):
         load_run_data(spec, tmp_path/'runs')
-    with pytest.raises(InputError, match='the checkpoint of joint-en.* MB free'):
+    with pytest.raises(InputError, match='the checkpoint of joint-en.* 9 bytes free'):
         run(spec, tmp_path/'runs')
 
 def test_the_hub_counts_its_copy_and_streaming_has_none(tmp_path, monkeypatch):
