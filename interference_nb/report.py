@@ -206,11 +206,12 @@ def plan(
     K, leaves = len(subject.langs), list(subject.theta.values())
     flat = 4 * subject.size / cfg.parts
     for _ in range(2):                                          # the first one warms up
-        start = time.perf_counter()
+        start, own = time.perf_counter(), time.process_time()
         with evaluating(subject.model):
             loss = subject.model.loss(subject.streams[subject.langs[0]].batch(0).to(device()))
             torch.autograd.grad(loss, leaves, allow_unused=True)
         value, s = float(loss.detach()), time.perf_counter() - start
+        waits = device() == 'cpu' and s > max(.5, 2 * (time.process_time() - own))
     if not math.isfinite(value):
         raise InputError(f'the loss of {subject.name} in {subject.langs[0]} is {value}. '
                          'Look at the model and its text.')
@@ -226,7 +227,8 @@ def plan(
             f'about {passes * s / 60 / world:.1f} minutes at {s:.2g} s a pass'
             f'{f" in {world} processes" * (world > 1)}. Memory: {format_bytes(peak)} after a pass, '
             f'and {format_bytes(flat)} for a gradient; disk, for the time being: '
-            f'{format_bytes(disk)}.')
+            f'{format_bytes(disk)}.' + ' Other work holds the cores, and threads wait for one '
+            'another: OMP_NUM_THREADS=1 may be faster.' * waits)
 
 def measure(
     subject: Subject,       # what to measure

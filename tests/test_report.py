@@ -2,6 +2,7 @@
 two languages' labels are opposite, languages that are the same; its page, and what it refuses."""
 import dataclasses, gc, json, multiprocessing, os, signal
 from itertools import combinations, islice
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -194,6 +195,10 @@ def test_injected_conflict_is_named_with_pair_and_layer():
     assert numbers['advice'][1].startswith('Give languages adapters of their own first in layer 1 '
                                            '(a–b). ')
     assert sorted(numbers['together']) == [['a'], ['b']]
+    everywhere = found_in({'b': (0, 1, 2)}, n=2)
+    assert len(conflicts(everywhere)) == len(everywhere['groups'])
+    assert 'layer 2 (a–b)' in (said := everywhere['advice'][1]) and 'all' not in said
+    assert 'ffn' not in said and 'encoder' not in said
     worst = conflicts(numbers)[0]
     assert worst['high'] < -.5 and worst['batches_needed'] <= worst['batches']
 
@@ -566,6 +571,16 @@ def test_a_model_or_a_disk_too_small_is_refused_with_the_numbers(bert, tmp_path,
     monkeypatch.setattr(report, 'free_space', lambda _: 10)
     with pytest.raises(InputError, match='temporary gradients'):
         make_report(bert, LANGS, out=tmp_path, cfg=SMALL)
+
+
+def test_the_plan_says_that_other_work_holds_the_cores(tmp_path, monkeypatch):
+    ticks = iter(range(0, 1000, 10))
+    for spent, said in ((1, True), (10, False)):
+        own = iter(range(0, 1000, spent))
+        monkeypatch.setattr(report, 'time', SimpleNamespace(
+            perf_counter=lambda: next(ticks), process_time=lambda own=own: next(own)))
+        cfg = ReportConfig(rounds=3, batches=2)
+        assert ('OMP_NUM_THREADS' in report.plan(subject_of({}), cfg, tmp_path)) == said
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_its_language(tmp_path):
