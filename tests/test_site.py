@@ -127,6 +127,7 @@ def violations(page, rules=WCAG, leave_out=('.katex', 'pre code')):
 def test_page(name, page, site):
     page.goto(site + name, wait_until='networkidle')
     if page.bytes > 900_000: page.faults.append(f'{page.bytes / 1000:.0f} kB before fonts')
+    page.evaluate('document.fonts.ready.then(() => new Promise(requestAnimationFrame))')
     page.faults += violations(page)
     page.locator('body').wait_for(state='attached')
     text = page.evaluate(TEXT)
