@@ -26,7 +26,7 @@ EVIDENCE = {place: dict(zip(KINDS, studies, strict=True)) for place, studies in 
     'near': ((('capacity-toy', 'en+x3'), ('demo-toy', 'en+x3'), ('reproduce-toy', 'en+fr')),
              (('pocket-en-fr', 'en+fr'),)),
     'distant': ((('capacity-toy', 'en+ar'), ('reproduce-toy', 'en+ar')),
-                (('pocket-en-ar', 'en+ar'),)),
+                (('pocket-en-ar', 'en+ar'), ('demo-en-sw', 'en+sw'))),
     'scarce': ((('reproduce-toy', 'en+sw'),), (('pocket-en-sw', 'en+sw'),)),
     'meta steps': ((('meta-cost-toy', 'en+x3+fr'),), (('pocket-en-fr', 'en+fr'),)),
     'causes': ((('causes-toy', ''),), (('causes-text', ''),))}.items()}

@@ -293,8 +293,8 @@ class FolderSource(Source):
     def _tell_once(self, kind, lang, missing, what):
         if (kind, lang) in self._told: return
         self._told.add((kind, lang))
-        print(f"{self.path}/{kind}/{lang} has no {' and no '.join(missing)} file: {HELD_OUT:.0%} "
-              f'of the training {what} are set aside for each.', file=sys.stderr)
+        print(f"{self.path.name}/{kind}/{lang} has no {' and no '.join(missing)} file: "
+              f'{HELD_OUT:.0%} of the training {what} are set aside for each.', file=sys.stderr)
 
     def _documents(self, lang, split, parts):
         "Pass over rows without text, and keep what was wrong with them."
