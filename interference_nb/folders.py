@@ -115,10 +115,10 @@ def _read_json(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
     "Read an object a line; SQuAD's tree of paragraphs; or a list of objects."
     first = next((line for _, line in _lines(path) if line.strip()), '')
     try: whole = not isinstance(json.loads(first), dict) or 'data' in json.loads(first)
-    except ValueError: whole = True
+    except (ValueError, RecursionError): whole = True
     if path.suffix == '.json' and whole:
         try: tree = json.loads('\n'.join(line for _, line in _lines(path)))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise InputError(f'{path} is no JSON ({e}). Write it again.') from None
         if kind == 'qa' and isinstance(tree, dict) and 'data' in tree:
             return _read_squad(path, tree)
@@ -128,7 +128,8 @@ def _read_json(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
                          '00d_folders for what it may hold.')
     def parsed(line):
         try: return _object(json.loads(line))
-        except ValueError: return dict(unreadable=f'{short(line)} is no JSON object')
+        except (ValueError, RecursionError):
+            return dict(unreadable=f'{short(line)} is no JSON object')
     return ((f'line {n}', parsed(line)) for n, line in _lines(path) if line.strip())
 
 def _object(row):
