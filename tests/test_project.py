@@ -92,7 +92,7 @@ def test_every_notebook_brings_the_package_to_a_machine_without_it(notebooks):
     "Colab opens a notebook alone: its first code cell fetches the rest, and goes to its folder."
     for p in notebooks:
         code = [''.join(c['source']) for c in cells_of(p) if c['cell_type'] == 'code']
-        if not code or p.stem == 'index' or p.parent.name == 'solutions': continue
+        if not code or p.stem == 'index': continue
         assert code[0] == INSTALL.format(folder=p.parent.relative_to(ROOT).as_posix()), p.name
 
 def test_glossary_is_linked_from_where_its_words_are_taught(notebooks):
