@@ -79,7 +79,7 @@ def cells_of_05():
     return [c for c in cells if c.cell_type == 'code' and not why_skipped(
         extract_directives(nbformat.from_dict(dict(c)), remove=False), flags)]
 
-def test_05_looks_for_no_repository(tmp_path, monkeypatch, capsys):
+def test_05_looks_for_no_repository(tmp_path, monkeypatch):
     """Alone beside the installed package, as in Colab, it says what it does without.
 
     Its imports and the cells that read records are run; no other cell may name a path."""
@@ -94,7 +94,8 @@ def test_05_looks_for_no_repository(tmp_path, monkeypatch, capsys):
         if reads or 'bottom_line' in cell.source or kinds <= {*inside} and 'Import' in str(kinds):
             exec(cell.source, space)
         else: assert not re.search(r'\.\./|Path\(["\x27]|open\(["\x27]', cell.source), cell.source
-    assert capsys.readouterr().out.startswith('No records here: they are in the repository')
+    assert space['said'].startswith('No records here: they are in the repository')
+    assert not space['record'].is_dir() and 'bottom_line' in space
     space['test_eq'](space['torch'].ones(2), [1., 1.])
     space['test_close'](1., 1 + 1e-6)
     for wrong in (lambda: space['test_eq']({'a': 1}, {'a': 2}), lambda: space['test_close'](1., 2)):
