@@ -197,6 +197,8 @@ def sum_up(found: pd.DataFrame,  # of `judged_together`
         for label, rows in found[found['verdict'] == v].groupby('label', sort=False):
             effects = [f'{in_figures(r).split(" [")[0]} {r.unit} on {r.kind}'
                        for r in rows.itertuples()]
+            tried = found[(found['label'] == label) & found['verdict'].isin(VERDICTS[3:-1])]
+            effects += [f'open on {kind}' for kind in tried['kind']]
             parts.append(f'{label} ({", ".join(effects)})')
         if parts: said.append(f'**{start}** {listed(parts)}.')
     sure = found['label'][found['verdict'].isin(VERDICTS[:3])]
