@@ -7,6 +7,7 @@ import json, os, socket, subprocess, sys, urllib.error, urllib.request
 from pathlib import Path
 import matplotlib
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from interference_nb import figures
 from browsers import NEEDED
 from waiting import LIMIT, wait_for
@@ -37,7 +38,7 @@ def test_live_cells_follow_their_controls(path, monkeypatch):
     for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] != 'code' or 'shapes(' in source: continue
-        exec(compile(source, path.name, 'exec'), names)
+        exec(compile(TransformerManager().transform_cell(source), path.name, 'exec'), names)
     monkeypatch.undo()
     assert found, 'no live cell'
     monkeypatch.chdir(path.parent)
