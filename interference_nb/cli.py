@@ -101,7 +101,8 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
     own = STUDIES['demo' if toy else 'demo-text']
     langs = split_commas(cfg.langs) or own.pairs[0]
     scale = SCALES[cfg.scale] if cfg.scale else own.scale
-    if not toy and not cfg.scale and not torch.cuda.is_available() and cpu_has_bfloat16():
+    small = cfg.scale in (None, 'pocket') and not torch.cuda.is_available()
+    if not toy and small and cpu_has_bfloat16():
         scale = replace(scale, train=replace(scale.train, precision='bfloat16'))    # half the time
     if cfg.vocab_size is not None:
         scale = replace(scale, model=replace(scale.model, vocab_size=cfg.vocab_size))
