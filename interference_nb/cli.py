@@ -78,6 +78,7 @@ class DemoConfig(StudyOptions):
     seeds: int = 3  # how many; three at least for a standard error worth the name
     scale: str | None = None  # if not given: the demo's own, trained out on toy languages
     vocab_size: int | None = None  # BPE pieces of text; the scale's own if not given
+    max_sentences: dict[str, int] = field(default_factory=dict)  # of a language cut short: sw 3000
 
 # %% ../nbs/09_cli.ipynb #3c285600
 def split_commas(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,7 +114,7 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
     study = replace(own, scale=scale, data=cfg.data,
                     pairs=(langs,),
                     systems=split_commas(cfg.systems) if cfg.systems else own.systems,
-                    tasks=split_commas(cfg.tasks), seeds=cfg.seeds)
+                    tasks=split_commas(cfg.tasks), seeds=cfg.seeds, small=cfg.max_sentences)
     return _run_and_show(cfg, study, DEMO, f"demo-{'toy' if toy else '-'.join(langs)}")
 
 def _picture_of(exhibit) -> str:

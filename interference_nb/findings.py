@@ -23,12 +23,13 @@ from .reproduce import causes_of, loss_over_time, prices
 KINDS = 'toy languages', 'real text'
 EVIDENCE = {place: dict(zip(KINDS, studies, strict=True)) for place, studies in {
     # (study, pair of languages), the best first
-    'near': ((('capacity-toy', 'en+x3'), ('demo-toy', 'en+x3'), ('reproduce-toy', 'en+fr')),
-             (('pocket-en-fr', 'en+fr'),)),
-    'distant': ((('capacity-toy', 'en+ar'), ('reproduce-toy', 'en+ar')),
+    'near': ((('toy-en-x3', 'en+x3'), ('capacity-toy', 'en+x3'), ('demo-toy', 'en+x3'),
+              ('reproduce-toy', 'en+fr')), (('pocket-en-fr', 'en+fr'),)),
+    'distant': ((('toy-en-ar', 'en+ar'), ('capacity-toy', 'en+ar'), ('reproduce-toy', 'en+ar')),
                 (('pocket-en-ar', 'en+ar'), ('demo-en-sw', 'en+sw'))),
-    'scarce': ((('reproduce-toy', 'en+sw'),), (('pocket-en-sw', 'en+sw'),)),
-    'meta steps': ((('meta-cost-toy', 'en+x3+fr'),), (('pocket-en-fr', 'en+fr'),)),
+    'scarce': ((('reproduce-toy', 'en+sw'),), (('pocket-en-sw', 'en+sw3000'),)),
+    'meta steps': ((('toy-en-x3', 'en+x3'), ('meta-cost-toy', 'en+x3+fr')),
+                   (('pocket-en-fr', 'en+fr'),)),
     'causes': ((('causes-toy', ''),), (('causes-text', ''),))}.items()}
 
 # %% ../nbs/07f_findings.ipynb #07f00013
@@ -75,9 +76,9 @@ def numbers_of_place(folder: Path,  # of a study
     if list(folder.glob('width-*')): return numbers_of_sweep(folder, pair)
     if not folder.is_dir() or not len(table := load(folder)): return None
     if pair:
-        numbers, lang = numbers_of_pair(table, pair), pair.split('+')[-1]
+        numbers = numbers_of_pair(table, pair)
         curves = loss_over_time(table[table['pair'] == pair])
-        if f'loss {lang} end' in curves: numbers['loss scarce'] = curves[f'loss {lang} end']
+        for end in curves.filter(regex='^loss .* end$'): numbers['loss scarce'] = curves[end]
         return numbers
     numbers = causes_of(table)
     if ends := prices(numbers): numbers = numbers.rename(columns=lambda c: c.removesuffix(ends[0]))

@@ -63,7 +63,8 @@ class Study:
     tasks: tuple[str, ...] = tuple(TASK_COLUMNS)  # tasks to show
     seeds: int = 3  # how many
     family: str = 'all'  # or key of `FAMILIES`: its runs only
-    small: dict[str, int] = field(default_factory=dict)  # sentences of a language cut short: 'fr_l'
+    # sentences of a language cut short: in tables 'fr_l', in a demo throughout
+    small: dict[str, int] = field(default_factory=dict)
     probe: ProbeConfig = field(default_factory=ProbeConfig)  # of joint on the probed pairs
     prune: tuple[PruneConfig, ...] = ()  # of the same; gates are learned once for each config
     pairs: tuple[tuple[str, ...], ...] = ()  # of the demo and of causes: the languages of a model
@@ -933,7 +934,8 @@ def runs_of_demo(exhibit: Exhibit,  # a table or figure
     "List the runs of a comparison of systems. Raises `InputError` if it is of one language."
     if len(study.pairs[0]) < 2:
         raise InputError('a comparison needs two languages. Use --langs en,x3.')
-    return plan(study.systems, study.pairs[0], study.seeds, study.scale, study.data, study.tasks)
+    runs = plan(study.systems, study.pairs[0], study.seeds, study.scale, study.data, study.tasks)
+    return [replace(s, max_sentences=study.small) for s in runs]
 
 def draw_similarity(e: Evidence,  # what there is of an exhibit
                     figures,  # the module

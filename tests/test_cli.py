@@ -259,6 +259,19 @@ def test_when_all_runs_fail_their_reason_is_told(tmp_path, capsys, monkeypatch):
     assert status == 2 and '1 of 1 runs failed' in err and 'joint-en+x3-0: no luck' in err
 
 
+def test_a_demo_cuts_a_language_short(tmp_path, capsys, monkeypatch):
+    "In every run, mono of the other language included: they share the vocabulary of the cut text."
+    asked = []
+    monkeypatch.setattr(reproduce, 'run_all', lambda specs, *_: asked.extend(specs) or (
+        (s, ValueError('no luck')) for s in specs))
+    status, _, err = command(capsys, 'demo', '--systems', 'mono', 'joint', '--seeds', 1,
+                             '--max-sentences', 'x3', 90, '--out', tmp_path)
+    assert sorted(s.name for s in asked) == ['joint-en+x390-0', 'mono-en-of-en+x390-0',
+                                             'mono-x390-of-en+x390-0'], err
+    status, _, err = command(capsys, 'demo', '--max-sentences', 'fr', 90, '--out', tmp_path)
+    assert status == 2 and 'fr' in err and len(asked) == 3
+
+
 def test_text_to_tag_is_read_by_the_line(tagger, tmp_path, capsys):
     "A mark at its beginning is no word; only a line's end ends a sentence."
     (tmp_path/'t.txt').write_bytes('\ufeffka mi\u2028to\x85na\r\nmi\n'.encode())
