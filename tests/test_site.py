@@ -144,7 +144,7 @@ def test_page(name, page, site):
     width = page.evaluate('document.documentElement.scrollWidth')
     if width > 390: page.faults.append(f'{width} px wide on a telephone of 390')
     small = '''imgs => imgs.filter(i => i.getClientRects().length).map(i => [i.clientWidth /
-      (i.getAttribute('width') || i.naturalWidth), i.alt.slice(0, 60)]).filter(x => x[0] < .55)'''
+      (i.getAttribute('width') || i.naturalWidth), i.alt.slice(0, 60)]).filter(x => x[0] < .7)'''
     page.faults += [f'too small to read on a telephone: {x}'
                     for x in page.eval_on_selector_all('main img', small)]
     unnamed = 'imgs => imgs.filter(i => !i.alt.trim()).map(i => i.src.slice(0, 80))'

@@ -4,9 +4,9 @@
     python tools/build_docs.py --smalldocs   always smalldocs: pure Python, no network
 
 smalldocs reads the folder that Quarto would (_proc/, the notebooks as nbdev processed them). What
-Quarto does and smalldocs does not is done here: output-file names, numbered figures, tables and
-equations with references to them, mathematics and fonts without a network, search in a page opened
-from disk, names for what a screen reader meets. What both need is in pages.py.
+Quarto does and smalldocs does not is done here: output-file names, numbered figures and tables with
+references to them, mathematics and fonts without a network, search in a page opened from disk,
+names for what a screen reader meets. What both need is in pages.py.
 """
 import ast, base64, hashlib, inspect, json, re, shutil, struct, subprocess, sys, time
 from functools import partial
@@ -16,11 +16,8 @@ from nbdev.config import get_config
 from nbdev.doclinks import _build_modidx
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
-from pages import prepare
+from pages import Labels, outside_code, prepare
 
-KINDS = {'fig': 'Figure', 'tbl': 'Table', 'eq': 'Equation'}
-PAPER = {'eq-l0': 1, 'eq-bilevel': 2, 'eq-inner': 3, 'eq-hyper': 4, 'eq-shared': 5, 'eq-fd': 8}
-LABEL = r'(?:fig|tbl|eq)-[\w-]*\w'
 CODE = r'<code>\1</code>'
 TOC = r'(<a href="#([\w-]+)"[^>]*class="nav-link"[^>]*>)[^<]*\\[^<]*</a>'     # with TeX in it
 METHOD = r'(<a href=")([\w./-]*)#(\w+\.[\w.]+)"'
@@ -81,43 +78,6 @@ def rename(cache):
         new = p.rename(p.with_name(names[p.name]))
         original[new.relative_to(cache).as_posix()] = p.relative_to(cache).as_posix()
     return original
-
-def outside_code(f, text, inside=lambda code: code):
-    "Apply `f` to a markdown text but not to the code in it."
-    parts = re.split(r'(?s)(```.*?```|`[^`\n]*`)', text)
-    return ''.join(inside(part) if i % 2 else f(part) for i, part in enumerate(parts))
-
-class Labels:
-    "The labelled figures, tables and equations of a page in order; the paper's keep its numbers."
-    def __init__(self, sources):
-        self.numbers = {}
-        for label in re.findall(rf'(?:\{{#|#\|\s*label:\s*)({LABEL})', '\n'.join(sources)):
-            kind, known = label.split('-')[0], self.numbers
-            n = 1 + sum(other.startswith(f'{kind}-') for other in known if other not in PAPER)
-            known[label] = PAPER.get(label, f'M{n}' if kind == 'eq' else n)
-
-    def name(self, label): return f'{KINDS[label.split("-")[0]]} {self.numbers[label]}'
-
-    def refer(self, text, form='[{0}](#{1})'):
-        "Put a name, and a link, for each `@label` that this page has."
-        put = lambda m: form.format(self.name(m[1]), m[1]) if m[1] in self.numbers else m[0]
-        return re.sub(rf'(?<![\w@])@({LABEL})', put, text)
-
-    def markdown(self, text):
-        "Number the equations and tables of a markdown cell, and resolve its references."
-        equation = lambda m: (f'::: {{#{m[2]}}}\n$$\n{m[1].strip()} '
-                              f'\\tag{{{self.numbers[m[2]]}}}\n$$\n:::')
-        text = re.sub(rf'(?s)\$\$((?:(?!\$\$).)*)\$\$\s*\{{#({LABEL})\}}', equation, text)
-        caption = lambda m: f': {self.name(m[2])}. {m[1]} {{#{m[2]}}}'
-        text = re.sub(rf'(?m)^: (.*?)\s*\{{#({LABEL})\}}', caption, text)
-        return outside_code(self.refer, text)
-
-    def code(self, text):
-        "Number the caption of a code cell's figure or table."
-        m = re.search(rf'(?m)^#\|\s*label:\s*({LABEL})', text)
-        if not m: return text
-        text = re.sub(r'(?m)^(#\|\s*(?:fig|tbl)-cap:\s*["\']?)', rf'\g<1>{self.name(m[1])}. ', text)
-        return re.sub(r'(?m)^#\|.*-cap:.*$', lambda c: self.refer(c[0], '{0}'), text)
 
 def crossrefs(path, site, up):
     "Number what is labelled, resolve the references to it, make links to this site relative."

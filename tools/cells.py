@@ -1,5 +1,6 @@
 """What the tools and the tests know about a notebook's cells."""
 import ast, hashlib, os, re
+from functools import cache
 from nbdev.config import get_config
 
 HEADING = re.compile(r'^(#{1,6})\s+(.*)$')
@@ -65,3 +66,17 @@ def stamps(cells, is_skipped):
         else:
             so_far.update(code + b'\n')
             yield cell, so_far.hexdigest()[:12]
+
+@cache
+def drawing_functions():
+    "Return the code of the package's functions that draw: {name: code}."
+    trees = [ast.parse((get_config().lib_path/f'{module}.py').read_text(encoding='utf-8'))
+             for module in ('figures', 'drawings')]
+    return {node.name: ast.unparse(node) for tree in trees for node in tree.body
+            if isinstance(node, ast.FunctionDef)}
+
+def drawn_by(cell):
+    "Return a fingerprint of the package's drawing functions that a cell calls, or ''."
+    called = sorted(set(re.findall(r'\w+', code_of(cell['source']))) & drawing_functions().keys())
+    code = '\n'.join(drawing_functions()[name] for name in called)
+    return hashlib.sha256(code.encode()).hexdigest()[:12] if called else ''

@@ -9,7 +9,8 @@ the outputs they have; `NBDEV_FLAGS="slow gpu"` runs the cells with these flags 
 fails is left as it was.
 
 Each cell with outputs keeps a stamp of the code that made them (`ran` in its metadata): of its own
-and of all cells before it. A test compares the stamps with the code.
+and of all cells before it. Where functions of the package draw for it, `drew` is a stamp of these.
+A test compares the stamps with the code.
 """
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')       # small models: more threads stand in the way
@@ -23,7 +24,7 @@ from nbclient.exceptions import CellExecutionError
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import extract_directives
-from cells import skip_flags, stamps, why_skipped
+from cells import drawn_by, skip_flags, stamps, why_skipped
 
 ANSI = re.compile(r'\x1b\[[0-9;]*m')
 WIDGET = 'application/vnd.jupyter.widget-view+json'
@@ -79,7 +80,9 @@ def never_run(cell):
 def stale(path):
     "Yield cells whose outputs no stamp (None) or another code's stamp vouches for, and that stamp."
     for cell, stamp in stamps(nbformat.read(path, as_version=4).cells, never_run):
-        if cell.outputs and (said := cell.metadata.get('ran')) != stamp: yield cell, said
+        if not cell.outputs: continue
+        if (said := cell.metadata.get('ran')) != stamp: yield cell, said
+        elif cell.metadata.get('drew', drawn := drawn_by(cell)) != drawn: yield cell, 'drawn anew'
 
 def faults(nb):
     "Name what a saved notebook must not hold: this machine's paths, and widgets (dead on a page)."
@@ -105,8 +108,9 @@ def run(path, flags, timeout=1200):
     client.execute()
     for c, stamp in stamps(nb.cells, never_run):
         c.outputs = keep[c.id] if c.id in keep else finished(c.outputs)
-        if c.id not in keep: c.metadata['ran'] = stamp
+        if c.id not in keep: c.metadata.update(ran=stamp, drew=drawn_by(c))
         if not c.outputs: c.metadata.pop('ran', None)
+        if not c.outputs or not c.metadata.get('drew'): c.metadata.pop('drew', None)
     nb.metadata.pop('widgets', None)
     nbformat.write(nb, path)
     return sorted(set(faults(nb)))

@@ -1,11 +1,17 @@
 """What both builders of the site read: notebooks in _proc/, with what no notebook holds itself.
 
-Numbers in the sidebar, minutes to read, links to run the page, descriptions of pictures, signatures
-that stand once, and an index of the API.
+Numbers in the sidebar and of equations (the paper's keep theirs), minutes to read, links to run the
+page, descriptions of pictures, signatures that stand once, and an index of the API.
 """
 import ast, html, importlib, json, re
+from functools import partial
 from pathlib import Path
 from cells import headings
+
+KINDS = {'fig': 'Figure', 'tbl': 'Table', 'eq': 'Equation'}
+PAPER = {'eq-l0': 1, 'eq-bilevel': 2, 'eq-inner': 3, 'eq-hyper': 4, 'eq-shared': 5, 'eq-fd': 8}
+LABEL = r'(?:fig|tbl|eq)-[\w-]*\w'
+EQUATION = r'eq-[\w-]*\w'
 
 WORDS, LINES = 200, 25          # prose words and code lines read in a minute
 NUMBER = re.compile(r'(\d+[a-z]?)_')
@@ -66,6 +72,56 @@ def alternative(cell, trail, plots):
     drawn = [plots[name] for name in re.findall(r'\bplot_\w+', source) if name in plots]
     words = [plain(caption[1])] if caption else list(dict.fromkeys(drawn))
     return '. '.join(words) or f'Figure: {plain(trail)}'
+
+def outside_code(f, text, inside=lambda code: code):
+    "Apply `f` to a markdown text but not to the code in it."
+    parts = re.split(r'(?s)(```.*?```|`[^`\n]*`)', text)
+    return ''.join(inside(part) if i % 2 else f(part) for i, part in enumerate(parts))
+
+class Labels:
+    "The labelled figures, tables and equations of a page in order; the paper's keep its numbers."
+    def __init__(self, sources):
+        self.numbers = {}
+        for label in re.findall(rf'(?:\{{#|#\|\s*label:\s*)({LABEL})', '\n'.join(sources)):
+            kind, known = label.split('-')[0], self.numbers
+            n = 1 + sum(other.startswith(f'{kind}-') for other in known if other not in PAPER)
+            known[label] = PAPER.get(label, f'M{n}' if kind == 'eq' else n)
+
+    def name(self, label): return f'{KINDS[label.split("-")[0]]} {self.numbers[label]}'
+
+    def refer(self, text, form='[{0}](#{1})', kinds=LABEL):
+        "Put a name, and a link, for each `@label` that this page has."
+        put = lambda m: form.format(self.name(m[1]), m[1]) if m[1] in self.numbers else m[0]
+        return re.sub(rf'(?<![\w@])@({kinds})', put, text)
+
+    def equations(self, text):
+        "Number the equations of a markdown text, and resolve the references to them."
+        equation = lambda m: (f'::: {{#{m[2]}}}\n$$\n{m[1].strip()} '
+                              f'\\tag{{{self.numbers[m[2]]}}}\n$$\n:::')
+        text = re.sub(rf'(?s)\$\$((?:(?!\$\$).)*)\$\$\s*\{{#({EQUATION})\}}', equation, text)
+        return outside_code(partial(self.refer, kinds=EQUATION), text)
+
+    def markdown(self, text):
+        "Number the tables of a markdown cell, and resolve its references."
+        caption = lambda m: f': {self.name(m[2])}. {m[1]} {{#{m[2]}}}'
+        text = re.sub(rf'(?m)^: (.*?)\s*\{{#({LABEL})\}}', caption, text)
+        return outside_code(self.refer, text)
+
+    def code(self, text):
+        "Number the caption of a code cell's figure or table."
+        m = re.search(rf'(?m)^#\|\s*label:\s*({LABEL})', text)
+        if not m: return text
+        text = re.sub(r'(?m)^(#\|\s*(?:fig|tbl)-cap:\s*["\']?)', rf'\g<1>{self.name(m[1])}. ', text)
+        return re.sub(r'(?m)^#\|.*-cap:.*$', lambda c: self.refer(c[0], '{0}'), text)
+
+def equations(nb):
+    "Number a notebook's equations as the paper does: Quarto would count them on each page."
+    labels = Labels(map(text_of, nb['cells']))
+    refer = partial(outside_code, partial(labels.refer, kinds=EQUATION))
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'markdown': cell['source'] = labels.equations(text_of(cell))
+        for data in (o.get('data', {}) for o in cell.get('outputs', [])):
+            if 'text/markdown' in data: data['text/markdown'] = refer(join(data['text/markdown']))
 
 def describe(nb, plots):
     "Give each picture of a page words for those who do not see it."
@@ -168,6 +224,7 @@ def prepare(cache, cfg, quarto=False):
     for p in sorted(cache.rglob('*.ipynb')):
         nb, name = json.loads(p.read_text(encoding='utf-8')), p.relative_to(cache).as_posix()
         once(nb)
+        equations(nb)
         describe(nb, plots)
         if quarto: raw_html(nb)
         nb['cells'].insert(1, dict(cell_type='markdown', metadata={}, source=info(cfg, name, nb)))
