@@ -10,6 +10,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # The models are small: more threads only stand in one another's way.
 export OMP_NUM_THREADS ?= 1
 
+# A hundred processes import torch, some for a word of help: Python compiles it for the first of them,
+# in a second or two, and keeps that, whatever the environment says. Otherwise each one waits.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Where torch comes from: a folder of wheels, where pip is set to search one; else uv picks the build
 # that suits the machine (without a GPU the small one).
 WHEELS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
