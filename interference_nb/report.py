@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDE', 'STYLE', 'PICTURE', 'MEANING', 'ReportConfig', 'Subject', 'choose_parameters', 'open_subject', 'check_fit',
-           'plan', 'measure', 'cluster', 'findings', 'conflicts', 'advice', 'compare_gates', 'heat', 'page',
-           'make_report', 'write_report']
+           'plan', 'measure', 'cluster', 'findings', 'conflicts', 'advice', 'compare_gates', 'heat', 'by_place',
+           'matrix', 'page', 'make_report', 'write_report']
 
 # %% ../nbs/08c_report.ipynb #10139efc
 import io, json, math, re, resource, shutil, time
@@ -489,6 +489,27 @@ svg.heat .mid{text-anchor:middle;font-size:11px}svg.heat circle{fill:currentColo
 svg.heat .agree{fill:#0072B2}svg.heat .oppose{fill:#D55E00}svg.heat .no{fill:none;stroke:#888}
 '''
 
+def by_place(
+    numbers: dict,      # of `findings`
+) -> dict:              # {place: {(language, language): entry}}, both ways round
+    "Sort the pairs by where in the model they were compared."
+    by = {}
+    for p in numbers['pairs']:
+        a, b = p['pair']
+        by.setdefault(p['group'], {}).update({(a, b): p, (b, a): p})
+    return by
+
+def matrix(
+    numbers: dict,      # of `findings`
+    place: str = 'all', # one of its groups
+) -> str:               # an `<svg>` element; `PICTURE` is its style
+    "Draw the cosines of all pairs of languages, [K,K], each beside those most like it."
+    order = numbers['order']
+    own = {(l, l): dict(cosine=x['within'], low=None, high=None, conflict=False)
+           for l, x in numbers['losses'].items()} if place == 'all' else {}
+    return heat(order, order, by_place(numbers)[place] | own,
+                'Cosines of gradients of each pair of languages')
+
 def page(
     numbers: dict,      # of `findings`
     most: int = 25,     # conflicts listed; the rest is in numbers.json
@@ -497,12 +518,7 @@ def page(
     config, shown, order = numbers['config'], conflicts(numbers), numbers['order']
     places = sorted(numbers['groups'], key=lambda g: (
         g not in ('all', 'encoder'), not g.startswith('layer'), int(re.sub(r'\D', '', g) or 0)))
-    by = {}
-    for p in numbers['pairs']:
-        a, b = p['pair']
-        by.setdefault(p['group'], {}).update({(a, b): p, (b, a): p})
-    own = {(l, l): dict(cosine=x['within'], low=None, high=None, conflict=False)
-           for l, x in numbers['losses'].items()}
+    by = by_place(numbers)
     value = lambda p: 2 if p['cosine'] is None else p['cosine']
     number = lambda x: f'{x:,.0f}' if x >= 1000 else f'{x:.4g}'
     times = Counter(tuple(p['pair']) for p in shown)
@@ -521,8 +537,7 @@ def page(
             '<p>Corrected for noise, all probed weights; on the diagonal two gradients of one '
             'language, uncorrected: the noise itself. Similar languages are neighbours. A dot: '
             'below zero beyond chance.</p>' + WIDE,
-            heat(order, order, by['all'] | own, 'Cosines of gradients of each pair of languages'),
-            '</div>',
+            matrix(numbers), '</div>',
             '<details><summary>As a table, with 95 % intervals</summary>',
             _table(['pair', 'cosine', 'within', 'rounds below zero'],
                    [[_pair(p), _interval(p), _both(p['within']), f'{p["below_zero"] or 0:.0%}']
