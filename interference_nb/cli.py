@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 from .data import (SPLITS, TASK_COLUMNS, check_languages, corpus_statistics,
                                   statistics_table, train_tokenizer)
-from .folders import FolderSource, describe_text, find_files, unread_files
+from .folders import (FolderSource, describe_text, find_files, passed_over,
+                                     unread_files)
 from .tasks import (TASKS, TaskData, read_data, scores_by_type, task_spec,
                                    usable_rows)
 from .tokenizers import load_tokenizer
@@ -343,6 +344,7 @@ def finetune_run(cfg: FinetuneCommand,  # the command's options
         where = 'within language' if lang == cfg.train_lang else 'zero-shot'
         numbers = ', '.join(f'{k} {v:.1f}' for k, v in scores.items())
         print(f'{task} {cfg.train_lang} to {lang} ({where}): {numbers}')
+    print(f'Record: {folder/"record.jsonl"}')
 
 # %% ../nbs/09_cli.ipynb #795a40bd
 @dataclass(frozen=True, kw_only=True)
@@ -358,6 +360,9 @@ def predict_run(cfg: PredictCommand) -> Path:  # of the file
     "Write a tag for each word, and the true one where it is known."
     if cfg.task not in ('ner', 'pos'):
         raise InputError(f"'{cfg.task}' gives words no tags. Use --task ner or pos.")
+    if cfg.text and cfg.out and cfg.out.exists() and cfg.text.exists() and (
+            cfg.out.samefile(cfg.text)):
+        raise InputError(f'{cfg.out} is the text itself, and would be lost. Name another --out.')
     _, source, tokenizer, _, model = open_run(cfg.run, cfg.data)
     lang, task = cfg.lang or cfg.train_lang, task_spec(cfg.task)
     if lang not in model.langs:
@@ -546,7 +551,7 @@ def check_data(cfg: CheckConfig):  # the command's options
     source = FolderSource(cfg.folder)
     if cfg.vocabulary: tokenizer = load_tokenizer(cfg.vocabulary)
     else: tokenizer = cfg.vocab_size and train_tokenizer(source, source.languages, cfg.vocab_size)
-    texts, tasks, problems = [], [], []
+    texts, tasks, problems = [], [], passed_over(source)
     for lang in source.languages:
         try: found = describe_text(source, lang, tokenizer or None)
         except InputError as e: problems.append(str(e))
@@ -556,6 +561,8 @@ def check_data(cfg: CheckConfig):  # the command's options
                          if not found['rows'][split]]
     for task, spec in TASKS.items():
         for lang in sorted(p.name for p in (cfg.folder/task).glob('*') if p.is_dir()):
+            if lang not in source.languages:
+                print(f'{task}/{lang}: without text in {lang}, no model trained here knows it.')
             counts = _count_usable(source, spec, lang, problems)
             if counts: tasks.append(dict(task=task, language=lang) | counts)
             else: problems.append(f'{task}/{lang} has no file that can be read.')
@@ -570,7 +577,7 @@ def check_data(cfg: CheckConfig):  # the command's options
         print('\n'.join(problems))
         raise InputError(f'{len(problems)} of the things in {cfg.folder} cannot be used; they are '
                          'listed above. Mend or remove them. 00d_folders shows all forms.')
-    print('All of it can be used.')
+    print('All of it can be used.' if not unread else 'All that is read can be used.')
 
 def _text_row(lang: str, found: dict) -> dict:
     "Write what a text is made of as a line of a table."

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'SPLIT_NAMES', 'FORMS', 'find_files', 'read_rows', 'open_table', 'fingerprint', 'FolderSource',
-           'scripts_of', 'describe_text', 'unread_files']
+           'scripts_of', 'describe_text', 'passed_over', 'unread_files']
 
 # %% ../nbs/00d_folders.ipynb #d0d00004
 import csv, functools, hashlib, json, re, sys, unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from .data import (CODE, LABELS, SPLITS, TASK_COLUMNS, Source, check_task,
-                                  explain_row,
+from .data import (CODE, LABELS, SPLITS, TASK_COLUMNS, Source, check_code,
+                                  check_task, explain_row,
                                   label_names, map_labels, name_labels, short, split_of,
                                   split_sentences)
 from .files import InputError, file_hash
@@ -427,9 +427,25 @@ def describe_text(source: FolderSource,  # the folder
     return out | {'non-joiners': joiners} | (dict(unknown=unknown / max(pieces, 1)) if tokenizer
                                              else {})
 
+def passed_over(source: FolderSource) -> list[str]:  # a line each
+    "Say which languages' folders no command would use, and why."
+    out = []
+    for place in sorted(p for kind in FORMS for p in source.path.glob(f'{kind}/*') if p.is_dir()):
+        files = sorted(p.name for p in place.iterdir() if p.name[0] != '.')
+        if not files or place.name in source.languages: continue
+        where = place.relative_to(source.path)
+        try: check_code(place.name)
+        except InputError as e: out.append(f'{where} is not read: {e}')
+        else:
+            if place.parent.name == 'text':
+                out.append(f'{where} has no train file that can be read; there is '
+                           f'{", ".join(files[:4])}.')
+    return out
+
 def unread_files(folder: str | Path) -> list[str]:  # relative to the folder
     "List the files beside others that no form explains."
-    folder, out = Path(folder), []
+    folder = Path(folder)
+    out = [p for p in sorted(folder.iterdir()) if p.name not in FORMS]
     for kind in FORMS:
         for place in sorted(folder.glob(f'{kind}/*')):
             try: used = {f for of in find_files(folder, kind, place.name).values() for f in of}

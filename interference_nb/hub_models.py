@@ -234,7 +234,7 @@ def require_package(
     try: return importlib.import_module(name)
     except ImportError as e:
         raise InputError(f'this needs the package {name} ({e}). '
-                         'Install it: pip install interference_nb[transformers].') from e
+                         "Install it: pip install 'interference_nb[transformers]'.") from e
 
 def _open(name, kind, revision, offline):
     "Load a model and its tokenizer; `kind` is the class in `transformers` that builds the model."
@@ -247,7 +247,7 @@ def _open(name, kind, revision, offline):
             str(name), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **where)
     except ImportError as e:        # a tokenizer may need a package of its own
         raise InputError(f'{name} needs more packages ({str(e).split(". ")[0]}). '
-                         'Install them: pip install interference_nb[transformers].') from e
+                         "Install them: pip install 'interference_nb[transformers]'.") from e
     except Exception as e: raise _refusal(name, e) from e
     lost = sorted(n for n in found['missing_keys'] if 'pooler' not in n)    # nobody uses that
     if lost:

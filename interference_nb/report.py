@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import check_languages, split_sentences
+from .data import UNKNOWN, check_languages, split_sentences
 from .distributed import mean_over_processes, rank_and_world_size
 from .experiments import device, make_batches, open_run
 from .files import (InputError, JsonlLog, check_ranges, free_space, run_lock,
-                                   write_atomically)
+                                   size_in_words, weights_hash, write_atomically)
 from .gradient_probes import compare_rounds, halves, inner_products
 from .hub_models import (LOSSES, guess_loss, open_config, open_language_model,
                                         require_package)
 from .l0_pruning import (PruneConfig, evaluating, learn_gates, mean_gates,
                                         partition_gates, rows, similarity)
-from .planner import format_bytes, memory_of
+from .planner import memory_of
 from .pretrain import check_shares, progress_bar, run_info, same_config
 from .toy_languages import open_source
 
@@ -71,6 +71,7 @@ class Subject:
     pieces: dict        # {language: pieces per character of its text}
     loss: str           # 'masked' or 'causal'
     notes: list = field(default_factory=list)   # what a reader must know: text cut, used again
+    inputs: dict = field(default_factory=dict)  # {weights, files of text: name of the content}
 
     @property
     def langs(self) -> list[str]:
@@ -127,6 +128,7 @@ def open_subject(
         streams[l] = stream(tokenizer, own, l, cfg.rows, length, cfg.seed, cfg.mask_prob)
         ids = tokenizer(own, add_special_tokens=False, verbose=False)['input_ids']
         pieces[l] = sum(map(len, ids)) / sum(map(len, own))
+        notes += _unknown_pieces(model, l, ids, tokenizer.unk_token_id)
         notes += _notes_on_text(l, len(own), sum(len(i) > length - 2 for i in ids), length, cfg)
     shared = opened.theta
     if hasattr(config, 'languages'):
@@ -134,7 +136,11 @@ def open_subject(
         notes.append("each language's own adapters are left out: nothing is shared there.")
     opened.to(device())
     return Subject(str(model), opened, choose_parameters(shared, cfg.probe), streams, pieces, loss,
-                   notes)
+                   notes, _inputs(opened, source, langs, split))
+
+def _inputs(model, source, langs, split='train'):
+    "Name the content that a report is made from."
+    return dict(weights=weights_hash(model), split=split, **source.fingerprints(('text',), langs))
 
 def _open_run(model, langs, data, cfg):
     "Open a run of ours, with the batches that it was trained on."
@@ -153,7 +159,7 @@ def _open_run(model, langs, data, cfg):
     for l in langs: notes += _notes_on_text(l, streams[l].n_rows, 0, 0, cfg, streams[l].batch_size)
     return Subject(str(model), opened, choose_parameters(opened.theta, cfg.probe),
                    {l: streams[l].independent_stream('report') for l in langs}, pieces, 'masked',
-                   notes)
+                   notes, _inputs(opened, source, langs))
 
 def _some_text(source, lang, split, cfg):
     "Read as many sentences as the rounds take. Raises `InputError` if there are none."
@@ -161,6 +167,17 @@ def _some_text(source, lang, split, cfg):
     found = list(islice(lines, cfg.rounds * cfg.batches * cfg.rows))
     if not found: raise InputError(f'no text in {lang!r}. Give some, or leave it out of --langs.')
     return found
+
+def _unknown_pieces(model, lang, ids, unknown):
+    "Warn of pieces that a tokenizer does not know. Raises `InputError` if it knows none."
+    n, lost = sum(map(len, ids)), sum(i == unknown for row in ids for i in row)
+    if lost == n:
+        raise InputError(f'the tokenizer of {model} knows nothing of the text in {lang!r}: every '
+                         'piece is unknown to it. Are its files there? Else leave the language '
+                         'out, or name another model.')
+    if lost > UNKNOWN * n:
+        yield (f'{lang}: {lost / n:.1%} of the pieces are unknown to the tokenizer, all the same '
+               'to the model; losses and cosines say little of what they stand for.')
 
 def _notes_on_text(lang, there, cut, length, cfg, rows=None):
     "Say what happened to the text of a language."
@@ -191,9 +208,9 @@ def check_fit(
     if free is None: free, whose = memory_of(device(), rank_and_world_size()[1])
     if weights + gradient <= free: return weights + gradient
     raise InputError(
-        f'{name} does not fit: {format_bytes(weights)} of weights in 32 bits and '
-        f'{format_bytes(gradient)} of gradient, before what a batch takes; {whose} has '
-        f'{format_bytes(free)}. Probe fewer parameters with --probe, take them in turn with '
+        f'{name} does not fit: {size_in_words(weights)} of weights in 32 bits and '
+        f'{size_in_words(gradient)} of gradient, before what a batch takes; {whose} has '
+        f'{size_in_words(free)}. Probe fewer parameters with --probe, take them in turn with '
         '--parts 4, or use a larger machine.')
 
 # %% ../nbs/08c_report.ipynb #872a077e
@@ -219,15 +236,15 @@ def plan(
             1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     passes, disk = K * cfg.rounds * cfg.batches * cfg.parts, 2 * K * flat
     if disk > (free := free_space(folder)):
-        raise InputError(f'{K} languages take {format_bytes(disk)} of temporary gradients in '
-                         f'{folder}, where {format_bytes(free)} are free. Name another folder with '
-                         '--out, or take --parts 4.')
+        raise InputError(f'{K} languages take {size_in_words(disk)} of temporary gradients in '
+                         f'{folder}, where {size_in_words(free)} are free. Name another folder '
+                         'with --out, or take --parts 4.')
     world = rank_and_world_size()[1]
     return (f'{K} languages, {cfg.rounds} rounds of {cfg.batches} batches each: {passes:,} passes, '
             f'about {passes * s / 60 / world:.1f} minutes at {s:.2g} s a pass'
-            f'{f" in {world} processes" * (world > 1)}. Memory: {format_bytes(peak)} after a pass, '
-            f'and {format_bytes(flat)} for a gradient; disk, for the time being: '
-            f'{format_bytes(disk)}.' + ' Other work holds the cores, and threads wait for one '
+            f'{f" in {world} processes" * (world > 1)}. Memory: {size_in_words(peak)} after a '
+            f'pass, and {size_in_words(flat)} for a gradient; disk, for the time being: '
+            f'{size_in_words(disk)}.' + ' Other work holds the cores, and threads wait for one '
             'another: OMP_NUM_THREADS=1 may be faster.' * waits)
 
 def measure(
@@ -244,8 +261,10 @@ def measure(
                                     if k not in ('rounds', 'gates', 'gate_steps')}
     path = Path(folder)/'rounds.jsonl' if folder and not rank else None
     log = JsonlLog(path)
-    if log.rows: same_config(about, log.rows[0]['config'], path, ())
-    else: log.write('start', config=about)
+    if log.rows:
+        same_config(about, log.rows[0]['config'], path, ())
+        _same_inputs(subject.inputs, log.rows[0].get('inputs', subject.inputs), path)
+    else: log.write('start', config=about, inputs=subject.inputs)
     done = torch.tensor(float(len(log.rows) - 1) if not rank else 0.)
     done = round(mean_over_processes([done])[0].item() * world)
     with evaluating(subject.model), progress_bar(cfg.rounds, done, progress) as bar:
@@ -253,6 +272,12 @@ def measure(
             log.write('round', **_round(subject, cfg, r, folder))
             bar.update(1)
     return log.rows[:1 + cfg.rounds]
+
+def _same_inputs(now, then, path):
+    "Raise `InputError` if rounds that are there were measured on other weights or text."
+    if differ := sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k)):
+        raise InputError(f'{path} was measured with other content of {", ".join(differ[:6])}. '
+                         'Name another folder with --out, or delete it to start over.')
 
 def _round(subject, cfg, r, folder):
     "Measure one round: mean losses, and inner products and cosines by group."
@@ -316,7 +341,8 @@ def findings(
                   batches=R * config['batches'],
                   batches_needed=_plain(found['rounds_needed'][k, i, j] * config['batches']))
              for k, g in enumerate(groups) for i, j in combinations(range(len(langs)), 2)]
-    numbers = dict(config=config, rounds=R, groups=groups, order=[langs[i] for i in order],
+    numbers = dict(config=config, inputs=subject.inputs, rounds=R, groups=groups,
+                   order=[langs[i] for i in order],
                    together=[[langs[i] for i in own] for own in together], notes=subject.notes,
                    losses={l: dict(loss=float(x.mean()), se=float(x.std(ddof=1) / R**.5),
                                    perplexity=float(np.exp(min(x.mean(), 700))),

@@ -286,6 +286,17 @@ def test_text_to_tag_is_read_by_the_line(tagger, tmp_path, capsys):
         assert status == 2 and f'{path} cannot be read ({said}' in err
 
 
+def test_a_text_is_not_tagged_over(tmp_path, capsys):
+    "The sentences were replaced by their tags."
+    (tmp_path/'t.txt').write_text('ka mi\n')
+    (tmp_path/'other').symlink_to(tmp_path/'t.txt')
+    for out in 't.txt', 'other':
+        status, _, err = command(capsys, 'predict', '--run', tmp_path/'none', '--text',
+                                 tmp_path/'t.txt', '--out', tmp_path/out)
+        assert status == 2 and 'is the text itself' in err
+    assert (tmp_path/'t.txt').read_text() == 'ka mi\n'
+
+
 def test_scores_by_type_by_hand():
     "Two people, one of them found, one false place; a word in three as a verb."
     gold, said = [['B-PER', 'I-PER', 'O', 'B-PER']], [['B-PER', 'I-PER', 'B-LOC', 'O']]
@@ -318,7 +329,8 @@ def test_finetuning_stops_when_nothing_gets_better(tagger, tmp_path, capsys):
     few = '--finetune.max-train', 20, '--finetune.max-dev', 20, '--finetune.max-eval', 20
     run = shutil.copytree(tagger, tmp_path/tagger.name, ignore=shutil.ignore_patterns('finetune*'))
     shutil.copytree(tagger.parent/'data', tmp_path/'data')
-    status, _, err = command(capsys, 'finetune', 'toy', 'ner', '--run', run, *args, *few)
+    status, out, err = command(capsys, 'finetune', 'toy', 'ner', '--run', run, *args, *few)
     assert status == 0, err
+    assert out.endswith(f"Record: {run/'finetune-ner-en'/'record.jsonl'}\n")
     row = read_jsonl(run/'finetune-ner-en'/'record.jsonl')[-1]
     assert (row['best_epoch'], len(row['dev'])) == (1, 3)

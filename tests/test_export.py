@@ -306,7 +306,7 @@ def test_push_refuses(copy, api, monkeypatch):
     api.seen.clear()
     with pytest.raises(InputError, match=WEIGHTS): push_to_hub(copy, 'me/x', private=False)
     assert not api.seen
-    with pytest.raises(InputError, match=r'interference_nb\[transformers\]'):
+    with pytest.raises(InputError, match=r"install 'interference_nb\[transformers\]'"):
         require_package('no_such_package')
 
 

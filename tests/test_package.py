@@ -27,8 +27,10 @@ def test_a_wheel_made_from_the_sdist_runs_the_demo(wheel, tmp_path):
     code = 'from interference_nb import cli; print(cli.__file__); cli.main()'
     r = subprocess.run([sys.executable, '-c', code, 'demo', '--steps', '20', '--seeds', '1',
                         '--systems', 'joint', '--tasks', 'ner', '--out', 'out'], cwd=empty,
-                       env=os.environ | {'PYTHONPATH': str(home)}, text=True, capture_output=True)
-    assert r.returncode == 0, r.stderr
+                       text=True, encoding='ascii', capture_output=True,
+                       env=os.environ | {'PYTHONPATH': str(home), 'PYTHONIOENCODING': 'ascii'})
+    assert r.returncode == 0, r.stderr              # such a terminal cannot show it all
+    assert not (empty/'out/table.md').read_text('utf-8').isascii()
     assert r.stdout.startswith(str(home))           # not the checkout
     assert {'table.md', 'figure.svg'} <= {p.name for p in (empty/'out').iterdir()}
 
@@ -43,7 +45,10 @@ def test_metadata_tells_what_an_index_shows(wheel):
     assert {f'{k}_requirements' for k in re.findall('Provides-Extra: (.+)', about)} == own
     named = {k for p in (ROOT/'interference_nb').glob('*.py')        # by messages: pip install ...
              for k in re.findall(r"interference_nb\[(\w+)\]'", p.read_text(encoding='utf-8'))}
-    assert 'tensorboard' in named and {f'{k}_requirements' for k in named} <= own
+    assert {'tensorboard', 'transformers'} <= named
+    for p in (*(ROOT/'interference_nb').glob('*.py'), *(ROOT/'nbs').rglob('*.ipynb')):
+        assert not re.search(r"(?<!')interference_nb\[", p.read_text(encoding='utf-8')), p  # zsh
+    assert {f'{k}_requirements' for k in named} <= own
     links = re.findall(r'\]\(([^)\s]+)', readme)
     assert links and not [l for l in links if not l.startswith(('https://', '#'))]
     assert readme.startswith('# ')
@@ -67,6 +72,18 @@ def test_every_requirement_is_imported_and_every_import_is_required():
     extras = {'transformers', 'submitit', 'tokenizers', 'sacremoses'}
     assert names('requirements') - found <= {'tabulate'}          # pandas asks for it
     assert found - names('requirements') <= extras
+
+
+def test_versions_are_bounded_on_both_sides():
+    "What was tried, and no next major version: its interface changes. torch: its private names."
+    cfg = configparser.ConfigParser(delimiters=['='])
+    cfg.read(ROOT/'settings.ini', encoding='utf-8')
+    own = cfg['DEFAULT']
+    named = {re.match(r'[\w-]+', w)[0].lower(): w for k in own if k.endswith('requirements')
+             and k not in ('dev_requirements', 'test_requirements') for w in own[k].split()}
+    for name in ('transformers', 'datasets', 'accelerate', 'tyro', 'peft'):
+        assert '>=' in named[name] and '<' in named[name], named[name]
+    assert all('=' in w for w in named.values()), named
 
 
 def cells_of_05():

@@ -1,6 +1,6 @@
 """The report against models of known conflict: toy languages at graded distance, a layer in which
 two languages' labels are opposite, languages that are the same; its page, and what it refuses."""
-import dataclasses, gc, json, multiprocessing, os, signal
+import dataclasses, gc, json, multiprocessing, os, shutil, signal
 from itertools import combinations, islice
 from types import SimpleNamespace
 import numpy as np
@@ -306,6 +306,33 @@ def test_the_command_writes_page_and_numbers_and_goes_on(bert, tmp_path, capsys)
     assert status == 2 and 'rows = 16 there, 8 here' in err
 
 
+def test_rounds_of_other_text_or_weights_do_not_go_on(bert, tmp_path, capsys):
+    "The content decides: a finished report answered for the text of another folder."
+    model = shutil.copytree(bert, tmp_path/'model')
+    def ask(data, *more):
+        return run('report', model, '--langs', 'en,fr', '--data', data, '--out', tmp_path/'out',
+                   '--rounds', 3, '--batches', 2, '--rows', 4, *more, capsys=capsys)
+    for name, seed in dict(a=0, b=1).items():
+        for lang in ('en', 'fr'):
+            (tmp_path/name/'text'/lang).mkdir(parents=True)
+            (tmp_path/name/'text'/lang/'train.txt').write_text(
+                '\n'.join(islice(ToySource(seed=seed).text(lang), 60)), encoding='utf-8')
+    assert ask(tmp_path/'a')[0] == 0
+    first, out = (tmp_path/'out'/'rounds.jsonl').read_bytes(), tmp_path/'out'
+    made = json.loads((out/'numbers.json').read_text())['inputs']
+    assert {*made} == {'weights', 'split', 'text/en/train.txt', 'text/fr/train.txt'}
+    (tmp_path/'a').rename(tmp_path/'moved')
+    assert ask(tmp_path/'moved')[0] == 0              # a move changes nothing
+    status, _, err = ask(tmp_path/'b')
+    assert status == 2 and 'other content of text/en/train.txt, text/fr/train.txt. Name' in err
+    module = transformers.AutoModelForMaskedLM.from_pretrained(model)
+    with torch.no_grad(): next(module.parameters()).add_(1)
+    module.save_pretrained(model)                           # trained further, in its place
+    status, _, err = ask(tmp_path/'moved', '--rounds', 4)
+    assert status == 2 and 'other content of weights. Name another folder with --out' in err
+    assert (out/'rounds.jsonl').read_bytes() == first
+
+
 def test_causal_loss_is_the_modules_own_and_counts_every_token_but_the_first(gpt2):
     subject = open_subject(gpt2, LANGS, 'toy', SMALL)
     batch = subject.streams['ar'].batch(0)
@@ -390,6 +417,24 @@ def test_gates_are_learned_twice_with_noise_of_their_own(bert, monkeypatch):
     assert len({x for _, losses in learned for x in losses}) == 16      # and batches of their own
     assert all(x < .999 for x in found['within'].values()) and set(found['across']) == {'en–ar'}
     for shares in found['layers'].values(): assert sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize('kind', ['bert', 'gpt2'])
+def test_pieces_that_the_tokenizer_does_not_know_are_told(kind, bert, gpt2, tmp_path):
+    "A text of nothing but <unk> was said to conflict with English."
+    text = list(islice(ToySource().text('en'), 40))
+    rain = ['今天 下雨 。'] * 50
+    for lang, lines in dict(en=text, mi=[*text, *rain[:10]], zh=rain).items():
+        (tmp_path/'text'/lang).mkdir(parents=True)
+        for split in ('train', 'validation', 'test'):
+            (tmp_path/'text'/lang/f'{split}.txt').write_text('\n'.join(lines), encoding='utf-8')
+    model = dict(bert=bert, gpt2=gpt2)[kind]
+    subject = open_subject(model, ('en', 'mi'), str(tmp_path), SMALL)
+    words = sum(len(s.split()) for s in text)
+    assert f'mi: {30 / (words + 30):.1%} of the pieces are unknown' in ' '.join(subject.notes)
+    assert not any(note.startswith('en:') and 'unknown' in note for note in subject.notes)
+    with pytest.raises(InputError, match=f"{kind}.*knows nothing of the text in 'zh'"):
+        open_subject(model, ('en', 'zh'), str(tmp_path), SMALL)
 
 
 def test_adapters_of_one_language_are_not_compared(tmp_path):

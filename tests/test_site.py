@@ -40,6 +40,7 @@ def site(tmp_path_factory):
             r = subprocess.run([sys.executable, 'tools/build_docs.py'], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             assert r.returncode == 0, r.stdout[-5000:]
+            assert r.stdout.endswith('Open _docs/index.html\n')
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=SITE))

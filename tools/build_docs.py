@@ -245,5 +245,6 @@ def main():
     shutil.move(out, cfg.doc_path)
     pages = len(list(cfg.doc_path.rglob('*.html')))
     print(f'{pages} pages in {cfg.doc_path.name}/, {time.time() - start:.0f} s')
+    print(f'Open {cfg.doc_path.name}/index.html')
 
 if __name__ == '__main__': main()
