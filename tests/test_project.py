@@ -1,8 +1,9 @@
 "What is made from the notebooks is in step with them, and the package starts light."
-import json, os, re, shutil, subprocess, sys
+import base64, io, json, os, re, shutil, subprocess, sys
 from collections import Counter
 from pathlib import Path
 import pytest
+from PIL import Image
 from cells import INSTALL, stamps
 from execute import stale
 from pages import PAPER, Labels, equations
@@ -106,6 +107,34 @@ def test_glossary_is_linked_from_where_its_words_are_taught(notebooks):
     assert len(terms) > 20
     assert not set(terms) ^ set(re.findall(r'glossary\.ipynb#([\w-]+)', text))
 
+def headings_of(cells):
+    "Yield the lines that are headings, but for those of boxes and of code."
+    box = code = False
+    for line in '\n'.join(''.join(c['source']) for c in cells[1:]
+                          if c['cell_type'] == 'markdown').splitlines():
+        if line.startswith('```'): code = not code
+        elif line.startswith(':::'): box = line.strip() != ':::'
+        elif re.match('#{1,4} ', line) and not box and not code: yield line
+
+def test_sections_have_names_of_their_own_and_pages_end_with_a_summary(notebooks):
+    "A link to a section survives its heading; refusals are folded away."
+    faults = []
+    for p in notebooks:
+        cells, here = cells_of(p), p.relative_to(ROOT / 'nbs').as_posix()
+        found = [*headings_of(cells)]
+        names = [re.search(r'[{]#(sec-[\w-]+)[}]$', line) for line in found]
+        faults += [f'{here}: {line} has no name' for line, m in zip(found, names) if not m]
+        faults += [f'{here}: two are {name}' for name, n in Counter(
+            m[1] for m in names if m).items() if n > 1]
+        text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+        if re.search(r'(?m)^(?<!collapse="true"[}]\n)## What it refuses', text):
+            faults.append(f'{here}: refusals in the open')
+        if here.startswith('solutions/') or p.stem in ('index', 'glossary', 'teach'): continue
+        last = [line.split(' {')[0] for line in found if line.startswith('## ')]
+        if '## Summary' not in last or {*last[last.index('## Summary') + 1:]} - {'## Exercises'}:
+            faults.append(f'{here}: no summary at its end')
+    assert not faults, '\n'.join(faults)
+
 def test_saved_outputs_are_fit_to_publish(notebooks):
     "Every notebook holds its outputs, without errors, dead widgets or this machine's paths."
     faults = []
@@ -122,6 +151,32 @@ def test_saved_outputs_are_fit_to_publish(notebooks):
             if re.search(LOCAL, text) or f'{ROOT}/' in text:
                 faults.append(f'{p.name}: a local path')
     assert not faults, '\n'.join(dict.fromkeys(faults))
+
+def pictures(notebooks):
+    "Yield the notebook, the output and the image of each saved picture."
+    for p in notebooks:
+        for o in (o for c in cells_of(p) for o in c.get('outputs', [])):
+            if data := o.get('data', {}).get('image/png'):
+                yield p, o, Image.open(io.BytesIO(base64.b64decode(data)))
+
+def test_saved_pictures_are_sharp(notebooks):
+    "150 dots or more to each inch that a picture is shown at: text is read on paper and a phone."
+    seen, faults = 0, []
+    for p, o, image in pictures(notebooks):
+        shown = o['metadata'].get('image/png', {}).get('width', image.width)    # of 96 an inch
+        dots = min(image.info.get('dpi', (0, 0))[0], 96 * image.width / shown)
+        seen += 1
+        if dots < 149.5: faults.append(f'{p.name}: {dots:.0f} an inch; run tools/execute.py')
+    assert seen > 50 and not faults, '\n'.join(dict.fromkeys(faults))
+
+def test_saved_pictures_have_no_colours_by_default(notebooks):
+    "Matplotlib's own blue, orange, green and red would stand for other things in each picture."
+    defaults, faults = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40)], set()
+    for p, _, image in pictures(notebooks):
+        for n, colour in image.convert('RGB').getcolors(2**24):
+            near = min(max(abs(a - b) for a, b in zip(colour, d)) for d in defaults)
+            if n > 100 and near < 3: faults.add(p.name)
+    assert not faults, sorted(faults)
 
 def test_saved_outputs_are_of_this_code(notebooks):
     "Each output bears the stamp of the code up to its cell (`tools/execute.py --stale` mends it)."
