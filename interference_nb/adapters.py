@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .files import InputError, load_checkpoint, save_checkpoint
+from .files import InputError, check_choice, load_checkpoint, save_checkpoint
 from .transformer import (Attention, ByLanguage, FeedForward, MaskedLM,
                                          ModelConfig, Vector, upgrade_model)
 from .pretrain import same_config
@@ -67,8 +67,7 @@ class MultilingualLM(MaskedLM):
         langs: tuple[str, ...],     # K language codes
         variant: str = 'joint',     # one of `VARIANTS`
     ):
-        if variant not in SLOTS:
-            raise InputError(f'unknown variant {variant!r}. Use one of {", ".join(VARIANTS)}.')
+        check_choice('variant', variant, VARIANTS)
         if len(set(langs)) < len(langs) or not langs:
             raise InputError(f'languages {", ".join(langs) or "(none)"}. '
                              'Name at least one, and each one once.')
@@ -142,17 +141,14 @@ def kept(
     finally:
         for t, old in before: t.data.copy_(old)
 
-
 class Place(NamedTuple):
     "Where in a model a parameter sits."
     layer: int | None       # counted from 0; None: outside the layers
     kind: str               # one of `PARAMETER_KINDS`
 
-
 PARAMETER_KINDS = ('attention', 'ffn', 'norms', 'adapters', 'embeddings', 'head')
 PATTERNS = {'norms': 'norm|ln_', 'adapters': 'adapter',
             'embeddings': r'embed|position|languages|wte|wpe', 'attention': 'att'}
-
 
 def locate_parameter(
     name: str,      # of a parameter, as `named_parameters` gives it
@@ -162,7 +158,6 @@ def locate_parameter(
     for kind, pattern in PATTERNS.items():
         if re.search(pattern, name.lower()): return Place(layer, kind)
     return Place(layer, 'head' if layer is None else 'ffn')
-
 
 def parameter_groups(
     name: str,              # of a parameter

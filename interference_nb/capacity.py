@@ -170,7 +170,6 @@ def bottom_line(gaps: pd.DataFrame,  # of `interference`
             f'end it hurts in {hurt} of {len(ends)} cells of width and pair, helps in {help_}, and '
             f'the others are undecided (95% intervals, {n} seed{"s" * (n > 1)} or more).')
 
-
 # %% ../nbs/07g_capacity.ipynb #35c379ad
 def sweep_table(gaps: pd.DataFrame,  # of `interference`
                 sweep: Sweep,  # what was asked for

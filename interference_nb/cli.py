@@ -27,15 +27,15 @@ from .folders import (FolderSource, describe_text, find_files, passed_over,
 from .tasks import (TASKS, TaskData, read_data, scores_by_type, task_spec,
                                    usable_rows)
 from .tokenizers import load_tokenizer
-from .files import (InputError, explain_write_errors, load_checkpoint,
-                                   read_jsonl, remedy_of, write_atomically)
+from .files import (InputError, check_choice, explain_write_errors,
+                                   load_checkpoint, read_jsonl, remedy_of, require_package,
+                                   write_atomically)
 from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, check_specs, complete,
                                          default_workers, inputs_of, is_pretrained, load_run_data,
                                          make_batches, open_run, prune_model, run, run_of)
 import pandas as pd
 import torch
 from .capacity import Sweep, run_sweep, sweep_runs, write_sweep
-from .claims import text_table
 from .records import compare, read_rows
 from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose,
                                        columns_that_fit, for_terminal,
@@ -94,12 +94,10 @@ def _show(*tables: pd.DataFrame):  # of text
 
 DEMO_MEGABYTES = 8      # of text a language: more than its longest run reads
 
-def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of records, table, figure
+def interference_demo(cfg: DemoConfig) -> Path:  # folder of records, table, figure
     "Run the comparison, print its page, draw its figure."
-    cfg = cfg or DemoConfig()
     toy = cfg.data.startswith('toy')
-    if cfg.scale and cfg.scale not in SCALES:
-        raise InputError(f"unknown scale '{cfg.scale}'. Use one of {', '.join(SCALES)}.")
+    if cfg.scale: check_choice('scale', cfg.scale, SCALES)
     own = STUDIES['demo' if toy else 'demo-text']
     langs = split_commas(cfg.langs) or own.pairs[0]
     scale = SCALES[cfg.scale] if cfg.scale else own.scale
@@ -117,10 +115,6 @@ def interference_demo(cfg: DemoConfig | None = None) -> Path:  # folder of recor
                     systems=split_commas(cfg.systems) if cfg.systems else own.systems,
                     tasks=split_commas(cfg.tasks), seeds=cfg.seeds, small=cfg.max_sentences)
     return _run_and_show(cfg, study, DEMO, f"demo-{'toy' if toy else '-'.join(langs)}")
-
-def _picture_of(exhibit) -> str:
-    "Name the picture to look at first."
-    return 'figure.svg' if exhibit is DEMO else 'conflict.svg'
 
 def _next_step(cfg, out: Path) -> str:
     "Say what to type after a study."
@@ -149,9 +143,10 @@ def _run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of reco
     if rank_and_world_size()[0]: return out
     tell_failed(failed, n)
     page = (out/'table.md').read_text(encoding='utf-8')
+    picture = 'figure.svg' if exhibit is DEMO else 'conflict.svg'
     say('\n' + for_terminal(page, min(shutil.get_terminal_size().columns, 100)))
     say(f'{(time.time() - t0) / 60:.1f} minutes. Records: {out}/*/record.jsonl; this page: '
-        f'{out/"table.md"}\nNext: open {out/_picture_of(exhibit)}, then {_next_step(cfg, out)}')
+        f'{out/"table.md"}\nNext: open {out/picture}, then {_next_step(cfg, out)}')
     return out
 
 # %% ../nbs/09_cli.ipynb #21d80ca5
@@ -227,20 +222,18 @@ class FinetuneCommand(RunOptions):
     workers: int = 1  # trials side by side, one per GPU
 
 # %% ../nbs/09_cli.ipynb #87063af8
-def _spec_of(cfg: TextOptions, scale: Scale, system: str = 'joint',
-             meta: MetaConfig | None = None) -> RunSpec:
+def _spec_of(cfg: TextOptions, scale: Scale, system: str = 'joint') -> RunSpec:
     """Describe what a command works on as a run without tasks.
 
     Raises `InputError` for a system that is unknown, of the hub, or for one language only."""
-    if system not in SYSTEMS:
-        raise InputError(f"unknown system '{system}'. Use one of {', '.join(SYSTEMS)}.")
+    check_choice('system', system, SYSTEMS)
     if SYSTEMS[system].hub:
         raise InputError(f'{system} comes from the hub and is not pretrained. Use another system.')
     langs, caps = split_commas(cfg.langs), dict(cfg.max_sentences)
     if SYSTEMS[system].mono and len(langs) != 1:
         raise InputError(f'{system} is a model of one language, not of {", ".join(langs)}. '
                          'Use --langs en.')
-    return RunSpec(system, langs, langs, scale.train.seed, scale, cfg.data, (), caps, meta)
+    return RunSpec(system, langs, langs, scale.train.seed, scale, cfg.data, (), caps)
 
 def prepare(cfg: PrepareConfig):  # the command's options
     "Make vocabulary and token files where `pretrain` looks for them."
@@ -261,8 +254,8 @@ def statistics(cfg: StatisticsConfig):  # the command's options
     "Print Table 1."
     rows = corpus_statistics(open_source(cfg.data), split_commas(cfg.langs),
                              temperature=cfg.temperature,
-                             max_sentences=dict(cfg.max_sentences) or None)
-    print(statistics_table(rows))
+                             max_sentences=dict(cfg.max_sentences))
+    _show(statistics_table(rows))
     print('P is the probability of a language at a step. '
           'Tasks: labelled rows of train / validation / test.')
 
@@ -400,7 +393,6 @@ def predict_run(cfg: PredictCommand) -> Path:  # of the file
           + ', true tag' * (cfg.text is None))
     return out
 
-
 # %% ../nbs/09_cli.ipynb #51ce7ea8
 @dataclass(frozen=True, kw_only=True)
 class ProbeCommand(RunOptions):
@@ -503,14 +495,13 @@ def compare_runs(cfg: CompareCommand):  # the command's options
         records.append(rows)
     differences, found, why = compare(*records)
     short = lambda x: '–' if x is None else textwrap.shorten(str(x), 24, placeholder='…')
-    if len(differences): print(text_table(differences.map(short)), end='\n\n')
+    if len(differences): _show(differences.map(short))
     if len(found):
         found['difference'] = [f'{b - a:+.2f}' if None not in (a, b) else '–'
                                for a, b in zip(found['first'], found['second'], strict=True)]
         number = lambda x: f'{x:.2f}' if isinstance(x, float) and x == x else short(x)
-        print(text_table(found.map(number)), end='\n\n')
+        _show(found.map(number))
     print(why)
-
 
 # %% ../nbs/09_cli.ipynb #dbe8192e
 @dataclass(frozen=True, kw_only=True)
@@ -627,8 +618,7 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
     study = make_study(cfg.scale, cfg.data, cfg.steps, seeds=cfg.seeds,
                        targets=split_commas(cfg.targets), systems=split_commas(cfg.systems),
                        tasks=split_commas(cfg.tasks), family=cfg.family)
-    if cfg.engine not in ('local', 'slurm'):
-        raise InputError(f"unknown engine '{cfg.engine}'. Use local or slurm.")
+    check_choice('engine', cfg.engine, ('local', 'slurm'))
     if targets := split_commas(cfg.targets): check_languages(open_source(study.data), targets)
     exhibits = choose(split_commas(cfg.exhibits), study)
     out, source = cfg.out or Path('runs')/f'reproduce-{cfg.scale}', open_source(study.data)
@@ -649,7 +639,7 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
 
 def _plan_of(exhibits, study, source, out: Path, workers: int) -> str:
     "Say what exhibits take before they can be written, and which runs cannot be made."
-    from interference_nb.planner import plan_missing
+    from interference_nb.planner import as_text, plan_missing
     of = {e.name: specs_of([e], study, source) for e in exhibits}
     of |= dict(together=specs_of(exhibits, study, source))
     other = check_records(of['together'], out)
@@ -659,15 +649,12 @@ def _plan_of(exhibits, study, source, out: Path, workers: int) -> str:
     if other: note += (' Not to be run, for their folders hold other settings: '
                        f'{", ".join(other)}.')
     note = f'Exhibits share runs: the last line counts each once. {note}'
-    return f'{text_table(pd.DataFrame(lines, columns=header))}\n\n{note}'
+    return f'{as_text(header, lines)}\n\n{note}'
 
 def _executor_of(cfg: ReproduceConfig, out: Path):
     "Give what runs the runs: None for this machine's processes, or SLURM jobs."
     if cfg.engine == 'local': return None
-    try: import submitit
-    except ImportError:
-        raise InputError("SLURM jobs need submitit. Install it with "
-                         "pip install 'interference_nb[slurm]'.") from None
+    submitit = require_package('submitit', 'slurm')
     try: executor = submitit.AutoExecutor(out/'slurm', cluster='slurm')
     except RuntimeError as e: raise InputError(f'{e}. Leave --engine slurm out.') from None
     executor.update_parameters(name='interference', cpus_per_task=1, **cfg.slurm)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS', 'LABELS', 'LABEL_COLUMN', 'TASK_COLUMNS', 'CODE',
-           'COLUMNS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'XNLI', 'HUB_LANGUAGES', 'ROWS',
-           'IDS_PER_BYTE', 'UNKNOWN', 'Source', 'explain_row', 'short', 'map_labels', 'label_names', 'name_labels',
-           'split_sentences', 'sampling_probabilities', 'cap_sentences', 'check_languages', 'check_code', 'check_caps',
-           'train_tokenizer', 'split_of', 'check_task', 'hub_row', 'HubSource', 'Corpus', 'check_rows', 'disk_needed',
-           'check_room', 'prepare_corpus', 'text_notes', 'mask_tokens', 'Batch', 'Stream', 'dev_batches',
-           'corpus_statistics', 'statistics_cells', 'statistics_table']
+           'COLUMN_TESTS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'XNLI', 'HUB_LANGUAGES',
+           'ROWS', 'IDS_PER_BYTE', 'UNKNOWN', 'Source', 'explain_row', 'short', 'map_labels', 'label_names',
+           'name_labels', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'check_languages', 'check_code',
+           'check_caps', 'train_tokenizer', 'split_of', 'hub_row', 'HubSource', 'Corpus', 'disk_needed', 'check_room',
+           'prepare_corpus', 'text_notes', 'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'corpus_statistics',
+           'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
 import copy, functools, hashlib, heapq, json, re, sys, zlib
@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from .distributed import cpu_count, parallel_map
-from .files import (InputError, file_hash, free_space, run_lock, say_once,
-                                   size_in_words, write_atomically)
+from .files import (InputError, check_choice, file_hash, free_space, run_lock,
+                                   say_once, size_in_words, write_atomically)
 from .tokenizers import BOS, EOS, MASK, SPECIALS, UNK, Tokenizer, WordTokenizer
 
 # %% ../nbs/00_data.ipynb #64ba85b6
@@ -47,6 +47,7 @@ class Source:
     pairs: bool = False         # documents are two lines, each with an `</s>`
     any_language: bool = False  # it may have more languages than it lists
     names_labels: bool = False  # `examples` maps names of labels, of a task of one's own too
+    skipped: dict = {}          # {(lang, split): what was left out of the text, as it was read}
 
     def text(self, lang: str,  # language code
              split: str = 'train',  # 'train', 'validation' or 'test'
@@ -104,7 +105,7 @@ _HALF = re.compile('[\ud800-\udfff]')   # half a character, as a cut escape of J
 def _is_id(x): return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 def _is_list(of): return lambda x: isinstance(x, (list, tuple, np.ndarray)) and all(map(of, x))
 
-COLUMNS = dict(  # {column: (test, what is wanted)}
+COLUMN_TESTS = dict(  # {column: (test, what is wanted)}
     text=(_is_text, 'a string'), tokens=(_is_list(_is_text), 'a list of words'),
     ner_tags=(_is_list(lambda x: _is_id(x) or _is_text(x)), 'a list of label ids or names'),
     premise=(_is_text, 'a string'), hypothesis=(_is_text, 'a string'),
@@ -113,7 +114,7 @@ COLUMNS = dict(  # {column: (test, what is wanted)}
     answers=(lambda x: isinstance(x, dict) and _is_list(_is_text)(x.get('text'))
              and _is_list(_is_id)(x.get('answer_start')),
              "{'text': [strings], 'answer_start': [whole numbers]}"))
-COLUMNS['upos'] = COLUMNS['ner_tags']
+COLUMN_TESTS['upos'] = COLUMN_TESTS['ner_tags']
 
 def explain_row(kind: str,  # 'text' or a task
                 row: dict,  # as it was read
@@ -121,7 +122,7 @@ def explain_row(kind: str,  # 'text' or a task
     "Say which column of a row holds what it should not."
     if 'unreadable' in row: return row['unreadable']
     for column in ('text',) if kind == 'text' else TASK_COLUMNS.get(kind, ()):
-        sound, wanted = COLUMNS.get(column, (lambda x: True, 'a value'))
+        sound, wanted = COLUMN_TESTS.get(column, (lambda x: True, 'a value'))
         if column not in row: return f'column {column!r} is missing; wanted is {wanted}'
         if not sound(row[column]):
             return f'column {column!r} holds {short(row[column])}; wanted is {wanted}'
@@ -217,12 +218,12 @@ def cap_sentences(documents: Iterable[str],   # a language's documents
     return (document for *_, document in sorted(heap, key=lambda row: -row[1]))
 
 # %% ../nbs/00_data.ipynb #0d4133f0
-def _chunks(documents: Iterable[str], size: int = 2**18) -> Iterator[list[str]]:
-    "Group documents into chunks of about `size` characters."
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+    "Group documents into chunks of about 262,144 characters."
     chunk, n = [], 0
     for document in documents:
         chunk.append(document); n += len(document)
-        if n >= size:
+        if n >= 2**18:
             yield chunk
             chunk, n = [], 0
     if chunk: yield chunk
@@ -251,22 +252,15 @@ def check_code(lang: str,  # what names a language, and folders
     raise InputError(f'{short(lang)} is no language code. It has letters and digits, with hyphens '
                      f'or underscores inside, and 32 of them at most.{more}')
 
-def check_caps(max_sentences: dict | int | None,  # caps, as for prepare_corpus
+def check_caps(max_sentences: dict[str, int],  # caps, as for prepare_corpus
                langs: Iterable[str],  # the languages that have text here
                ) -> None:
     "Raise `InputError` for a cap that would cap nothing, or leave nothing."
-    caps = max_sentences if isinstance(max_sentences, dict) else {'': max_sentences}
-    for lang, n in caps.items():
-        if lang and lang not in langs:
+    for lang, n in max_sentences.items():
+        if lang not in langs:
             raise InputError(f"max_sentences has {lang!r}, which is none of the languages "
                              f"{', '.join(langs)}. Correct or leave it out.")
-        if n is not None and n < 1:
-            of = f' of {lang}' if lang else ''
-            raise InputError(f"{n} sentences{of} are no text. Use 1 or more.")
-
-def _cap(max_sentences: dict | int | None, lang: str) -> int | None:
-    "Look up a language's sentence cap."
-    return max_sentences.get(lang) if isinstance(max_sentences, dict) else max_sentences
+        if n < 1: raise InputError(f"{n} sentences of {lang} are no text. Use 1 or more.")
 
 def _draw(seed: int, item: tuple) -> tuple[int, list]:
     "Count a chunk's sentences, and give those whose pseudo-random keys are below the limit."
@@ -292,18 +286,18 @@ def train_tokenizer(source: Source,        # where the text comes from
                     langs: Iterable[str],  # the languages that share the vocabulary
                     vocab_size: int,       # 32,000 in the paper
                     temperature: float = 1.,  # T of the language distribution
-                    max_sentences: dict | int | None = None,  # caps, as for prepare_corpus
+                    max_sentences: dict[str, int] | None = None,  # caps, as for prepare_corpus
                     sample_sentences: int = 1_000_000,  # the sample, all languages together
                     seed: int = 0,         # another seed, another sample
                     workers: int | None = None,  # processes; None: one a core, at most 16
                     character_coverage: float = .9995,  # as for train_bpe
                     ) -> Tokenizer:        # ready to use and to save
     "Train one BPE vocabulary on a sample with the language distribution [paper Section 3.2]."
-    langs, samples, sizes = check_languages(source, langs), {}, {}
-    check_caps(max_sentences, langs)
+    langs, samples, sizes, caps = check_languages(source, langs), {}, {}, max_sentences or {}
+    check_caps(caps, langs)
     workers = workers or min(cpu_count(), 16)
     for lang in langs:
-        documents = cap_sentences(source.text(lang, 'train'), _cap(max_sentences, lang), seed)
+        documents = cap_sentences(source.text(lang, 'train'), caps.get(lang), seed)
         samples[lang], sizes[lang] = _sample(documents, sample_sentences, seed, workers)
     P = sampling_probabilities(sizes, temperature)
     n = min(sample_sentences, sum(sizes.values()))
@@ -318,13 +312,6 @@ def split_of(document_id: str,       # the document's id
     "Choose a document's split by a hash of its id."
     u = zlib.crc32(str(document_id).encode()) / 2**32
     return 'validation' if u < held_out else 'test' if u < 2 * held_out else 'train'
-
-# %% ../nbs/00_data.ipynb #d7deb723
-def check_task(task: str,  # a name
-               ) -> str:  # the same
-    "Return the task if it is known; raises `InputError` if not."
-    if task in TASK_COLUMNS: return task
-    raise InputError(f"unknown task {task!r}. There are: {', '.join(TASK_COLUMNS)}.")
 
 # %% ../nbs/00_data.ipynb #b29ad101
 HUB = dict(text='wikimedia/wikipedia', ner='unimelb-nlp/wikiann',
@@ -469,7 +456,8 @@ class HubSource(Source):
                  labels: tuple[str, ...] | None = None,  # in the order of the ids; None: our own
                  ) -> list[dict]:
         "Give the rows of a labelled task; its labels are mapped by the names that the hub gives."
-        known = HUB_LANGUAGES.get(check_task(task), (lang,))
+        check_choice('task', task, TASK_COLUMNS)
+        known = HUB_LANGUAGES.get(task, (lang,))
         configs = dict(ner=[(lang,)], pos=[(None, t) for t in self._treebanks(task, lang)],
                        qa=[('secondary_task',)], nli=[(lang,)])[task]
         if lang not in known or not configs:
@@ -545,12 +533,7 @@ class Corpus:
         return len(self.ids)
 
 # %% ../nbs/00_data.ipynb #95999e3d
-ROWS = 'documents', 'segments'
-
-def check_rows(rows: str) -> str:  # what packs into rows: 'documents' or 'segments'
-    "Return the choice if there is such a one; raises `InputError` if not."
-    if rows in ROWS: return rows
-    raise InputError(f"unknown rows {rows!r}. Use {' or '.join(map(repr, ROWS))}.")
+ROWS = 'documents', 'segments'      # what is packed into rows
 
 def _encode_documents(tokenizer, form: str, documents: list[str]) -> tuple:
     "Tokenise documents: ids as bytes, then tokens, documents, sentences and unknown subwords."
@@ -600,7 +583,7 @@ def _read_manifest(folder: Path) -> dict[str, dict]:
 def _key(source: Source, lang: str, split: str, tokenizer, max_sentences, seed: int,
          rows: str) -> dict:
     "List what a file of ids depends on."
-    cap = _cap(max_sentences, lang) if split == 'train' else None
+    cap = (max_sentences or {}).get(lang) if split == 'train' else None
     key = dict(lang=lang, split=split, source=source.name, tokenizer=tokenizer.fingerprint,
                revision=_text_revision(source, lang), max_sentences=cap, seed=cap and seed)
     if source.pairs: return key | {'pairs': True}    # one segment each
@@ -631,7 +614,7 @@ def disk_needed(source: Source,        # where the text comes from
                 langs: Iterable[str],  # a row each
                 folder: str | Path,    # where the ids go
                 tokenizer: Tokenizer | WordTokenizer | None = None,  # None: not yet trained
-                max_sentences: dict | int | None = None,  # caps, as for prepare_corpus
+                max_sentences: dict[str, int] | None = None,  # caps, as for prepare_corpus
                 splits: tuple[str, ...] = SPLITS, seed: int = 0,  # the same
                 rows: str = 'documents',  # the same
                 ) -> list[dict]:       # bytes: of text, of ids and local copy still to be made
@@ -645,7 +628,7 @@ def disk_needed(source: Source,        # where the text comes from
             row['text'] += text
             key = tokenizer and _key(source, lang, split, tokenizer, max_sentences, seed, rows)
             if key and _find(Path(folder), key): continue
-            cap = _cap(max_sentences, lang) if split == 'train' else None
+            cap = (max_sentences or {}).get(lang) if split == 'train' else None
             look = text and (tokenizer or cap) and not copy
             bound = min(text, 400 * cap) if cap else text       # bytes; sentences have fewer
             row['ids'] += (_ids_size(source, lang, split, tokenizer, text, cap, key) if look
@@ -690,7 +673,7 @@ def prepare_corpus(source: Source,        # where the text comes from
                    langs: Iterable[str],  # the languages to tokenise
                    tokenizer: Tokenizer | WordTokenizer,  # its vocabulary fits 16 bits
                    folder: str | Path,    # where the ids and the manifest go
-                   max_sentences: dict | int | None = None,  # training sentences kept, or {lang: n}
+                   max_sentences: dict[str, int] | None = None,  # most training sentences
                    workers: int | None = None,  # processes; None: one a core, at most 16
                    splits: tuple[str, ...] = SPLITS,  # a source may lack 'test'
                    seed: int = 0,         # of the subsample where a cap is set
@@ -698,11 +681,12 @@ def prepare_corpus(source: Source,        # where the text comes from
                    ) -> dict[str, dict[str, Corpus]]:  # {lang: {split: Corpus}}
     "Tokenise a source once, in parallel, into memory-mapped ids; later calls only map them."
     langs, folder, corpora = check_languages(source, langs), Path(folder), {}
-    check_caps(max_sentences, langs)
+    check_caps(max_sentences or {}, langs)
     workers = workers or min(cpu_count(), 16)
     if tokenizer.vocab_size > 2**16:
         raise InputError(f"{tokenizer.vocab_size} subwords do not fit 16 bits. Use at most 65536.")
-    about = tokenizer, max_sentences, splits, seed, check_rows(rows)
+    check_choice('rows', rows, ROWS)
+    about = tokenizer, max_sentences, splits, seed, rows
     check_room(disk_needed(source, langs, folder, *about), folder)
     for lang, split in ((lang, split) for lang in langs for split in splits):
         key = _key(source, lang, split, tokenizer, max_sentences, seed, rows)
@@ -741,7 +725,7 @@ def _prepare(source: Source, key: dict, tokenizer, folder: Path,
         if found := _find(folder, key): return found        # another process made it meanwhile
         documents = cap_sentences(documents, key['max_sentences'], key['seed'] or 0)
         counts = _tokenise(documents, tokenizer, folder / name, workers, _form(key))
-        skipped = getattr(source, 'skipped', {}).get((lang, split), [])
+        skipped = source.skipped.get((lang, split), [])
         some = '; '.join(skipped[:3])
         if not counts['documents']:
             (folder / name).unlink()
@@ -887,15 +871,16 @@ def corpus_statistics(source: Source,        # where the text comes from
                       langs: Iterable[str],  # one row each
                       tokenizer: Tokenizer | WordTokenizer | None = None,  # to count tokens too
                       temperature: float = 1.,  # T of P_i
-                      max_sentences: dict | int | None = None,  # caps, as for prepare_corpus
+                      max_sentences: dict[str, int] | None = None,  # caps, as for prepare_corpus
                       workers: int | None = None,  # processes; None: one a core, at most 16
                       ) -> list[dict]:       # one dict a language
     "Count the training text of each language, and the rows of its tasks [paper Table 1]."
     rows, workers = [], workers or min(cpu_count(), 16)
     names = ('documents', 'sentences', 'words', 'bytes') + ('tokens',) * bool(tokenizer)
-    check_caps(max_sentences, langs := check_languages(source, langs))
+    langs, caps = check_languages(source, langs), max_sentences or {}
+    check_caps(caps, langs)
     for lang in langs:
-        documents = cap_sentences(source.text(lang, 'train'), _cap(max_sentences, lang))
+        documents = cap_sentences(source.text(lang, 'train'), caps.get(lang))
         counts = parallel_map(functools.partial(_count, tokenizer), _chunks(documents), workers)
         total = {what: sum(n) for what, *n in zip(names, *counts)}
         rows.append(dict(lang=lang, language=LANGUAGES.get(lang, lang), **total))
@@ -904,19 +889,15 @@ def corpus_statistics(source: Source,        # where the text comes from
     return [row | {'P': P[row['lang']]} | sizes(row['lang']) for row in rows]
 
 # %% ../nbs/00_data.ipynb #d99b6511
-def statistics_cells(rows: list[dict],  # from corpus_statistics
-                     ) -> list[dict[str, str]]:  # the same as text: '1,234', '0.52', '20 / 5 / -'
+def statistics_table(rows: list[dict],  # from corpus_statistics
+                     ):  # a data frame of text: '1,234', '0.52', '20 / 5 / -'
     "Write each number as a table shows it [paper Table 1]."
+    import pandas as pd
     def cell(key, value):
         if isinstance(value, tuple) and not any(value): return '-'
         if isinstance(value, tuple): return ' / '.join(f'{n:,}' if n else '-' for n in value)
         if isinstance(value, str): return value
         if key == 'bytes': return f'{value / 1e6:.2f}'
         return f'{value:.3f}' if key == 'P' else f'{value:,}'
-    return [{'MB' if k == 'bytes' else k: cell(k, v) for k, v in row.items()} for row in rows]
-
-def statistics_table(rows: list[dict],  # from corpus_statistics
-                     ) -> str:          # a Markdown table
-    "Lay the statistics out as a table [paper Table 1]."
-    from tabulate import tabulate
-    return tabulate(statistics_cells(rows), 'keys', 'pipe', disable_numparse=True)
+    return pd.DataFrame([{'MB' if k == 'bytes' else k: cell(k, v) for k, v in row.items()}
+                         for row in rows])

@@ -158,13 +158,13 @@ def signals_kept():
 
 # %% ../nbs/01b_distributed.ipynb #875ab004
 @contextlib.contextmanager
-def first_process_first(patience: timedelta = timedelta(days=7)):  # how long the others wait
+def first_process_first():
     "Let rank 0 go through a block before the others do; if it fails, all fail."
     rank, world = rank_and_world_size()
     if world == 1:
         yield
         return
-    error, group = None, _patient_group(dist.group.WORLD, patience)
+    error, group = None, _patient_group(dist.group.WORLD)
     if rank == 0:
         try: yield
         except BaseException as e: error = e
@@ -172,9 +172,9 @@ def first_process_first(patience: timedelta = timedelta(days=7)):  # how long th
     if rank: yield
 
 @functools.lru_cache(1)
-def _patient_group(world, patience):
-    "Make a group that waits longer; once, as each has sockets and threads of its own."
-    return dist.new_group(backend='gloo', timeout=patience)
+def _patient_group(world):
+    "Make a group that waits for days; once, as each has sockets and threads of its own."
+    return dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
 def fail_together(error: BaseException | None,  # the first process's; None: all went well
                   group=None,  # None: all processes

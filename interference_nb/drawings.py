@@ -364,14 +364,11 @@ document.querySelectorAll('.meta-live:not([data-on])').forEach(box => {
 
 # %% ../nbs/08e_drawings.ipynb #8b0178a6
 def meta_step_live(
-    beta: float = .5,       # rate of the inner step, 0.05 to 1
     angle: float = 120.,    # between the two languages' gradients, degrees, 0 to 180
-    eps: float = .5,        # length of the finite difference, 0.01 to 1.5
-    bend: float = .3,       # b of the losses, 0 to 0.5
 ):                          # an IPython HTML object
     "Make a meta step to drag by mouse, finger or keys, without a kernel [paper Eq. 3-4, 8]."
     from IPython.display import HTML
-    start = f'{{beta: {beta}, angle: {angle}, eps: {eps}, bend: {bend}}}'
+    start = f'{{beta: 0.5, angle: {angle}, eps: 0.5, bend: 0.3}}'
     words = dict(STYLE=STYLE, START=start, COLOUR1=ACCENTS[0], COLOUR2=ACCENTS[3], DIRECT=DIRECT,
                  SECOND=SECOND, BOTH=SYSTEM_COLOURS['meta_adpt'])
     page = _LIVE

@@ -7,8 +7,8 @@ __all__ = ['SYSTEMS', 'SCALES', 'FINETUNED', 'FORMAT', 'System', 'Scale', 'for_t
            'vocabulary', 'check_specs', 'each_once', 'run', 'checkpoint_size', 'with_vocabulary', 'make_step',
            'is_pretrained', 'check_task_rows', 'finetuning_jobs', 'make_batches', 'open_run', 'prune_model', 'complete',
            'holds_all', 'own_rows', 'check_rows', 'inputs_of', 'check_inputs', 'matching_row', 'run_of', 'check_format',
-           'device', 'on_cpu', 'pretrain_all', 'ready', 'smoke_test_spec', 'smoke_test', 'cost', 'default_workers',
-           'run_all']
+           'device', 'on_cpu', 'pretrain_all', 'ready', 'smoke_test_spec', 'smoke_test', 'cost', 'work_left',
+           'default_workers', 'run_all']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
 import itertools, json, math, shutil, sys, tempfile, time
@@ -24,8 +24,9 @@ from .data import (Stream, check_caps, check_code, check_languages, check_room,
                                   dev_batches, disk_needed, text_notes,
                                   prepare_corpus, train_tokenizer)
 from .tokenizers import load_tokenizer
-from .files import (InputError, JsonlLog, free_space, load_checkpoint, read_jsonl,
-                                   run_lock, save_checkpoint, size_in_words, weights_hash)
+from .files import (InputError, JsonlLog, check_choice, free_space,
+                                   load_checkpoint, read_jsonl, run_lock, save_checkpoint,
+                                   size_in_words, weights_hash)
 from .toy_languages import open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
 from .distributed import (cpu_count, first_process_first, in_subprocess,
@@ -169,8 +170,7 @@ def plan(systems: Iterable[str],  # keys of `SYSTEMS`
          tasks: Iterable[str] = ('ner', 'pos'),  # keys of `TASKS`
          ) -> list[RunSpec]:
     "List the runs that a comparison of systems needs. Raises `InputError` for unknown names."
-    if unknown := [s for s in systems if s not in SYSTEMS]:
-        raise InputError(f"unknown system '{unknown[0]}'. Use some of {', '.join(SYSTEMS)}.")
+    check_choice('system', list(systems), SYSTEMS)
     if not systems or not langs or seeds < 1:
         raise InputError('nothing to run: name a system, a language and at least one seed.')
     for task in tasks: task_spec(task)                          # an unknown one is refused here
@@ -187,7 +187,7 @@ def load_run_data(spec: RunSpec,  # the run
     "Open the data of a run: source, vocabulary of the pair, {lang: {split: Corpus}}."
     source, place, tokenizer = vocabulary(spec, folder, source)
     return source, tokenizer, prepare_corpus(source, spec.pair, tokenizer, place,
-                                             spec.max_sentences or None, workers,
+                                             spec.max_sentences, workers,
                                              rows=spec.scale.train.rows)
 
 def vocabulary(spec: RunSpec,  # the run
@@ -203,7 +203,7 @@ def vocabulary(spec: RunSpec,  # the run
     place = Path(folder)/'data'/('+'.join(spec.pair) + capped + (f'-{spec.seed}' if toy else ''))
     if toy: return source, place, toy_tokenizer(source, langs)
     if not make and not place.exists(): return source, place, None
-    about = spec.scale.model.vocab_size, spec.scale.train.temperature, spec.max_sentences or None
+    about = spec.scale.model.vocab_size, spec.scale.train.temperature, spec.max_sentences
     return source, place, cached_tokenizer(source, langs, *about, place/'tokenizer', make)
 
 # %% ../nbs/07_experiments.ipynb #ded00c23
@@ -232,7 +232,6 @@ def each_once(specs: list[RunSpec]):  # runs
     names = [s.name for s in specs]
     if twice := [n for n in names if names.count(n) > 1]:
         raise InputError(f'{twice[0]} is asked for twice. Name each pair and each system once.')
-
 
 # %% ../nbs/07_experiments.ipynb #086f0cee
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
@@ -544,9 +543,6 @@ def inputs_of(spec: RunSpec,  # a run
     return source.fingerprints((task_spec(task).data,), langs) if task else source.fingerprints(
         ('text',), spec.pair)
 
-def _change(then: str | None, now: str | None) -> str:
-    return 'is new' if then is None else 'is gone' if now is None else 'has other content'
-
 def check_inputs(spec: RunSpec, rows: list[dict], home: Path):  # a run, its record, its folder
     """Raise `InputError` if a record was made from a folder with other content, naming the files.
 
@@ -561,8 +557,9 @@ def check_inputs(spec: RunSpec, rows: list[dict], home: Path):  # a run, its rec
         if not then: continue
         source = source or open_source(spec.data)
         now = inputs_of(spec, source, task, langs)
-        if differ := [f'{name} {_change(then.get(name), now.get(name))}'
-                      for name in sorted(then | now) if then.get(name) != now.get(name)]:
+        if differ := [f'{n} is new' if n not in then else f'{n} is gone' if n not in now else
+                      f'{n} has other content' for n in sorted(then | now)
+                      if then.get(n) != now.get(n)]:
             raise InputError(f'{home} was made from other data than {spec.data}: '
                              f'{", ".join(differ[:6])}. Name another folder with --out, or the '
                              'data that it was made from with --data.')
@@ -668,6 +665,17 @@ def cost(spec: RunSpec) -> float:  # of a run, in plain steps
         work += langs * trials * cfg.epochs * rows / spec.scale.train.batch_size / many
     gates = sum(c.steps * c.seeds * K * c.batch_size for c in spec.prune)
     return work + gates / spec.scale.train.batch_size / many
+
+def work_left(spec: RunSpec, rows: list[dict]) -> float:  # of a run, the rows of its record
+    "Estimate the work that a record lacks, as `cost`; it shrinks with each step and each job."
+    bare, steps = replace(spec, tasks=(), prune=()), max(spec.train.steps, 1)
+    at = max((r.get('step', 0) for r in rows if r['kind'] in ('step', 'eval', 'end')), default=0)
+    left = cost(bare) * (1 - min(at / steps, 1.))
+    for t in spec.tasks:
+        missing = [l for l in spec.langs if not matching_row(rows, (t, l))]
+        left += (cost(replace(bare, tasks=(t,))) - cost(bare)) * len(missing) / len(spec.langs)
+    missing = tuple(p for p in spec.prune if not matching_row(rows, prune=p))
+    return left + cost(replace(bare, prune=missing)) - cost(bare)
 
 def default_workers() -> int:
     "Tell how many runs this machine takes at once: one on each GPU, else one on each core."

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from .adapters import SLOTS, MultilingualLM
 from .tokenizers import (BOS, EOS, MASK, PAD, SPECIALS, UNK, Tokenizer,
                                         WordTokenizer, load_tokenizer)
-from .files import InputError, explain_write_errors, write_atomically
-from .hub_models import require_package
+from .files import (InputError, explain_write_errors, file_hash, require_package,
+                                   write_atomically)
 from .transformer import ModelConfig, upgrade_model
 
 # %% ../nbs/05b_export.ipynb #7f6a4d9f
@@ -372,8 +372,7 @@ def export_hf(
             if adapters := _adapters(model): _save(part / ADAPTERS, adapters)
             save_hf_tokenizer(tokenizer, part, model.cfg.max_len)
             tokenizer.save(part / OWN_TOKENIZER)
-            files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-                     for p in sorted(part.iterdir())}
+            files = {p.name: file_hash(p) for p in sorted(part.iterdir())}
             config = json.dumps(_config(model, files, about), indent=1, default=str)
             (part / 'config.json').write_text(config)
             (part / 'README.md').write_text(_card(model, about), encoding='utf-8')

@@ -165,12 +165,11 @@ def plot_curves(folder,  # of records, or what `load` read from it
                 x: str = 'step',  # or 'passes'
                 max_step: float | None = None,  # leave out what comes after this x
                 systems: Iterable[str] = tuple(SYSTEMS),  # those to show
-                names=None,  # of runs; None: all that are there
                 ax=None,  # matplotlib axes; None: new ones
                 ) -> Figure:
     "Draw held-out perplexity over training, means over languages: ± sd over seeds."
     fig, ax = (ax.figure, ax) if ax else new_axes()
-    curves = read_curves(folder, names)
+    curves = read_curves(folder)
     _draw_curves(curves[curves['system'].isin(tuple(systems)) & (curves['text'] != 'train')], ax, x,
                 max_step)
     ax.set_ylabel('held-out perplexity')
@@ -204,15 +203,16 @@ def plot_perplexity(folder,  # of records, or what `load` read from it
     if unknown := [l for l in langs if l not in set(curves['text'])]:
         there = ', '.join(sorted(curves['text'].unique()))
         raise InputError(f"no held-out loss of '{unknown[0]}' under {folder}. It has: {there}.")
-    if axes is None: _, axes = new_axes(1, len(langs), width=1 + 2.4 * len(langs), height=2.8)
-    for ax, lang in zip(np.atleast_1d(axes), langs, strict=True):
+    if axes is None: axes = new_axes(1, len(langs), width=1 + 2.4 * len(langs), height=2.8)[1]
+    axes = np.atleast_1d(axes)
+    for ax, lang in zip(axes, langs, strict=True):
         own = curves[curves['text'] == lang]
         _draw_curves(own, ax, max_step=max_step)
         n = own['sentences'].iloc[0]
         label_ends(ax)
         ax.set_title(lang if n != n else f'{lang}, {n:,.0f} sentences', fontsize=9)
-    np.atleast_1d(axes)[0].set_ylabel('held-out perplexity')
-    return np.atleast_1d(axes)[0].figure
+    axes[0].set_ylabel('held-out perplexity')
+    return axes[0].figure
 
 # %% ../nbs/08_figures.ipynb #7e1c71aa
 def gaps(folder,  # of records, or what `load` read from it
@@ -405,36 +405,35 @@ def on_targets(scores: pd.DataFrame,  # of `load`
 # %% ../nbs/08_figures.ipynb #2fd7379a
 SHOWN = ('NER within', 'NER zero-shot', 'POS zero-shot')     # POS within is near its ceiling
 
-def _comparable(results: pd.DataFrame, metrics: Iterable[str] = SHOWN,
-               baseline: str = 'joint') -> list[str]:
-    "List the metrics in which some system can be compared with the baseline."
-    others = [s for s in results.index.unique(0) if s != baseline]
-    return [m for m in metrics if any(paired(results, m, s, baseline).n for s in others)]
+def _comparable(results: pd.DataFrame, metrics: Iterable[str] = SHOWN) -> list[str]:
+    "List the metrics in which some system can be compared with joint."
+    others = [s for s in results.index.unique(0) if s != 'joint']
+    return [m for m in metrics if any(paired(results, m, s).n for s in others)]
 
 def plot_differences(results: pd.DataFrame,  # of `on_targets` or `summarise`
                      metrics: Iterable[str] = SHOWN,  # columns of `results`
-                     baseline: str = 'joint',  # system that the others are compared with
                      axes=None,  # one for each metric; None: new ones
                      ) -> Figure:
-    "Draw paired differences to the baseline with their 95% intervals, a panel for each metric."
-    systems = [s for s in results.index.unique(0) if s != baseline][::-1]
-    metrics = _comparable(results, metrics, baseline)
+    "Draw paired differences to joint with their 95% intervals, a panel for each metric."
+    systems = [s for s in results.index.unique(0) if s != 'joint'][::-1]
+    metrics = _comparable(results, metrics)
     if not metrics:
-        raise InputError(f"no metric to compare with '{baseline}'. "
-                         'Does the record hold it and another system?')
-    if axes is None: fig, axes = new_axes(1, len(metrics), width=2.6 * len(metrics), height=2.2)
-    for ax, metric in zip(np.atleast_1d(axes), metrics, strict=False):
+        raise InputError("no metric to compare with 'joint'. Does the record hold it and another "
+                         'system?')
+    if axes is None: axes = new_axes(1, len(metrics), width=2.6 * len(metrics), height=2.2)[1]
+    axes = np.atleast_1d(axes)
+    for ax, metric in zip(axes, metrics, strict=False):
         for y, s in enumerate(systems):
-            if not (p := paired(results, metric, s, baseline)).n: continue
+            if not (p := paired(results, metric, s)).n: continue
             low, high = (p.low, p.high) if p.n > 1 else (p.delta, p.delta)
             ax.plot([low, high], [y, y], color=colour(s), lw=1.5)
             ax.plot(p.delta, y, 'o', color=colour(s), ms=5)
         ax.axvline(0, color='0.6', lw=.8, zorder=0)
         ax.set_title(metric, fontsize=9)
-        ax.set(xlabel=f'points over {baseline}',
-               ylim=(-.6, len(systems) - .4), yticks=range(len(systems)))
-        ax.set_yticklabels(systems if ax is np.atleast_1d(axes)[0] else [])
-    return np.atleast_1d(axes)[0].figure
+        ax.set(xlabel='points over joint', ylim=(-.6, len(systems) - .4),
+               yticks=range(len(systems)))
+        ax.set_yticklabels(systems if ax is axes[0] else [])
+    return axes[0].figure
 
 # %% ../nbs/08_figures.ipynb #fd080002
 KIND_COLOURS = {'toy languages': '#0072B2', 'real text': '#D55E00'}
@@ -474,7 +473,6 @@ def plot_forest(found: pd.DataFrame,  # of `findings.judged_together`; what was 
 def plot_control(
     results: pd.DataFrame,          # of `summarise`
     metric: str = 'POS zero-shot',  # a column of `results`
-    control: str = 'scratch',       # the system with random weights
     ax=None,                        # matplotlib axes; made if not given
 ) -> Figure:
     """Draw each system's scores beside those of random weights [paper sec. 4.2; our control].
@@ -482,7 +480,7 @@ def plot_control(
     Raises `InputError` if no system has the metric."""
     fig, ax = (ax.figure, ax) if ax else new_axes(width=4.6, height=3.1)
     scores = results.get(metric, pd.Series(dtype=float)).dropna()
-    systems = [s for s in scores.index.unique('system') if s != control]
+    systems = [s for s in scores.index.unique('system') if s != 'scratch']
     if not systems: raise InputError(f"no scores of '{metric}' in these records.")
     order = sorted(systems, key=lambda s: scores[s].mean())
     for y, s in enumerate(order):
@@ -490,8 +488,8 @@ def plot_control(
         if d.n > 1: ax.plot([d.low, d.high], [y, y], color=colour(s), lw=2)
         ax.plot(scores[s], [y] * len(scores[s]), '.', color=colour(s), alpha=.45, ms=4)
         ax.plot(d.delta, y, 'o', color=colour(s), ms=6)
-    if control in scores.index.unique('system'):
-        d = difference(scores[control])
+    if 'scratch' in scores.index.unique('system'):
+        d = difference(scores['scratch'])
         low, high = (d.low, d.high) if d.n > 1 else (d.delta - .2, d.delta + .2)
         ax.axvspan(low, high, color=GREYS[2], alpha=.6, lw=0, zorder=0)
         ax.text(high, len(order) - .45, ' random weights', fontsize=8, color=GREYS[1])
@@ -573,15 +571,13 @@ def running(values: np.ndarray, window: int) -> np.ndarray:
 def plot_groups(probes: dict,  # {'en-fr': rows of each seed's probe}
                 step: int = 0,  # the first step to count
                 width: int = 200,  # steps to average over
-                groups: Iterable[str] | None = None,  # None: what the probe has, without the sums
-                ax=None,  # matplotlib axes; None: new ones
                 ) -> Figure:
     "Draw cosines within and across languages by group at a time of training; 95% intervals."
     rows = next(iter(probes.values()))[0]
     known = [g for g in next(iter(rows[0]['cos'].values())) if g not in ('all', 'encoder')]
-    groups = list(groups or sorted(known, key=lambda g: (g.startswith('layer'), g)))
+    groups = sorted(known, key=lambda g: (g.startswith('layer'), g))
     conflict(rows, groups[0], step, step + width)           # a wrong step is refused before a plot
-    fig, ax = (ax.figure, ax) if ax else new_axes(width=1.5 + .8 * len(groups))
+    fig, ax = new_axes(width=1.5 + .8 * len(groups))
     shift = .8 / len(probes)
     for i, ((pair, seeds), colour) in enumerate(zip(probes.items(), ACCENTS, strict=False)):
         a, b = split_pairs(seeds[0][0]['cos'])[pair]
@@ -608,8 +604,9 @@ def plot_similarity(studies: list[dict],  # of `prune_study`, one a seed
     a, b = langs or tuple(studies[0]['ppl']['whole'])[:2]
     bars = {'one language, two seeds': (f'{a}-{a}', f'{b}-{b}'), f'{a}-{b}': (f'{a}-{b}',)}
     kinds = sorted({r['kind'] for r in studies[0]['similarity']} - {'all'})
-    if axes is None: _, axes = new_axes(1, len(kinds), width=3. * len(kinds), height=2.6)
-    for ax, kind in zip(np.atleast_1d(axes), kinds, strict=True):
+    if axes is None: axes = new_axes(1, len(kinds), width=3. * len(kinds), height=2.6)[1]
+    axes = np.atleast_1d(axes)
+    for ax, kind in zip(axes, kinds, strict=True):
         rows = [[r for r in s['similarity'] if r['kind'] == kind and r['layer'] is not None]
                 for s in studies]
         layers = sorted({r['layer'] for r in rows[0]})
@@ -620,9 +617,9 @@ def plot_similarity(studies: list[dict],  # of `prune_study`, one a seed
                   color=(GREYS[2], ACCENTS[2])[i])
         ax.axhline(0, color='0.6', lw=.8)
         ax.set(xticks=layers, xlabel=f'layer, {kind}', ylim=(min(-.2, ax.get_ylim()[0]), 1.05))
-    np.atleast_1d(axes)[0].set_ylabel(f'cosine of gates, {measure}{price(studies[0])}')
-    legend_above(np.atleast_1d(axes)[0], 2)
-    return np.atleast_1d(axes)[0].figure
+    axes[0].set_ylabel(f'cosine of gates, {measure}{price(studies[0])}')
+    legend_above(axes[0], 2)
+    return axes[0].figure
 
 # %% ../nbs/08_figures.ipynb #d367ffa3
 def plot_extremes(study: dict,  # of `prune_study`
@@ -673,12 +670,10 @@ def plot_overlap(study: dict,  # of `prune_study`
 
 # %% ../nbs/08_figures.ipynb #69dd2326
 def plot_pruned(studies: list[dict],  # of `prune_study`, one a seed
-                langs: tuple[str, str] | None = None,  # None: the study's first two
-                ax=None,  # matplotlib axes; None: new ones
                 ) -> Figure:
     "Draw what pruning each class of groups does to each language's loss; 95% intervals."
-    fig, ax = (ax.figure, ax) if ax else new_axes(width=6., height=2.8)
-    langs = langs or tuple(studies[0]['ppl']['whole'])[:2]
+    fig, ax = new_axes(width=6., height=2.8)
+    langs = tuple(studies[0]['ppl']['whole'])[:2]
     classes = [c for c in studies[0]['pruned'] if any(s['pruned'][c]['n'] for s in studies)]
     for i, (lang, colour) in enumerate(zip(langs, ACCENTS[:2], strict=True)):
         for j, (what, shade) in enumerate((('ppl', 1.), ('random', .35))):
@@ -833,14 +828,11 @@ def plot_distance(
     return fig
 
 # %% ../nbs/08_figures.ipynb #c0a1b2d3
-def plot_variants(
-    langs: tuple[str, ...] = ('en', 'sw'),  # languages, a colour each
-    variants: tuple[str, ...] = VARIANTS,   # which ones, from left to right
-) -> Figure:
+def plot_variants() -> Figure:
     "Draw one layer of each variant: grey is shared, coloured belongs to a language."
-    fig, axes = plt.subplots(1, len(variants), figsize=(2.1 * len(variants), 3.7), squeeze=False)
-    for ax, variant in zip(axes[0], variants, strict=True):
-        _draw_block(ax, langs, SLOTS[variant], shared=variant == 'share_adpt')
+    fig, axes = plt.subplots(1, len(VARIANTS), figsize=(2.1 * len(VARIANTS), 3.7), squeeze=False)
+    for ax, variant in zip(axes[0], VARIANTS, strict=True):
+        _draw_block(ax, ('en', 'sw'), SLOTS[variant], shared=variant == 'share_adpt')
         ax.set_title(variant, fontsize=11, pad=8)
         ax.set(xlim=(-.6, 1.35), ylim=(-.7, 7.6)); ax.axis('off')
     fig.tight_layout(pad=.4)
@@ -896,18 +888,17 @@ def plot_hard_concrete(
 # %% ../nbs/08_figures.ipynb #c0a1b2d5
 def plot_memory(
     memories: dict,             # {label: `planner.Memory` of one process}
-    available: float = 32e9,    # bytes of the device
 ) -> Figure:
-    "Draw bars of memory, split by what it is for."
-    from interference_nb.planner import KINDS
+    "Draw bars of memory, split by what it is for; the line: the 32 GB of a V100."
+    from interference_nb.planner import PURPOSES
     fig, axes = new_axes(height=.6 + .27 * len(memories), width=6.)
     ax, left = np.ravel(axes)[0], np.zeros(len(memories))
     colours = GREYS[0], ACCENTS[0], ACCENTS[3], ACCENTS[1], GREYS[2]
-    for kind, colour in zip(KINDS, colours, strict=True):
+    for kind, colour in zip(PURPOSES, colours, strict=True):
         sizes = np.array([getattr(m, kind) / 1e9 for m in memories.values()])
         ax.barh(range(len(sizes)), sizes, left=left, color=colour, label=kind, height=.75)
         left += sizes
-    ax.axvline(available / 1e9, color=GREYS[0], lw=1, ls='--')
+    ax.axvline(32, color=GREYS[0], lw=1, ls='--')
     ax.set(yticks=range(len(memories)), yticklabels=list(memories), xlabel='GB a process')
     ax.invert_yaxis()
     ax.legend(fontsize=7, loc='upper right', frameon=False)
@@ -965,4 +956,3 @@ def plot_capacity(
                       color=GREYS[1], style='italic')
     label_ends(next((ax for ax in axes[::-1] if ax.get_legend_handles_labels()[1]), axes[-1]))
     return axes[0].figure
-

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from .adapters import MultilingualLM
 from .distributed import worker_pool
-from .files import (InputError, JsonlLog, check_ranges, load_checkpoint,
-                                   read_jsonl, save_checkpoint, weights_hash)
-from .pretrain import restore_training_state, run_info, same_config, training_state
+from .files import (InputError, JsonlLog, check_choice, check_ranges,
+                                   load_checkpoint, read_jsonl, save_checkpoint, weights_hash)
+from .pretrain import (evaluating, restore_training_state, run_info, same_config,
+                                      training_state)
 from .tasks import (TASKS, TaskBatch, TaskData, TaskSpec, read_data, task_spec,
                                    total_score)
 
@@ -106,12 +107,11 @@ def predict(
     size: int = 128,        # features a batch
 ) -> list:                  # one answer an example; tagging: a list of tags
     "Answer every example, whatever features it was cut into."
-    spec, training, parts = model.spec, model.training, {}
-    model.eval()
-    for index in data.order(size):
-        scores = model(data.batch(index, model.device), lang).float().cpu()
-        for i, s in zip(index, scores): parts[i] = spec.decode(s, data.features[i], spec)
-    model.train(training)
+    spec, parts = model.spec, {}
+    with evaluating(model):
+        for index in data.order(size):
+            scores = model(data.batch(index, model.device), lang).float().cpu()
+            for i, s in zip(index, scores): parts[i] = spec.decode(s, data.features[i], spec)
     answers = [[] for _ in data.rows]
     for i, feature in enumerate(data.features): answers[feature.row].append(parts[i])
     return [spec.merge(a) for a in answers]
@@ -167,7 +167,6 @@ def finetuned(
         raise InputError(f'{at} does not fit the run ({str(e).splitlines()[-1].strip()}). '
                          'Finetune once more.') from e
     return tuned, FinetuneConfig(**rows[-1]['finetune'])
-
 
 # %% ../nbs/06_finetune.ipynb #2a9adc02
 def make_optimizer(
@@ -278,15 +277,14 @@ def tune(
     cfg: FinetuneConfig,        # of the run
     folder=None,                # where checkpoints go and a killed run resumes
     progress: bool = False,     # print a line an epoch
-    trained_len: int | None = None,     # positions that pretraining saw, to count what goes beyond
 ) -> tuple[TaskModel, list[dict], int]:     # the best epoch's model, a row an epoch, the best epoch
     """Finetune on one language; its validation split chooses the best epoch [paper App. A].
 
     Raises `InputError` for missing data, an unknown language or a folder of another run."""
-    run = _tune(model, tokenizer, task, source, train_lang, cfg, folder, progress, trained_len)
+    run = _tune(model, tokenizer, task, source, train_lang, cfg, folder, progress)
     return run.model, run.history, run.best_epoch()
 
-def _tune(model, tokenizer, task, source, train_lang, cfg, folder, progress, trained_len):
+def _tune(model, tokenizer, task, source, train_lang, cfg, folder, progress, trained_len=None):
     "Finetune; give the `Trainer`, with the best epoch's weights in its model."
     spec = task_spec(task)
     _check_model(model, tokenizer, [train_lang])
@@ -342,8 +340,7 @@ def grid_points(
     Raises `InputError` for an unknown field, or one without values."""
     grid, known = grid or {}, [f.name for f in fields(FinetuneConfig)
                                if f.name not in ('max_len', 'max_dev', 'max_eval')]
-    if wrong := [k for k in grid if k not in known]:
-        raise InputError(f'unknown field {wrong[0]!r} in the grid. Choose from {", ".join(known)}.')
+    check_choice('field', list(grid), known)
     if empty := [k for k, values in grid.items() if not len(values)]:
         raise InputError(f'the grid has no values of {empty[0]}. Give some, or leave it out.')
     return [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]

@@ -9,13 +9,14 @@ __all__ = ['HELD_OUT', 'SPLIT_NAMES', 'FORMS', 'find_files', 'read_rows', 'open_
 # %% ../nbs/00d_folders.ipynb #d0d00004
 import csv, functools, hashlib, json, re, sys, unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from .data import (CODE, LABELS, SPLITS, TASK_COLUMNS, Source, check_code,
-                                  check_task, explain_row,
+                                  explain_row,
                                   label_names, map_labels, name_labels, short, split_of,
                                   split_sentences)
-from .files import InputError, file_hash
+from .files import InputError, check_choice, file_hash
 from .tokenizers import UNK
 
 # %% ../nbs/00d_folders.ipynb #d0d00007
@@ -65,8 +66,9 @@ def read_rows(path: Path,  # a file, or a folder by `save_to_disk`
     form = 'saved' if path.is_dir() else path.suffix[1:]
     if form in ('parquet', 'saved'): return _read_table(path, columns)
     if form in ('jsonl', 'json'): return _read_json(path, kind)
-    return dict(txt=_read_lines, conll=_read_conll, bio=_read_conll, iob2=_read_conll,
-                conllu=_read_conllu, tsv=functools.partial(_read_xnli, lang=lang))[form](path)
+    if form == 'txt': return ((f'line {n}', dict(text=l)) for n, l in _lines(path) if l.strip())
+    if form == 'tsv': return _read_xnli(path, lang)
+    return _read_sentences(path, kind, _read_ud if form == 'conllu' else _read_conll)
 
 def _read_table(path: Path, columns: tuple) -> Iterator[tuple[str, dict]]:
     "Read parquet or arrow, some hundred rows at a time."
@@ -93,10 +95,13 @@ def open_table(path: Path):  # -> arrow schema; columns -> batches of rows
         except Exception: raise InputError(f'{path} is no data set by save_to_disk. Write it '
                                            'again.') from None
         return table.schema, lambda columns: table.select(columns).to_batches(256)
-    import pyarrow.parquet as pq
-    try: file = pq.ParquetFile(path)
-    except Exception: raise InputError(f"{path} is no parquet file. Write it again.") from None
+    file = _parquet(path)
     return file.schema_arrow, lambda columns: file.iter_batches(256, columns=columns)
+
+def _parquet(path: Path):  # -> pyarrow's ParquetFile
+    import pyarrow.parquet as pq
+    try: return pq.ParquetFile(path)
+    except Exception: raise InputError(f"{path} is no parquet file. Write it again.") from None
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     "Number the lines of a file. Raises `InputError` if it is no UTF-8."
@@ -107,8 +112,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         except UnicodeDecodeError as e:
             raise InputError(f'{path} is no UTF-8 text after line {n} (byte '
                              f'{e.object[e.start]:#x}). Save it as UTF-8.') from None
-
-def _read_lines(path): return ((f'line {n}', dict(text=l)) for n, l in _lines(path) if l.strip())
 
 # %% ../nbs/00d_folders.ipynb #d0d0000a
 def _read_json(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
@@ -153,38 +156,32 @@ def _read_squad(path: Path, tree: dict) -> Iterator[tuple[str, dict]]:
 
 _TAG = re.compile('O|[BIESLU]-.+')
 
-def _read_conll(path: Path) -> Iterator[tuple[str, dict]]:
-    "Read a word and its tag a line; sentences end at empty lines."
-    words, tags, start, wrong = [], [], 1, ''
-    for n, line in (*_lines(path), (0, '')):
-        fields = line.split('\t') if '\t' in line else re.split(' +', line.strip(' '))
-        if not line.strip() or fields[0] == '-DOCSTART-':
-            if wrong: yield f'line {start}', dict(unreadable=wrong)
-            elif words: yield f'line {start}', dict(tokens=words, ner_tags=tags)
-            words, tags, wrong = [], [], ''
-        elif line[0] == '#' and not _TAG.fullmatch(fields[-1].strip()): continue     # a comment
-        else:
-            if not words: start = n
-            if len(fields) < 2: wrong = wrong or f'line {n} has one column; wanted are word and tag'
-            words.append(fields[0])
-            tags.append(fields[-1].strip())
+def _read_sentences(path: Path, kind: str, read: Callable) -> Iterator[tuple[str, dict]]:
+    "Read tagged words, one a line; sentences end at empty lines, and at -DOCSTART-."
+    pairs, start, wrong = [], 0, ''
+    for n, line in chain(_lines(path), [(0, '')]):
+        if not line.strip() or line.split()[0] == '-DOCSTART-':
+            found = dict(zip(TASK_COLUMNS[kind], map(list, zip(*pairs, strict=True)), strict=False))
+            if pairs or wrong: yield f'line {start}', dict(unreadable=wrong) if wrong else found
+            pairs, start, wrong = [], 0, ''
+        elif (pair := read(line)) is not None:
+            start = start or n
+            if isinstance(pair, str): wrong = wrong or f'line {n} has {pair}'
+            elif pair: pairs.append(pair)
 
-def _read_conllu(path: Path) -> Iterator[tuple[str, dict]]:
-    "Read the syntactic words of CoNLL-U and their UPOS."
-    words, tags, start, wrong = [], [], 1, ''
-    for n, line in (*_lines(path), (0, '')):
-        fields = line.split('\t')
-        if not line.strip():
-            if wrong: yield f'line {start}', dict(unreadable=wrong)
-            elif words: yield f'line {start}', dict(tokens=words, upos=tags)
-            words, tags, wrong = [], [], ''
-        elif line[0] == '#': continue
-        else:
-            if not words: start = n
-            if len(fields) != 10: wrong = wrong or f'line {n} has {len(fields)} columns, not 10'
-            elif fields[0].isdigit():               # neither 1-2 (a contraction) nor 1.1 (empty)
-                words.append(fields[1])
-                tags.append(fields[3])
+def _read_conll(line: str) -> tuple[str, str] | str | None:
+    "Give word and tag, or what is wrong; None of a comment."
+    fields = line.split('\t') if '\t' in line else re.split(' +', line.strip(' '))
+    if line[0] == '#' and not _TAG.fullmatch(fields[-1].strip()): return None
+    if len(fields) < 2: return 'one column; wanted are word and tag'
+    return fields[0], fields[-1].strip()
+
+def _read_ud(line: str) -> tuple[str, ...] | str | None:
+    "Give a syntactic word of CoNLL-U and its UPOS, or what is wrong; None of a comment."
+    fields = line.split('\t')
+    if line[0] == '#': return None
+    if len(fields) != 10: return f'{len(fields)} columns, not 10'
+    return (fields[1], fields[3]) if fields[0].isdigit() else ()    # no contraction 1-2, empty 1.1
 
 def _read_xnli(path: Path, lang: str) -> Iterator[tuple[str, dict]]:
     "Read pairs by the names in the header; of several languages only one's."
@@ -315,12 +312,12 @@ class FolderSource(Source):
 
     def _labelled(self, task: str, lang: str, split: str) -> tuple[list, list]:
         "Give a split's places and rows; rows of one sentence, premise or context stay together."
-        missing = self.set_aside(check_task(task), lang)
-        files = self.files(task, lang, 'train' if split in missing else split)
+        check_choice('task', task, TASK_COLUMNS)
+        missing = self.set_aside(task, lang)
         def about(p):
             s = (p/'state.json' if p.is_dir() else p).stat()
             return p, s.st_size, s.st_mtime_ns
-        files = tuple(map(about, files))
+        files = tuple(map(about, self.files(task, lang, 'train' if split in missing else split)))
         if not missing or split not in ('train', *missing): return _labelled(task, lang, files)
         self._tell_once(task, lang, missing, 'rows')
         return _share(task, lang, files, split, missing)
@@ -339,14 +336,14 @@ class FolderSource(Source):
 
     def count(self, task: str, lang: str, split: str) -> int:
         "Count the rows of a labelled task; 0 where there are none."
-        found, made = find_files(self.path, check_task(task), lang), self.set_aside(task, lang)
+        check_choice('task', task, TASK_COLUMNS)
+        found, made = find_files(self.path, task, lang), self.set_aside(task, lang)
         if split not in (*found, *made): return 0
         files = found.get(split, ())
         if made or any(f.suffix != '.parquet' for f in files):
             return len(self._labelled(task, lang, split)[0])
-        import pyarrow.parquet as pq
         for f in files: read_rows(f, task, lang)            # has it the columns?
-        return sum(pq.ParquetFile(f).metadata.num_rows for f in files)
+        return sum(_parquet(f).metadata.num_rows for f in files)
 
     def size(self, lang: str, split: str = 'train') -> int:
         "Tell how many bytes of text there are: from a parquet file's footer, to within 4 a row."
@@ -384,9 +381,7 @@ def _text_size(path: Path) -> int:
     "Tell about how many bytes of text a file holds."
     if path.is_dir(): return sum(f.stat().st_size for f in path.glob('*.arrow'))
     if path.suffix != '.parquet': return path.stat().st_size
-    import pyarrow.parquet as pq
-    try: file = pq.ParquetFile(path).metadata
-    except Exception: raise InputError(f"{path} is no parquet file. Write it again.") from None
+    file = _parquet(path).metadata
     groups = [file.row_group(g) for g in range(file.num_row_groups)]
     return sum(c.total_uncompressed_size for g in groups
                for c in map(g.column, range(g.num_columns)) if c.path_in_schema == 'text')

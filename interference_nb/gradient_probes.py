@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .adapters import kept, locate_parameter, parameter_groups
-from .files import InputError, JsonlLog, check_ranges
+from .files import InputError, JsonlLog, check_choice, check_ranges
 from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, check_shares,
                                       mean_over_processes, same_config, seed_step)
 
@@ -225,8 +225,7 @@ def conflict(
     "Sum up a probe: how similar, and how often opposed, the gradients were [paper sec. 3.1]."
     rows = [r['cos'] for r in rows if r['kind'] == 'probe' and since <= r['step'] < max_step]
     if not rows: raise InputError(f'no probe between step {since} and {max_step}. Widen the range.')
-    if group not in (known := next(iter(rows[0].values()))):
-        raise InputError(f'unknown group {group!r}. The probe has: {", ".join(known)}.')
+    check_choice('group', group, next(iter(rows[0].values())))
     cos = {pair: np.array([r[pair][group] for r in rows]) for pair in rows[0]}
     cos = {pair: c[~np.isnan(c)] for pair, c in cos.items()}
     langs = list(dict.fromkeys(a for a, b in split_pairs(cos).values() if a == b))
@@ -326,8 +325,7 @@ class CombinedStep(JointStep):
         cfg: TrainConfig,           # clipping, precision, Adam's averaging rates
         combiner: str = 'pcgrad',   # one of `COMBINERS`
     ):
-        if combiner not in COMBINERS:
-            raise InputError(f'unknown combiner {combiner!r}. Use one of {", ".join(COMBINERS)}.')
+        check_choice('combiner', combiner, COMBINERS)
         if len(model.langs) < 2:
             raise InputError(f'{combiner} combines the gradients of languages, but this model has '
                              f'only {model.langs[0]}. Train on two or more.')

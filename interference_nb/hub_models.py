@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'XLM_100', 'Description', 'AnyModel', 'TextStream', 'CausalStream', 'hf_loss', 'language_inputs',
-           'language_code', 'require_package', 'open_masked_lm', 'guess_loss', 'open_config', 'open_language_model',
-           'HubTokenizer', 'locate_pieces', 'HubEncoder', 'open_encoder', 'requirements']
+           'language_code', 'open_masked_lm', 'guess_loss', 'open_config', 'open_language_model', 'HubTokenizer',
+           'locate_pieces', 'HubEncoder', 'open_encoder', 'requirements']
 
 # %% ../nbs/05a_hub_models.ipynb #fb7fab1f
-import hashlib, importlib, math, re
+import hashlib, math, re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from .adapters import frozen
 from .data import Batch, Stream, mask_tokens
-from .files import InputError
-from .l0_pruning import evaluating, gated, rows
+from .files import InputError, check_choice, require_package
+from .l0_pruning import gated, rows
 from .meta_adapters import exact, finite_difference, hypergradient
+from .pretrain import evaluating
 
 # %% ../nbs/05a_hub_models.ipynb #dbc171c6
 @dataclass(frozen=True)
@@ -214,7 +215,6 @@ def language_inputs(
         return dict(langs=torch.full_like(tokens, k))
     return {}
 
-
 def language_code(
     lang: str,              # 'en', or the model's own 'en_XX'
     codes: Sequence[str],   # the codes that a model knows
@@ -227,15 +227,6 @@ def language_code(
                      f"model's: {', '.join(list(found or codes)[:12])}. Name one of these.")
 
 # %% ../nbs/05a_hub_models.ipynb #b3a1f0c3
-def require_package(
-    name: str,      # module to import
-):                  # the module
-    "Import an optional package. Raises `InputError` with the command that installs it."
-    try: return importlib.import_module(name)
-    except ImportError as e:
-        raise InputError(f'this needs the package {name} ({e}). '
-                         "Install it: pip install 'interference_nb[transformers]'.") from e
-
 def _open(name, kind, revision, offline):
     "Load a model and its tokenizer; `kind` is the class in `transformers` that builds the model."
     hub = require_package('transformers')
@@ -310,7 +301,7 @@ def open_language_model(
 ) -> tuple[AnyModel, object, type]: # model for the instruments, its tokenizer, its kind of stream
     "Open a masked or causal language model. Raises `InputError` if it cannot."
     loss = loss or guess_loss(open_config(name, revision, offline))
-    if loss not in LOSSES: raise InputError(f'unknown loss {loss!r}. Use masked or causal.')
+    check_choice('loss', loss, LOSSES)
     kind, stream = LOSSES[loss]
     module, tokenizer = _open(name, kind, revision, offline)
     about = getattr(module.config, 'interference_nb', None) or {}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'HardConcrete', 'GateGroup', 'rows', 'columns', 'gate_groups', 'gated', 'Gates', 'PruneConfig',
-           'learn_gates', 'evaluating', 'gate_cosines', 'similarity', 'mean_gates', 'partition_gates', 'prune_study']
+           'learn_gates', 'gate_cosines', 'similarity', 'mean_gates', 'partition_gates', 'prune_study']
 
 # %% ../nbs/03_l0_pruning.ipynb #511ad20c
 import math, re
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import PARAMETER_KINDS, Place, frozen, locate_parameter
-from .files import (InputError, check_ranges, load_checkpoint,
+from .files import (InputError, check_choice, check_ranges, load_checkpoint,
                                    save_checkpoint)
-from .pretrain import progress_bar
+from .pretrain import evaluating, progress_bar
 
 # %% ../nbs/03_l0_pruning.ipynb #6ad6fd84
 @dataclass(frozen=True)
@@ -109,7 +109,6 @@ def rows(
     "Give every row of the matching matrices a gate: all weights into one unit [paper sec. 3.1]."
     return _find_groups(model, match, 0)
 
-
 def columns(
     model,                  # any nn.Module
     match: str,             # regular expression, searched for in the parameters' names
@@ -117,7 +116,6 @@ def columns(
 ) -> list[GateGroup]:       # in the order of the parameters
     "Give every column (or block) of the matching matrices a gate: all weights out of one unit."
     return _find_groups(model, match, 1, n)
-
 
 def _find_groups(model, match, dim, n=None):
     "Gate rows (0) or columns (1) of every shared matrix whose name matches; `InputError` if none."
@@ -136,15 +134,12 @@ GROUPS = {
     'neurons': lambda model: columns(model, r'ffn\.out\.weight$'),
     'rows': lambda model: rows(model, r'(attention\.(qkv|out)|ffn\.(inner|out))\.weight$')}
 
-
 def gate_groups(
     model,                                          # a `MaskedLM` or `MultilingualLM`
     names: Sequence[str] = ('values', 'neurons'),   # from `GROUPS`
 ) -> list[GateGroup]:                               # one per gated weight
     "Find the named groups in a model of this package; raises `InputError` where there are none."
-    if unknown := [n for n in names if n not in GROUPS]:
-        raise InputError(f"unknown group '{unknown[0]}'. Use {', '.join(GROUPS)}; "
-                         "for other modules, `rows` and `columns`.")
+    check_choice('group', list(names), GROUPS)          # other modules: `rows` and `columns`
     try: return [group for n in names for group in GROUPS[n](model)]
     except InputError as e:
         raise InputError(f"one of the groups {', '.join(names)} is not shared in this model: {e} "
@@ -242,12 +237,10 @@ class Gates:
         if model is not None: gates.check(model)
         return gates
 
-
 def _gate_weights(groups) -> Tensor:      # [number of gates], sums to 1
     "Return each gate's share of the gated weights."
     sizes = torch.cat([torch.full((s.n,), float(s.size)) for s in groups])
     return sizes / sizes.sum()
-
 
 def _expected_share(concrete, log_alpha, weights) -> Tensor:
     "Return the expected share of weights that are not zero: the L0 penalty, between 0 and 1."
@@ -273,8 +266,7 @@ class PruneConfig:
         check_ranges(self, steps=(1, 10**8), batch_size=(1, 2**16), lr=(1e-12, 1e30), l0=(0., 1e9),
                      warmup=(0, 10**8), init=(-100., 100.), init_noise=(0., 100.),
                      temperature=(1e-3, 1e3), seeds=(0, 1000))
-        if unknown := set(self.groups) - GROUPS.keys():
-            raise InputError(f"unknown groups '{min(unknown)}'. Use some of {', '.join(GROUPS)}.")
+        check_choice('groups', self.groups, GROUPS)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f'betas are {self.betas}. Give two numbers, at least 0 and below 1.')
         if self.seeds < 2:
@@ -353,18 +345,6 @@ def _course_row(step, recent):
                          'its batches: with all gates open it should give its usual loss.')
     return dict(step=step, loss=round(loss, 4), open=round(share, 4))
 
-@contextmanager
-def evaluating(
-    model: nn.Module,   # any; without dropout inside the block, afterwards in the modes that it had
-):
-    "Put a model into evaluation mode for the length of a block."
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for m, mode in modes: m.training = mode
-
 # %% ../nbs/03_l0_pruning.ipynb #67521dba
 def gate_cosines(
     pairs: Sequence[tuple[Tensor, Tensor]],     # two languages' log alpha in each place
@@ -377,7 +357,6 @@ def gate_cosines(
     spread = sum(x.square().sum() * y.square().sum() / (len(x) - 1) for x, y in centred)
     return dict(n=len(a), raw=float(a @ b / size), centred=float(ca @ cb / ca.norm() / cb.norm()),
                 permuted=float((a @ b - ca @ cb) / size), permuted_sd=float(spread.sqrt() / size))
-
 
 def similarity(
     a: Gates,           # one pruning

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapters import frozen, kept
-from .files import InputError, check_ranges
+from .files import InputError, check_choice, check_ranges
 from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, make_adam,
                                       mean_over_processes)
 
@@ -50,7 +50,6 @@ def rng_state() -> list[Tensor]:    # of the CPU's generator and of every GPU's 
     "Return the states of torch's random number generators."
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *gpus]
-
 
 @contextmanager
 def with_rng_state(
@@ -130,7 +129,6 @@ def _second_derivative(train_losses, theta, phi, v, eps):
                 total = torch._foreach_add(total, more, alpha=1 / len(train_losses))
     return list(total)
 
-
 exact = Estimator(_second_derivative, passes=2, differentiates_twice=True)
 
 # %% ../nbs/05_meta_adapters.ipynb #517c90ed
@@ -141,7 +139,6 @@ def step_length(
     "Divide a distance by the length of a direction; a direction of length 0 goes nowhere."
     norm = torch.stack(torch._foreach_norm(v)).norm().double()
     return eps / norm.clamp_min(torch.finfo(torch.float32).tiny)
-
 
 def phi_gradient(
     train_losses: Sequence[Callable[[], Tensor]],  # closures, averaged
@@ -163,7 +160,6 @@ def _central_difference(train_losses, theta, phi, v, eps):
     ends = [phi_gradient(train_losses, theta, phi, v, side) for side in (h, -h)]
     return list(torch._foreach_mul(torch._foreach_sub(*ends), (0.5 / h).to(v[0].dtype)))
 
-
 finite_difference = Estimator(_central_difference, passes=2)
 
 # %% ../nbs/05_meta_adapters.ipynb #f0cf4139
@@ -172,7 +168,6 @@ def _forward_difference(train_losses, theta, phi, v, eps, here):
     h = step_length(v, eps)
     there = phi_gradient(train_losses, theta, phi, v, h)
     return list(torch._foreach_mul(torch._foreach_sub(there, here), (1 / h).to(v[0].dtype)))
-
 
 one_sided = Estimator(_forward_difference, passes=1, reuses_gradient=True)
 
@@ -278,7 +273,6 @@ def _checked(theta, phi, train_loss, val_losses, beta, eps, estimator):
             raise InputError(f"{name} is {x}. It must be positive and finite.")
     return theta, phi, train, val
 
-
 def _finite(**losses):
     "Fetch the losses; the first that is not finite is an error."
     values = torch.stack(list(losses.values())).tolist()
@@ -304,10 +298,9 @@ class MetaConfig:
     sampled_languages: int | None = None    # validation languages drawn for a step; None: all
 
     def __post_init__(self):
-        for name, known in (('estimator', tuple(ESTIMATORS)), ('validation', ('train', 'held-out')),
-                            ('order', ('meta first', 'shared first'))):
-            if (x := getattr(self, name)) not in known:
-                raise InputError(f"unknown {name} {x!r}. Use one of: {', '.join(known)}.")
+        check_choice('estimator', self.estimator, ESTIMATORS)
+        check_choice('validation', self.validation, ('train', 'held-out'))
+        check_choice('order', self.order, ('meta first', 'shared first'))
         check_ranges(self, beta=(1e-12, 1e6), eps=(1e-12, 1e6), log_every=(1, 10**8),
                      meta_every=(1, 10**8), sampled_languages=(1, 10**4))
 
@@ -344,10 +337,8 @@ class MetaConfig:
                              order='shared first',
                              phi_follows_training_gradient=True), **kw})
 
-
 RENAMED = dict(sample='sampled_languages', others_only='exclude_own_language',
                also_direct='phi_follows_training_gradient')     # version 0.1 -> now
-
 
 def upgrade_meta(
     old: dict,      # fields of a `MetaConfig`, from a record or a checkpoint of any version

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISIONS', 'LOG_EVERY', 'BEFORE', 'OWN_ROWS', 'FREE', 'TrainConfig', 'learning_rate', 'BatchSampler',
-           'check_shares', 'pinned', 'perplexity', 'make_adam', 'cpu_has_bfloat16', 'Precision', 'JointStep',
-           'training_state', 'restore_training_state', 'config_hash', 'code_version', 'run_info', 'train', 'clocks',
-           'seed_step', 'prepare_model', 'keep_memory', 'TensorBoard', 'progress_bar', 'flattened', 'same_config',
-           'data_name', 'upgraded']
+           'check_shares', 'pinned', 'evaluating', 'perplexity', 'make_adam', 'cpu_has_bfloat16', 'Precision',
+           'JointStep', 'training_state', 'restore_training_state', 'config_hash', 'code_version', 'run_info', 'train',
+           'clocks', 'seed_step', 'prepare_model', 'keep_memory', 'TensorBoard', 'progress_bar', 'flattened',
+           'same_config', 'data_name', 'upgraded']
 
 # %% ../nbs/01a_pretrain.ipynb #44e53bde
 import contextlib, ctypes, hashlib, io, json, math, os, platform, signal, subprocess, sys, time
@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np
 import torch
-from .data import Batch, Stream, check_rows, sampling_probabilities
-from .files import (InputError, JsonlLog, check_ranges, load_checkpoint,
-                                   read_jsonl, save_checkpoint)
+from .data import ROWS, Batch, Stream, sampling_probabilities
+from .files import (InputError, JsonlLog, check_choice, check_ranges,
+                                   load_checkpoint, read_jsonl, require_package, save_checkpoint)
 from .transformer import upgrade_model
 from .distributed import (StopSignals, all_gather, fail_together,
                                          mean_over_processes, rank_and_world_size, traffic)
@@ -69,16 +69,9 @@ class TrainConfig:
                              f'{10**8:,} draws of a language. Use fewer.')
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f'betas are {self.betas}. Give two numbers, at least 0 and below 1.')
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"unknown schedule '{self.schedule}'. Use one of: "
-                             f"{', '.join(SCHEDULES)}.")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"unknown precision '{self.precision}'. Use one of: "
-                             f"{', '.join(PRECISIONS)}.")
-        check_rows(self.rows)
-        if self.language_order not in ('sampled', 'round_robin'):
-            raise InputError(f"unknown language_order '{self.language_order}'. "
-                             "Use 'sampled' or 'round_robin'.")
+        for name, known in dict(schedule=SCHEDULES, precision=PRECISIONS, rows=ROWS,
+                                language_order=('sampled', 'round_robin')).items():
+            check_choice(name, getattr(self, name), known)
 
     @classmethod
     def toy(cls, **kw):
@@ -231,16 +224,23 @@ def pinned(batch: Batch,  # on the CPU
     return replace(batch, **tensors)
 
 # %% ../nbs/01a_pretrain.ipynb #fd407573
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module,  # any; afterwards in the modes that its parts had
+               ):
+    "Put a model into evaluation mode, without dropout, for the length of a block."
+    modes = [(m, m.training) for m in model.modules()]
+    try: yield model.eval()
+    finally:
+        for m, mode in modes: m.training = mode
+
 @torch.no_grad()
 def perplexity(model,  # a `MaskedLM`
                batches: list[Batch],  # held-out batches of one language, masks fixed
                ) -> float:  # exp of the mean loss per masked token
     "Measure the masked-LM perplexity of held-out text. [@eq-ppl]"
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    total = sum(model.loss(b.to(device)).double() * len(b.targets) for b in batches)
-    model.train(training)
+    with evaluating(model):
+        total = sum(model.loss(b.to(device)).double() * len(b.targets) for b in batches)
     return math.exp(min(float(total) / sum(len(b.targets) for b in batches), 100.))
 
 # %% ../nbs/01a_pretrain.ipynb #07f16f34
@@ -262,9 +262,7 @@ class Precision:
     def __init__(self, precision: str,  # 'auto', 'float32', 'bfloat16' or 'float16'
                  device: torch.device,  # where the model is
                  ):
-        if precision not in PRECISIONS:
-            raise InputError(f"unknown precision '{precision}'. Use one of: "
-                             f"{', '.join(PRECISIONS)}.")
+        check_choice('precision', precision, PRECISIONS)
         if precision == 'auto':
             if device.type != 'cuda': precision = 'float32'
             elif torch.cuda.get_device_capability(device) >= (8, 0): precision = 'bfloat16'
@@ -456,7 +454,8 @@ def train(model,  # has `loss(batch)`, `cfg` and `langs`
             stop = signals.agreed()
             if done % cfg.checkpoint_every == 0 or done == last or stop: log.save(done)
             bar.update(1)
-            if stop and done < last: _end_by(stop)
+            if stop and done < last:        # with the status of a process that a signal ended
+                raise KeyboardInterrupt if stop == signal.SIGINT else SystemExit(128 + stop)
         if not cfg.steps: log.save(0)                       # random weights are a model, too
         return log.end(at_end) if last == cfg.steps else log.rows
 
@@ -498,22 +497,14 @@ def keep_memory():
     mallopt(-4, 0)              # M_MMAP_MAX: large blocks come from the heap, too,
     mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD: which does not shrink
 
-def _end_by(number: int):
-    "Exit with the status of a process that a signal ended."
-    if number == signal.SIGINT: raise KeyboardInterrupt
-    raise SystemExit(128 + number)
-
 class TensorBoard:
     "Draw what a run measures in TensorBoard, as a callback of `train`."
     def __init__(self, folder,  # of the run: `tensorboard --logdir` shows it, or several at once
                  writer=None):  # anything with `add_scalar(name, value, step)`; None: TensorBoard's
         "Raises `InputError` without the package."
         if writer is None:
-            try: from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("TensorBoard is not installed. Install it with "
-                                 "pip install 'interference_nb[tensorboard]'.") from None
-            writer = SummaryWriter(str(Path(folder)/'tensorboard'))
+            tensorboard = require_package('torch.utils.tensorboard', 'tensorboard')
+            writer = tensorboard.SummaryWriter(str(Path(folder)/'tensorboard'))
         self.writer = writer
 
     def __call__(self, k: int,  # step that was just taken

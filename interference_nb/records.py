@@ -132,13 +132,12 @@ def read_counts(folder, run: str) -> dict[str, np.ndarray]:  # {'task/train/test
 # %% ../nbs/07d_records.ipynb #aa07d017
 def gradient_metrics(rows: list[dict],  # of a probe
                      langs: tuple[str, str],  # a pair of languages
-                     group: str = 'encoder',  # of parameters
                      ) -> dict[str, float]:
     "Sum up a probe: mean cosines of a pair and of its languages; all steps, early and late."
     a, b = langs
     fifth, out = (rows[-1]['step'] + 1) / 5, dict(zero=0.)
     for end, period in (('', {}), (' early', dict(max_step=fifth)), (' late', dict(since=fifth))):
-        found = conflict(rows, group, **period)
+        found = conflict(rows, **period)
         cross = found[f'{a}-{b}']
         within = (found[f'{a}-{a}']['mean'] + found[f'{b}-{b}']['mean']) / 2
         out |= {f'cosine within{end}': within, f'cosine cross{end}': cross['mean'],
@@ -174,11 +173,10 @@ def similarity_metrics(study: dict,  # of `prune_study`
 
 def extremes(study: dict,  # of `prune_study`
              langs: tuple[str, str],  # two of its languages
-             share: float = .1,  # of the groups, from 0 to 1
              ) -> dict[str, float]:
     "Tell how many the other keeps of one language's most pruned and most kept tenth. [Fig. 4b]"
     _, mean = strongest(study, langs)
-    n = max(1, round(share * len(mean[0])))
+    n = max(1, round(len(mean[0]) / 10))
     parts = {'pruned, kept by the other': slice(n), 'kept, kept by the other': slice(-n, None),
              'any, kept by the other': slice(None)}
     kept = {name: [(other[np.argsort(own)[part]] > 0).mean()
@@ -393,4 +391,3 @@ def _reason(found, x, y, named):
     elif 'code' in parts: why = 'The same settings and data by other code or library versions.'
     else: why = 'The same run on another machine: sums are rounded in another order.'
     return why + unknown
-

@@ -23,15 +23,15 @@ import torch
 from .data import UNKNOWN, check_languages, split_sentences
 from .distributed import mean_over_processes, rank_and_world_size
 from .experiments import device, make_batches, open_run
-from .files import (InputError, JsonlLog, check_ranges, free_space, run_lock,
-                                   size_in_words, weights_hash, write_atomically)
+from .files import (InputError, JsonlLog, check_choice, check_ranges, free_space,
+                                   require_package, run_lock, size_in_words, weights_hash,
+                                   write_atomically)
 from .gradient_probes import compare_rounds, halves, inner_products
-from .hub_models import (LOSSES, guess_loss, open_config, open_language_model,
-                                        require_package)
-from .l0_pruning import (PruneConfig, evaluating, learn_gates, mean_gates,
-                                        partition_gates, rows, similarity)
+from .hub_models import LOSSES, guess_loss, open_config, open_language_model
+from .l0_pruning import (PruneConfig, learn_gates, mean_gates, partition_gates, rows,
+                                        similarity)
 from .planner import memory_of
-from .pretrain import check_shares, progress_bar, run_info, same_config
+from .pretrain import check_shares, evaluating, progress_bar, run_info, same_config
 from .toy_languages import open_source
 
 # %% ../nbs/08c_report.ipynb #0333fd56
@@ -115,7 +115,7 @@ def open_subject(
     check_languages(source, langs)
     try: loss = loss or guess_loss(config := open_config(model, revision, offline))
     except InputError as e: raise InputError(f'{model}: {e}') from e
-    if loss not in LOSSES: raise InputError(f"no loss '{loss}'. Say --loss masked or causal.")
+    check_choice('loss', loss, LOSSES)
     check_fit(model, open_config(model, revision, offline), loss, cfg)
     sentences = {l: _some_text(source, l, split, cfg) for l in langs}
     opened, tokenizer, stream = open_language_model(model, langs, loss, revision, offline)

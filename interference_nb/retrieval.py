@@ -13,6 +13,7 @@ from torch import Tensor
 from .adapters import MultilingualLM
 from .data import SPLITS
 from .files import InputError
+from .pretrain import evaluating
 from .tokenizers import BOS, EOS, PAD
 
 # %% ../nbs/06c_retrieval.ipynb #f895cfda
@@ -38,11 +39,9 @@ def sentence_vectors(
     layer = (len(model.blocks) - 1) // 2 if layer is None else layer
     if not 0 <= layer < len(model.blocks):
         raise InputError(f'layer {layer} of {len(model.blocks)}. Use 0 to {len(model.blocks) - 1}.')
-    device, training, kept = next(model.parameters()).device, model.training, []
-    model.eval()
+    device, kept, found = next(model.parameters()).device, [], []
     hook = model.blocks[layer].register_forward_hook(lambda m, args, out: kept.append(out))
-    try:
-        found = []
+    with hook, evaluating(model):
         for start in range(0, len(lines), size):
             ids = [[BOS, *tokenizer.encode(line)[:model.cfg.max_len - 2], EOS]
                    for line in lines[start:start + size]]
@@ -51,9 +50,6 @@ def sentence_vectors(
             model(tokens, lang, tokens == PAD)
             inner = (tokens > PAD).unsqueeze(-1)            # pieces, not borders
             found.append((kept.pop() * inner).sum(1) / inner.sum(1).clamp(min=1))
-    finally:
-        hook.remove()
-        model.train(training)
     return torch.cat(found).float()
 
 # %% ../nbs/06c_retrieval.ipynb #b15d0dee

@@ -6,9 +6,8 @@
 __all__ = ['tagging', 'TASKS', 'BAD_ROWS', 'classifying', 'MAX_ANSWER', 'Feature', 'cut_between_words', 'encode_tags', 'spans',
            'count_spans', 'span_f1', 'scores_by_type', 'TaskSpec', 'total_score', 'check_label', 'clean_tags',
            'linear_head', 'tagging_loss', 'decode_tags', 'score_tags', 'task_spec', 'TaskBatch', 'TaskData',
-           'task_rows', 'placed_rows', 'usable_rows', 'read_data', 'FirstPosition', 'encode_pairs', 'clean_label',
-           'score_label', 'windows', 'encode_qa', 'span_loss', 'decode_span', 'normalise_answer', 'word_f1', 'score_qa',
-           'clean_qa']
+           'placed_rows', 'usable_rows', 'read_data', 'FirstPosition', 'encode_pairs', 'clean_label', 'score_label',
+           'windows', 'encode_qa', 'span_loss', 'decode_span', 'normalise_answer', 'word_f1', 'score_qa', 'clean_qa']
 
 # %% ../nbs/06b_tasks.ipynb #6db49d4e
 import math, re, string, unicodedata, zlib
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .data import NER_LABELS, NLI_LABELS, UPOS_LABELS
 from .data import LABEL_COLUMN, LABELS, TASK_COLUMNS, explain_row, map_labels
-from .files import InputError, say_once
+from .files import InputError, check_choice, say_once
 
 # %% ../nbs/06b_tasks.ipynb #e6266610
 @dataclass
@@ -109,7 +108,6 @@ def scores_by_type(
                          f1=share(2 * hits, right + said), n=right)
     return out
 
-
 # %% ../nbs/06b_tasks.ipynb #0e864119
 @dataclass(frozen=True)
 class TaskSpec:
@@ -125,7 +123,7 @@ class TaskSpec:
     merge: Callable             # (list of an example's parts, in order) -> the answer
     score: Callable             # (row, answer, spec) -> {metric: (numerator in %, denominator)}
     metric: str = 'f1'          # the main one: it chooses the best epoch
-    no_test: bool = False       # data sets may lack a test set; see `task_rows`
+    no_test: bool = False       # data sets may lack a test set; see `placed_rows`
 
 def total_score(
     parts: list[dict[str, tuple[float, float]]],    # of each example, by `TaskSpec.score`
@@ -205,8 +203,7 @@ def task_spec(
 ) -> TaskSpec:
     "Return the task of a name; raises `InputError` for an unknown one."
     if isinstance(task, TaskSpec): return task
-    if task not in TASKS:
-        raise InputError(f'unknown task {task!r}. Choose from {", ".join(TASKS)}.')
+    check_choice('task', task, TASKS)
     return TASKS[task]
 
 # %% ../nbs/06b_tasks.ipynb #631d7ce6
@@ -271,23 +268,16 @@ def _pad(lists: list[list[int]], fill: int) -> np.ndarray:
     return out
 
 # %% ../nbs/06b_tasks.ipynb #68b1970f
-def task_rows(
-    spec: TaskSpec,         # the task
-    source,                 # a Source
-    lang: str,              # language code
-    split: str,             # 'train', 'validation' or 'test'
-) -> list[dict]:            # in the hub's schema
-    "Return a split's rows; without a test set, validation takes its place and training gives some."
-    return [row for _, row in placed_rows(spec, source, lang, split)]
-
 def placed_rows(
     spec: TaskSpec,         # the task
     source,                 # a Source
     lang: str,              # language code
     split: str,             # 'train', 'validation' or 'test'
 ) -> list[tuple]:           # (split and index of a row, for `Source.place`; the row)
-    "Return rows as `task_rows` does, with where they stand in the data."
-    own = spec.labels != LABELS.get(spec.data) and getattr(source, 'names_labels', False)
+    """Return a split's rows, in the hub's schema, with where they stand in the data.
+
+    Without a test set validation takes its place, and a tenth of the training rows that of it."""
+    own = spec.labels != LABELS.get(spec.data) and source.names_labels
     def rows(split):
         found = source.examples(spec.data, lang, split, **dict(labels=spec.labels) if own else {})
         return [((split, i), row) for i, row in enumerate(found)]
@@ -304,12 +294,11 @@ def usable_rows(
     source,                 # a Source
     lang: str,              # language code
     split: str,             # 'train', 'validation' or 'test'
-) -> tuple[list[dict], list[str]]:      # rows as `task_rows`; what is wrong with the others
+) -> tuple[list[dict], list[str]]:      # rows as `placed_rows`; what is wrong with the others
     "Read a split without its bad rows. Raises `InputError` for more than `BAD_ROWS` of them."
     kept, wrong = [], []
     for (at, i), row in placed_rows(spec, source, lang, split):
-        place = lambda at=at, i=i: (source.place(spec.data, lang, at, i) if hasattr(source, 'place')
-                                    else f'{at} row {i + 1}')
+        place = lambda at=at, i=i: source.place(spec.data, lang, at, i)
         if not (why := explain_row(spec.data, row)):
             if _named(row.get(LABEL_COLUMN.get(spec.data))):
                 row = map_labels(spec.data, row, place(), spec.labels)
@@ -354,9 +343,9 @@ def read_data(
                          f'limit {limit}). Give it rows, or choose another language or task.')
     beyond = int((data.lengths > (trained_len or math.inf)).sum())
     cut = len({f.row for f in data.features if f.cut})
-    made = getattr(source, 'set_aside', lambda *_: ())(spec.data, lang)
     data.notes = {k: n for k, n in dict(left_out=len(wrong), questions_cut=cut,
-                                        taken_from_training=(split in made) * len(data.rows),
+                                        taken_from_training=len(data.rows) * (
+                                            split in source.set_aside(spec.data, lang)),
                                         beyond_trained_positions=beyond).items() if n}
     where = f'{spec.name} in {lang!r}, {split}'
     if cut: say_once(f'{where}: {cut} of {len(data.rows):,} questions are cut at their end, to '

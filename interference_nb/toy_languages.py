@@ -26,7 +26,7 @@ from .folders import FolderSource
 from .data import (SPLITS, TASK_COLUMNS, UPOS_LABELS, HubSource,
                                   Source, check_languages)
 from .tokenizers import WordTokenizer
-from .files import InputError
+from .files import InputError, check_choice
 
 # %% ../nbs/00a_toy_languages.ipynb #b699b8d4
 TOPICS = {  # nouns; verbs, with their type behind the slash; adjectives
@@ -72,12 +72,10 @@ WORLD_SIZES = {'small': dict(topics=4, NOUN=10, VERB=5, ADJ=4, ADV=4, ADP=3, FIR
 
 # %% ../nbs/00a_toy_languages.ipynb #0faf11fc
 def zipf_table(items: list, # from frequent to rare
-               exponent: float = .8, # 0: all alike
-               size: int = 1000, # entries, about
-              ) -> list: # items, each repeated in proportion to rank ** -exponent
+              ) -> list: # about 1000: items, each repeated in proportion to rank ** -0.8
     "Repeat items in Zipf proportions, so that one uniform number draws one."
-    p = 1 / np.arange(1, len(items) + 1) ** exponent
-    edges = np.round(np.cumsum(p / p.sum()) * size).astype(int)
+    p = 1 / np.arange(1, len(items) + 1) ** .8
+    edges = np.round(np.cumsum(p / p.sum()) * 1000).astype(int)
     return [x for x, n in zip(items, np.diff(edges, prepend=0), strict=True) for _ in range(n)]
 
 # %% ../nbs/00a_toy_languages.ipynb #2f7809bb
@@ -85,13 +83,10 @@ class World:
     "Concepts that all languages share, and facts about them."
     def __init__(self,
                  size: str = 'small', # 'small' (4 topics) or 'big' (6 topics, twice the words)
-                 seed: int = 0,       # of the object topics and of the split
                 ):
-        if size not in WORLD_SIZES:
-            raise InputError(f"no toy world is called {size!r}. "
-                             f"Choose from: {', '.join(WORLD_SIZES)}.")
-        n, rng = WORLD_SIZES[size], random.Random(seed)
-        self.size, self.seed, self.n_topics = size, seed, n['topics']
+        check_choice('toy world', size, WORLD_SIZES)
+        n, rng = WORLD_SIZES[size], random.Random(0)    # of the object topics and of the split
+        self.size, self.n_topics = size, n['topics']
         self.gloss, self.pos, self.ids = [], [], {}  # concept's English; class; class's concepts
         self.nouns, self.verbs, self.adjectives, self.type = [], [], [], {}
         for nouns, verbs, adjectives in list(TOPICS.values())[:n['topics']]:
@@ -680,8 +675,7 @@ class ToySource(Source):
 
     def examples(self, task: str, lang: str, split: str) -> list[dict]:
         "Return labelled rows in the hub's schema; those of validation and test are translations."
-        if task not in TASK_COLUMNS:
-            raise InputError(f"unknown task {task!r}. Choose from: {', '.join(TASK_COLUMNS)}.")
+        check_choice('task', task, TASK_COLUMNS)
         label, s = dict(ner=_ner, pos=_pos, nli=_nli, qa=_qa)[task], self.speakers.get(lang)
         v = self._uniforms(task, lang, split, shared=split != 'train')
         rows = filter(None, (label(s, m, v) for m in self.meanings(split, lang)))
@@ -724,8 +718,7 @@ class ToySource(Source):
     def _uniforms(self, purpose, lang, split, shared=False):
         "Open the stream of one purpose, language (or all that share it) and split."
         check_languages(self, [lang])
-        if split not in SPLITS:
-            raise InputError(f"unknown split {split!r}. Choose from: {', '.join(SPLITS)}.")
+        check_choice('split', split, SPLITS)
         key = crc32(b'' if shared else lang.encode())
         return uniforms(self.seed, SPLITS.index(split), crc32(purpose.encode()), key)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .tokenizers import BOS
-from .files import InputError, check_ranges
+from .files import InputError, check_choice, check_ranges
 
 # %% ../nbs/01_transformer.ipynb #7b00f673
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class ModelConfig:
         for name in ('dropout', 'attention_dropout'):
             if not 0 <= (p := getattr(self, name)) < 1:
                 raise InputError(f'{name} is {p}. It is a share: at least 0 and less than 1.')
-        if self.positions not in ('learned', 'relative'):
-            raise InputError(f"unknown positions '{self.positions}'. Use 'learned' or 'relative'.")
+        check_choice('positions', self.positions, ('learned', 'relative'))
 
     @property
     def head_width(self) -> int:    # tokens of one head
@@ -83,7 +82,6 @@ class ModelConfig:
               ):
         "Return the paper's size: 8 layers, 12 heads, 512 wide, 2048 inner [paper sec. 3.2]."
         return cls(vocab_size, **kw)
-
 
 def upgrade_model(
     old: dict,      # fields of a `ModelConfig`, from a record or a checkpoint of any version

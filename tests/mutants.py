@@ -131,7 +131,7 @@ EDITS = (
     Edit('01a_pretrain', "{l: s.independent_stream('fresh') for l, s in streams.items()}",
          'dict(streams)', 'validation batches are the training batches',
          oracle('test_validation_batches_are_not_the_training_batches')),
-    Edit('01a_pretrain', '    model.eval()\n    device = next', '    device = next',
+    Edit('01a_pretrain', 'with evaluating(model):', 'with contextlib.nullcontext():',
          'perplexity under dropout', PRETRAIN),
     Edit('01a_pretrain', 'self.model.loss(b) / len(batches)', 'self.model.loss(b)',
          'gradients of accumulated batches are added, not averaged', PRETRAIN),

@@ -13,11 +13,11 @@ import huggingface_hub
 from interference_nb import export
 from interference_nb.adapters import MultilingualLM
 from interference_nb.tokenizers import Tokenizer, WordTokenizer
-from interference_nb.files import InputError
+from interference_nb.files import InputError, require_package
 from interference_nb.export import (ADAPTERS, OWN_TOKENIZER, WEIGHTS, export_hf, from_xlm,
                                     import_hf, one_language, push_to_hub, save_hf_tokenizer,
                                     to_xlm, with_adapters, xlm_shape)
-from interference_nb.hub_models import open_masked_lm, require_package
+from interference_nb.hub_models import open_masked_lm
 from interference_nb.transformer import ModelConfig
 
 LANGS = ('en', 'to')        # 'to' is also a method of modules

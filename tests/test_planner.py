@@ -11,7 +11,7 @@ from interference_nb.distributed import launch, rank_and_world_size
 from interference_nb.experiments import SCALES, SYSTEMS, RunSpec, cost, on_cpu
 from interference_nb.files import InputError, read_jsonl
 from interference_nb.meta_adapters import MetaConfig
-from interference_nb.planner import KINDS, StepSpec, account, measured_peak, plan_run
+from interference_nb.planner import PURPOSES, StepSpec, account, measured_peak, plan_run
 from interference_nb.pretrain import TrainConfig
 from interference_nb.transformer import ModelConfig
 from waiting import LIMIT
@@ -75,7 +75,7 @@ def test_parts_are_named():
     "Parameters, moments and copies have the sizes that arithmetic gives them."
     found = {s: account(StepSpec(MODEL, TRAIN, s)) for s in ('joint', 'joint_all', 'meta_adpt')}
     for m in found.values():
-        assert m.peak == sum(getattr(m, k) for k in KINDS)
+        assert m.peak == sum(getattr(m, k) for k in PURPOSES)
         assert m.optimiser == pytest.approx(2 * m.parameters, rel=.01)
     assert found['joint_all'].copies >= 2 * found['joint'].parameters   # a gradient a language
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from interference_nb import reproduce
 from interference_nb.experiments import SCALES, cost, plan
-from interference_nb.reproduce import (DEMO, STUDIES, Progress, for_terminal, run_missing, say,
-                                       work_done)
+from interference_nb.reproduce import DEMO, STUDIES, Progress, for_terminal, run_missing, say
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +18,7 @@ def demo_run(folder, *rows):
     return spec
 
 def test_work_moves_with_every_step_of_a_run(tmp_path):
-    at = lambda *rows: work_done(demo_run(tmp_path, *rows), tmp_path)
+    at = lambda *rows: Progress([demo_run(tmp_path, *rows)], tmp_path).done()
     spec = demo_run(tmp_path)
     training, start = cost(replace(spec, tasks=())), ('start', {})
     assert training == 1000 and at() == 0 and at(start) == 0

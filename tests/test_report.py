@@ -558,7 +558,7 @@ def faulty(tmp_path_factory):
 
 @pytest.mark.parametrize(('model', 'more', 'said'), [
     ('headless', [], 'BertModel --loss'), ('headless', ['--loss', 'masked'], 'lack head'),
-    ('headless', ['--loss', 'next'], "no loss 'next' causal"),
+    ('headless', ['--loss', 'next'], "unknown loss 'next' causal"),
     ('unmasked', [], 'mask masked'), ('endless', [], 'padding pad_token'),
     ('fine', ['--data', '{data}'], 'text ar'), ('fine', ['--langs', 'en', 'zz'], "'zz'"),
     ('large', [], 'fit GB --probe --parts'), ('remote', [], 'code run'),

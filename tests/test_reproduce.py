@@ -149,7 +149,7 @@ def cells_of(e, values, resampled):
                              & (cells['row'] == row) & (cells['seed'] == seed)][0]
             cells.loc[at, 'value'] = value
             if row in resampled: cells.at[at, 'resampled'] = np.full(9, resampled[row])
-    return reproduce.sum_up(e, cells)
+    return reproduce.summarise_cells(e, cells)
 
 def test_no_bold_beside_half_a_row_or_untested(tmp_path):
     "A row with some of its seeds keeps its column open; a column without counts says so."
@@ -213,7 +213,7 @@ def test_languages_without_rows_are_no_data(tmp_path):
     specs = specs_of(exhibits, study, Little())
     assert {s.name: s.tasks for s in specs} == {'joint-en+ar-0': ('ner',), 'joint-en+te-0': ()}
     e = gather(exhibits[0], study, Little(), tmp_path)
-    rows = reproduce.sum_up(e, reproduce.cells_of(e))
+    rows = reproduce.summarise_cells(e, reproduce.cells_of(e))
     within = dict(rows[rows['block'] == 'NER within'][['column', 'state']].itertuples(index=False))
     assert within == {'ar': 'not run', 'hi': 'no data', 'te': 'no data', 'mean': 'not run'}
 
