@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, thread
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -398,7 +398,9 @@ def copy_project(folder):
 def pytest_there(folder, tests, log):
     "Run pytest in a copy, in a process that has torch and the rest imported, but none of ours."
     os.setsid()
-    for fd in (1, 2): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    thread._threads_queues.clear()      # or what a test forks waits at its end for this very thread
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)       # one place to write at for both
+    for fd in (1, 2): os.dup2(out, fd)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     sys.dont_write_bytecode = True
@@ -421,8 +423,7 @@ def run_tests(folder, tests, timeout):
         return False, f'no end after {timeout} s'
     out = log.read_text(errors='replace')
     if process.exitcode == 0: return True, ''
-    failed = [line.split(' ', 1)[1].split(' - ')[0] for line in out.splitlines()
-              if line.startswith(('FAILED ', 'ERROR '))]
+    failed = re.findall(r'^(?:FAILED|ERROR) ((?:tests|nbs)/.*?)(?: - .*)?$', out, re.M)
     line = re.search(r'/tests/test_\w+\.py:(\d+): ', out)
     if failed: return False, failed[0] + (f', line {line[1]}' if line else '')
     raise RuntimeError(f'pytest ended with {process.exitcode} on {" ".join(tests)}:\n{out}')
@@ -454,8 +455,11 @@ def baseline(edits, copies, timeout):
     with ThreadPoolExecutor(len(copies)) as pool:
         parts = [tests[i::len(copies)] for i in range(len(copies))]
         jobs = [pool.submit(run_tests, *of, timeout) for of in zip(copies, parts) if of[1]]
-        for passed, why in (job.result() for job in jobs):
-            if not passed: sys.exit(f'Without any edit, a test fails already: {why}')
+        for copy, job in zip(copies, jobs):
+            passed, why = job.result()
+            if passed: continue
+            said = (copy.parent/'log').read_text(errors='replace')[-3000:]
+            sys.exit(f'Without any edit, a test fails already: {why}\n{said}')
 
 
 def commit():
