@@ -10,8 +10,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # The models are small: more threads only stand in one another's way.
 export OMP_NUM_THREADS ?= 1
 
-# A hundred processes import torch, some for a word of help: Python compiles it for the first of them,
-# in a second or two, and keeps that, whatever the environment says. Otherwise each one waits.
+# Many of the tests' processes import torch, some for a word of help: Python compiles it for the first
+# of them and keeps that, whatever the environment says. Otherwise each takes twice as long to start.
 unexport PYTHONDONTWRITEBYTECODE
 
 # Where torch comes from: a folder of wheels, where pip is set to search one; else uv picks the build
@@ -72,8 +72,8 @@ gpu: $(READY)       ## on a machine with a card: 8 minutes with DATA=folder
 	$(say) "Testing, training at scale mini and measuring on the GPU: at most 8 minutes"
 	python tools/gpu.py --data '$(DATA)' $(ARGS)
 
-test: $(READY)      ## every notebook's tests, then those in tests/: 10 minutes
-	$(say) "Running the notebooks, then the tests: about 10 minutes on 2 cores"
+test: $(READY)      ## every notebook's tests, then those in tests/: 8 minutes
+	$(say) "Running the notebooks, then the tests: about 8 minutes on 2 cores"
 	python tools/test_notebooks.py; notebooks=$$?; pytest -n 2 --dist loadgroup tests $(ARGS) && exit $$notebooks
 
 # The lowest versions that settings.ini promises (RESOLUTION=lowest-direct), or the latest it allows.
@@ -82,8 +82,8 @@ test-versions:      ## the tests at the lowest versions of what we build on: 12 
 	@$(MAKE) --no-print-directory test VENV=.venv-$(RESOLUTION) INSTALL='--resolution $(RESOLUTION)' \
 	  EXTRAS=test,transformers
 
-mutants: $(READY)   ## faults put in on purpose: does a test notice? 16 minutes on 2 cores
-	$(say) "Putting faults into copies of the project, one at a time: about 16 minutes on 2 cores"
+mutants: $(READY)   ## faults put in on purpose: does a test notice? 12 minutes on 2 cores
+	$(say) "Putting faults into copies of the project, one at a time: about 12 minutes on 2 cores"
 	python tests/mutants.py $(ARGS)
 
 slow: $(READY)      ## also the cells marked `#| slow`: an hour

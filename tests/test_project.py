@@ -9,7 +9,7 @@ from execute import stale
 from pages import PAPER, Labels, equations
 
 ROOT = Path(__file__).parent.parent
-LEFT_OUT = shutil.ignore_patterns('.venv', '.git', '_proc', '_docs', '__pycache__', '*.egg-info',
+LEFT_OUT = shutil.ignore_patterns('.venv*', '.git', '_proc', '_docs', '__pycache__', '*.egg-info',
                                   '.*_cache')
 
 # a path of the machine that ran it
