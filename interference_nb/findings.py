@@ -183,7 +183,7 @@ def clauses(rows: pd.DataFrame,  # some of `judged_together`
             names.append(WHOLE[theme])
             continue
         alone = ((own['p'] < .05) & (own['sign'] * own['delta'] > 0)).groupby(own['label']).all()
-        names += [label + ' (each test alone would show it)' * bool(alone[label])
+        names += [label + ' (significant alone, not after correction)' * bool(alone[label])
                   for label, _ in labels]
     return names
 
