@@ -44,7 +44,9 @@ def test_metadata_tells_what_an_index_shows(wheel):
     own = {k for k in settings['DEFAULT'] if k.endswith('_requirements')}
     assert {f'{k}_requirements' for k in re.findall('Provides-Extra: (.+)', about)} == own
     named = {k for p in (ROOT/'interference_nb').glob('*.py')        # by messages: pip install ...
-             for k in re.findall(r"interference_nb\[(\w+)\]'", p.read_text(encoding='utf-8'))}
+             for k in re.findall(r"interference_nb\[(\w+)\]'|require_package\([^)]+, '(\w+)'\)",
+                                 p.read_text(encoding='utf-8'))}
+    named = {a or b for a, b in named}
     assert {'tensorboard', 'transformers'} <= named
     for p in (*(ROOT/'interference_nb').glob('*.py'), *(ROOT/'nbs').rglob('*.ipynb')):
         assert not re.search(r"(?<!')interference_nb\[", p.read_text(encoding='utf-8')), p  # zsh

@@ -1,8 +1,10 @@
 """What the tools and the tests know about a notebook's cells."""
 import ast, hashlib, os, re
 from functools import cache
+from pathlib import Path
 from nbdev.config import get_config
 
+PACKAGE = Path(__file__).parent.parent / 'interference_nb'
 HEADING = re.compile(r'^(#{1,6})\s+(.*)$')
 INSTALL = """#| hide
 #| eval: false
@@ -70,7 +72,7 @@ def stamps(cells, is_skipped):
 @cache
 def drawing_functions():
     "Return the code of the package's functions that draw: {name: code}."
-    trees = [ast.parse((get_config().lib_path/f'{module}.py').read_text(encoding='utf-8'))
+    trees = [ast.parse((PACKAGE/f'{module}.py').read_text(encoding='utf-8'))
              for module in ('figures', 'drawings')]
     return {node.name: ast.unparse(node) for tree in trees for node in tree.body
             if isinstance(node, ast.FunctionDef)}
