@@ -174,25 +174,25 @@ STATEMENTS = {
         ('Meta-adapters are better at NER within language than PCGrad',
          'NER within', 'meta_adpt', 'pcgrad', +1))),
     'within': tuple(Claim(f'{{block}}: {text}', '{block} mean', *row) for text, *row in (
-        ("a language's own feed-forward layers help within it", 'ffn', 'joint', +1, '3.3'),
-        ("a language's own attention layers help within it", 'attn', 'joint', +1, '3.3'),
-        ("a language's own adapters help within it", 'adpt', 'joint', +1, '3.3'),
+        ('language-specific feed-forward layers raise scores', 'ffn', 'joint', +1, '3.3'),
+        ('language-specific attention layers raise scores', 'attn', 'joint', +1, '3.3'),
+        ('language-specific adapters raise scores', 'adpt', 'joint', +1, '3.3'),
         ('feed-forward layers help more than attention', 'ffn', 'attn', +1, '3.3'),
         ('meta-adapters are better than joint', 'meta_adpt', 'joint', +1, '4.2'),
         ('meta-adapters are better than adapters', 'meta_adpt', 'adpt', +1, '4.2'),
         ('shared adapters are better than joint', 'share_adpt', 'joint', +1, '4.2'),
         ('meta-adapters are better than shared ones', 'meta_adpt', 'share_adpt', +1, '4.2'),
-        ('mono is better than joint of twice the steps', 'mono', 'joint2x', +1),
-        ('meta-adapters are better than joint of as many passes', 'meta_adpt', 'joint6x', +1))),
+        ('mono is better than joint at twice the steps', 'mono', 'joint2x', +1),
+        ('meta-adapters are better than joint at equal passes', 'meta_adpt', 'joint6x', +1))),
     'zero-shot': tuple(Claim(f'{{block}}: {text}', '{block} mean', *row) for text, *row in (
-        ('feed-forward layers of their own cost transfer', 'ffn', 'joint', -1, '3.3'),
-        ('attention layers of their own cost transfer', 'attn', 'joint', -1, '3.3'),
-        ('adapters of their own cost transfer', 'adpt', 'joint', -1, '4.2'),
+        ('language-specific feed-forward layers reduce transfer', 'ffn', 'joint', -1, '3.3'),
+        ('language-specific attention layers reduce transfer', 'attn', 'joint', -1, '3.3'),
+        ('language-specific adapters reduce transfer', 'adpt', 'joint', -1, '4.2'),
         ('meta-adapters are better than joint', 'meta_adpt', 'joint', +1, '4.2'),
         ('meta-adapters are better than adapters', 'meta_adpt', 'adpt', +1, '4.2'),
         ('shared adapters are better than joint', 'share_adpt', 'joint', +1, '4.2'),
         ('meta-adapters are better than shared ones', 'meta_adpt', 'share_adpt', +1, '4.2'),
-        ('meta-adapters are better than joint of as many passes', 'meta_adpt', 'joint6x', +1))),
+        ('meta-adapters are better than joint at equal passes', 'meta_adpt', 'joint6x', +1))),
     'mono': (
         Claim('{block}: mono is better than joint in {language}', '{block} {lang}', 'mono', 'joint',
               +1, '3.3'),),
@@ -215,11 +215,11 @@ STATEMENTS = {
         Claim('{block}: joint is better than mono in {lang}', '{block} {lang}', 'joint', 'mono',
               +1, '3.3'),),
     'English beside': (
-        Claim('{block}: worse beside Russian than beside French', '{block} ru', 'joint', 'joint',
+        Claim('{block}: worse with Russian than with French', '{block} ru', 'joint', 'joint',
               -1, '3.3', '{block} fr'),
-        Claim('{block}: as good beside fr_l as beside fr', '{block} fr_l', 'joint', 'joint', 0,
+        Claim('{block}: as good with fr_l as with fr', '{block} fr_l', 'joint', 'joint', 0,
               '3.3', '{block} fr'),
-        Claim('{block}: as good beside ru_l as beside ru', '{block} ru_l', 'joint', 'joint', 0,
+        Claim('{block}: as good with ru_l as with ru', '{block} ru_l', 'joint', 'joint', 0,
               '3.3', '{block} ru')),
     'perplexity': (
         Claim('Telugu: early in training mono has a lower loss than joint', 'loss te early', 'mono',
@@ -310,36 +310,36 @@ class Confirmatory(NamedTuple):
 
 CONFIRMATORY = tuple(Confirmatory(*about, Claim(*claim)) for about, claim in (
     (('Interference', 'a related language raises the loss', 'near'),
-     ('Beside a near language the loss is higher than alone, though each gets as many batches',
+     ('With a related language the loss is higher than alone, at equal batches of each language',
       'loss', 'joint2x', 'mono', +1, '3.3')),
     (('Interference', 'a distant language raises the loss', 'distant'),
-     ('Beside a distant language the loss is higher than alone, though each gets as many batches',
+     ('With a distant language the loss is higher than alone, at equal batches of each language',
       'loss', 'joint2x', 'mono', +1, '3.3')),
     (('Interference', 'another language lowers scores', 'near'),
-     ('Beside another language scores within a language are lower, though each gets as many '
-      'batches', 'score within', 'joint2x', 'mono', -1, '3.3, Table 2')),
+     ('With another language scores within a language are lower, at equal batches of each '
+      'language', 'score within', 'joint2x', 'mono', -1, '3.3, Table 2')),
     (('Interference', 'twice the steps lower the loss of joint', 'near'),
-     ('Part of what joint loses at equal steps is budget: twice the steps lower its loss',
+     ('At equal steps joint lacks budget, too: twice the steps lower its loss',
       'loss', 'joint2x', 'joint', -1)),
     (('Interference', 'joint reaches a lower loss than mono with little text', 'scarce'),
-     ('Where text is scarce joint ends with a lower loss than mono', 'loss scarce', 'joint', 'mono',
-      -1, '3.3, Fig. 2')),
+     ('Where text is scarce, joint ends with a lower loss than mono', 'loss scarce', 'joint',
+      'mono', -1, '3.3, Fig. 2')),
     (('Transfer', 'joint transfers more than random weights', 'near'),
-     ('Joint transfers better than random weights finetuned alike', 'score zero-shot', 'joint',
-      'scratch', +1)),
+     ('Joint transfers better than random weights finetuned in the same way', 'score zero-shot',
+      'joint', 'scratch', +1)),
     (('Language-specific parts', 'own feed-forward layers raise scores', 'near'),
-     ("A language's own feed-forward layers raise scores within it", 'score within', 'ffn', 'joint',
-      +1, '3.3')),
+     ('Language-specific feed-forward layers raise scores within a language', 'score within',
+      'ffn', 'joint', +1, '3.3')),
     (('Language-specific parts', 'own attention layers raise scores', 'near'),
-     ("A language's own attention layers raise scores within it", 'score within', 'attn', 'joint',
-      +1, '3.3')),
+     ('Language-specific attention layers raise scores within a language', 'score within', 'attn',
+      'joint', +1, '3.3')),
     (('Language-specific parts', 'own adapters raise scores', 'near'),
-     ("A language's own adapters raise scores within it", 'score within', 'adpt', 'joint', +1,
-      '3.3')),
+     ('Language-specific adapters raise scores within a language', 'score within', 'adpt',
+      'joint', +1, '3.3')),
     (('Language-specific parts', 'own adapters cost transfer', 'near'),
-     ("A language's own adapters cost transfer", 'score zero-shot', 'adpt', 'joint', -1, '4.2')),
+     ('Language-specific adapters reduce transfer', 'score zero-shot', 'adpt', 'joint', -1, '4.2')),
     (('Language-specific parts', 'shared adapters raise scores', 'near'),
-     ('Adapters that languages share raise scores within them', 'score within', 'share_adpt',
+     ('Shared adapters raise scores within a language', 'score within', 'share_adpt',
       'joint', +1, '4.2')),
     (('Meta-adapters', 'meta-adapters transfer more than joint', 'near'),
      ('Meta-adapters transfer better than joint', 'score zero-shot', 'meta_adpt', 'joint', +1,
@@ -348,7 +348,7 @@ CONFIRMATORY = tuple(Confirmatory(*about, Claim(*claim)) for about, claim in (
      ('Meta-adapters transfer better than adapters', 'score zero-shot', 'meta_adpt', 'adpt', +1,
       '4.2')),
     (('Meta-adapters', 'they transfer more than joint at equal passes', 'near'),
-     ('Meta-adapters transfer better than joint given as many passes', 'score zero-shot',
+     ('Meta-adapters transfer better than joint at equal passes', 'score zero-shot',
       'meta_adpt', 'joint6x', +1)),
     (('Meta-adapters', 'meta-adapters raise scores', 'near'),
      ('Meta-adapters raise scores within a language', 'score within', 'meta_adpt', 'joint', +1,
@@ -444,11 +444,11 @@ def verdict_table(judged: pd.DataFrame,  # of `judge`
     return found.rename_axis(None, axis=1).reset_index()
 
 OPENINGS = dict(zip(VERDICTS, (
-    'Shows here:', 'The opposite of it shows here:',
-    f'Equivalent here, within {MARGINS["points"]:g} points or {MARGINS["nats"]:g} nats:',
-    'Undecided here, the 95% interval holds zero:',
-    'Void here, for joint transfers no better than random weights:',
-    'Not judged, for want of a model with random weights beside them:'), strict=False))
+    'Shown here:', 'The opposite is shown here:',
+    f'Equivalent (less than {MARGINS["points"]:g} points or {MARGINS["nats"]:g} nats apart):',
+    'Undecided (the 95% interval includes zero):',
+    'Not judged (joint transfers no better than random weights):',
+    'Not judged (no model with random weights was run):'), strict=False))
 
 def findings(judged: pd.DataFrame,  # of `judge`
              ) -> str:  # a list
@@ -469,7 +469,7 @@ def in_every_case(judged: pd.DataFrame,  # of `judge`
              [text for text, all_of in found.items() if set(all_of) == {kind}])
             for kind in OPENINGS]
     count = lambda every: ', '.join(f'{k} {every.count(k)}' for k in OPENINGS if k in every)
-    said.append(('Depends on the pair or on λ (in how many cases):',
+    said.append(('Depends on the pair or on λ (number of cases):',
                  [f'{text}: {count(every)}' for text, every in found.items()
                   if len(set(every)) > 1]))
     return '\n\n'.join('\n'.join([f'**{title}**\n', *(f'- {text}' for text in texts)])

@@ -567,7 +567,7 @@ def check_data(cfg: CheckConfig):  # the command's options
     if problems:
         print('\n'.join(problems))
         raise InputError(f'{len(problems)} of the things in {cfg.folder} cannot be used; they are '
-                         'listed above. Mend or remove them. 00d_folders shows all forms.')
+                         'listed above. Fix or remove them. 00d_folders shows all forms.')
     print('All of it can be used.' if not unread else 'All that is read can be used.')
 
 def _text_row(lang: str, found: dict) -> dict:
@@ -646,7 +646,7 @@ def _plan_of(exhibits, study, source, out: Path, workers: int) -> str:
     of = {name: [s for s in specs if s.name not in other] for name, specs in of.items()}
     if not of['together']: return 'No runs to plan.'
     header, lines, note = plan_missing(of, out, workers)
-    if other: note += (' Not to be run, for their folders hold other settings: '
+    if other: note += (' Not run, because their folders hold other settings: '
                        f'{", ".join(other)}.')
     note = f'Exhibits share runs: the last line counts each once. {note}'
     return f'{as_text(header, lines)}\n\n{note}'
@@ -713,7 +713,7 @@ def command_tree() -> Group:
     from tyro import MISSING
     pre, plans, fine = {}, {}, {}
     size = {'toy': 'toy languages, a minute', 'pocket': 'real text, minutes on two cores',
-            'mini': 'real text, one GPU or a patient CPU', 'paper': "the paper's size, 4 GPUs"}
+            'mini': 'real text, one GPU, or a CPU and time', 'paper': "the paper's size, 4 GPUs"}
     for name, scale in SCALES.items():
         paper, text = name == 'paper', REAL.get(name, {})
         own = dict(model=scale.model, train=scale.train, **text)
@@ -847,7 +847,7 @@ def upgrade_options(args: list[str]) -> list[str]:  # words of a command
 def main(args: list[str] | None = None,  # None: those of the process
          ):
     "Run the `interference` program, alone or as one of torchrun's processes."
-    stopped = 'stopped. The same command goes on from the last checkpoint.'
+    stopped = 'stopped. The same command resumes from the last checkpoint.'
     if getattr(sys.stdout, 'errors', '') == 'strict': sys.stdout.reconfigure(errors='plain')
     try:
         with process_group(), _first_speaks():

@@ -92,7 +92,7 @@ def difference_at(stated: Confirmatory,  # one of the list
     "Find the study that decides a statement, and its difference."
     options, claim = [], stated.claim
     cheaper = replace(claim, baseline='joint2x', text=claim.text.replace(
-        'as many passes', 'twice the steps, a third of the passes'))
+        'equal passes', 'twice the steps, a third of the passes'))
     for c in (claim, cheaper)[:1 + (claim.baseline == 'joint6x')]:
         for study, pair in EVIDENCE[stated.place][kind]:
             if (numbers := numbers_of_place(records/study, pair)) is None: continue
@@ -127,8 +127,8 @@ def judged_together(records,  # folder of the studies
 CONCLUSIONS = dict(zip(VERDICTS, (
     'it holds in models like these', 'expect the reverse in models like these',
     'the difference is too small to matter', 'nothing follows either way',
-    'nothing follows, since joint transfers nothing that random weights lack',
-    'nothing follows until random weights are finetuned beside it', 'nothing is known'),
+    'nothing follows: joint transfers no better than random weights',
+    'nothing follows until random weights are finetuned in the same way', 'nothing is known'),
     strict=True))
 
 def conclusion(rows: pd.DataFrame,  # of `judged_together`: one statement, a line for each kind
@@ -138,7 +138,7 @@ def conclusion(rows: pd.DataFrame,  # of `judged_together`: one statement, a lin
     for r in rows.itertuples():
         what = CONCLUSIONS[r.verdict]
         if r.verdict == 'undecided' and r.p < .05:
-            what = 'it would show alone, but not among so many statements'
+            what = 'it is significant alone, but not after correction for so many statements'
         elif r.verdict == 'undecided' and r.margin and r.n > 1:
             n = seeds_needed(r.se * r.n**.5, r.margin)
             what += f': it would take {n:,} seeds to see {r.margin:g} {r.unit}'
@@ -230,7 +230,7 @@ def treatment_table(records,  # folder of the studies
               for other, name, source in (
                   ('joint', 'joint', '4.2'), ('adpt', 'adapters', '4.2'),
                   ('joint2x', 'joint, twice the steps', ''),
-                  ('joint6x', 'joint, as many passes', ''),
+                  ('joint6x', 'joint, equal passes', ''),
                   ('meta_first_order', 'without the second-order term', '4.1'))
               for metric in ('loss', 'score within', 'NER zero-shot', 'POS zero-shot')]
     found = []

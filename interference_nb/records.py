@@ -326,8 +326,8 @@ def context_note(folder,  # of a study
         f'({", ".join(shallow[:3])}{", ..." * (len(shallow) > 3)}): they know little more than '
         'which pieces are frequent, and differences between them say little.')
     if unknown: parts.append(
-        f'Whether {"these" if unknown == len(ends) else unknown} models use context is not known: '
-        'their records hold no baselines.')
+        f'It is not known whether {"these" if unknown == len(ends) else unknown} models use '
+        'context: their records have no baselines.')
     return ' '.join(parts)
 
 def describe(folder,  # of a study

@@ -177,7 +177,7 @@ def _unknown_pieces(model, lang, ids, unknown):
                          'out, or name another model.')
     if lost > UNKNOWN * n:
         yield (f'{lang}: {lost / n:.1%} of the pieces are unknown to the tokenizer, all the same '
-               'to the model; losses and cosines say little of what they stand for.')
+               'to the model; losses and cosines say little about the text.')
 
 def _notes_on_text(lang, there, cut, length, cfg, rows=None):
     "Say what happened to the text of a language."
@@ -243,9 +243,9 @@ def plan(
     return (f'{K} languages, {cfg.rounds} rounds of {cfg.batches} batches each: {passes:,} passes, '
             f'about {passes * s / 60 / world:.1f} minutes at {s:.2g} s a pass'
             f'{f" in {world} processes" * (world > 1)}. Memory: {size_in_words(peak)} after a '
-            f'pass, and {size_in_words(flat)} for a gradient; disk, for the time being: '
-            f'{size_in_words(disk)}.' + ' Other work holds the cores, and threads wait for one '
-            'another: OMP_NUM_THREADS=1 may be faster.' * waits)
+            f'pass, and {size_in_words(flat)} for a gradient; temporary space on disk: '
+            f'{size_in_words(disk)}.' + ' Other programs use the cores, and threads wait for '
+            'one another: OMP_NUM_THREADS=1 may be faster.' * waits)
 
 def measure(
     subject: Subject,       # what to measure
@@ -371,9 +371,9 @@ def advice(
     shown, pairs = conflicts(numbers), numbers['pairs']
     whole = [p for p in pairs if p['group'] == 'all']
     visible = [p['visible'] for p in whole if p['visible'] is not None]
-    power = (f'A conflict of all probed weights together would have been noticed four times in '
-             f'five from a cosine of −{np.median(visible):.2f} on (median pair, tested alone).'
-             if visible else 'The gradients are too noisy to say how large one would have to be.')
+    power = (f'For the median pair, tested alone, a conflict over all probed weights would be '
+             f'noticed four times in five if its cosine were −{np.median(visible):.2f}.'
+             if visible else 'The gradients are too noisy to say how large a conflict would show.')
     noisy = [l for l, x in numbers['losses'].items() if (x['within'] or 0) < .1]
     said = [f'{", ".join(noisy)}: two gradients of the same language hardly agree. Take more '
             'batches or rounds before you believe a cosine.'] if noisy else []
@@ -386,7 +386,7 @@ def advice(
     for p in shown:
         if p['group'].startswith('layer'): layers.setdefault(p['group'], []).append(p)
     first = shown[0]
-    said = [f'{len(some)} of {len(whole)} pairs conflict somewhere. Most surely '
+    said = [f'{len(some)} of {len(whole)} pairs conflict somewhere. The clearest: '
             f'{_pair(first)} in {first["group"]}: cosine {_interval(first)}.', *said]
     if layers:
         least = lambda g: min(p['cosine'] or 0 for p in layers[g])
@@ -400,7 +400,7 @@ def advice(
         said.append(f'Languages of which no two were shown to conflict: {groups}. Share weights '
                     'within such a group first.')
     return [*said, 'These are hints from gradients at one point of training. Whether adapters or '
-                   f'groups help, a training run must show. {power}']
+                   f'groups help, only a training run can show. {power}']
 
 def _pair(p): return '–'.join(p['pair'])
 
@@ -601,11 +601,11 @@ def page(
 MEANING = '''<h2>How to read it</h2><ul>
 <li>A cosine of 1: both languages want the same step. 0: the step of one does not affect the other.
 Below zero: a small step for one raises the loss of the other.</li>
-<li>Of all conflicts that are reported, at most one in twenty is expected to be a false one.
-Intervals hold for one pair each, 95 %, by bootstrap over rounds.</li>
+<li>Of all conflicts that are reported, at most one in twenty is expected to be false.
+Each 95 % interval is for one pair, by bootstrap over rounds.</li>
 <li>“within” is the cosine of two gradients of one language: near 0, they are mostly noise.</li>
-<li>“batches needed”: with so many a language, a test of this pair alone notices such a conflict
-four times in five.</li>
+<li>“batches needed”: with so many for each language, a test of this pair alone would notice such
+a conflict four times in five.</li>
 <li>It says nothing about the end of training: a conflict is about the next small step, and near an
 optimum of a mixture gradients cancel, so that some must oppose others.</li></ul>'''
 

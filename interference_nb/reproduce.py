@@ -334,23 +334,24 @@ EXHIBITS = {e.name: e for e in (
             'English and three languages with much text (ar, fr, ru) and three with little '
             '(hi, sw, te), chosen for the data of the tasks (3.2).',
             write=lambda e, figures: page_of_statistics(e)),
-    Exhibit('table2', 'NER and POS', 'Do two languages get into each other\'s way, and do parts '
-            'of their own, plain or meta-learned, help?',
-            'Mono is better than joint in every language but Swahili. Parts of their own help '
-            'within a language and cost transfer. Meta-adapters are better in both (3.3, 4.2).',
+    Exhibit('table2', 'NER and POS', 'Do two languages interfere, and do language-specific parts, '
+            'plain or meta-learned, help?',
+            'Mono is better than joint in every language but Swahili. Language-specific '
+            'parts help within a language and reduce transfer. Meta-adapters are better in both '
+            '(3.3, 4.2).',
             TAGS, ALL, statements(TAGS, of_mono, of_systems)),
-    Exhibit('table3', 'Question answering (F1)', 'The same of TyDiQA-GoldP.',
+    Exhibit('table3', 'Question answering (F1)', 'The same question for TyDiQA-GoldP.',
             'As in Table 2 (3.3, 4.2).', ANSWERS[:2], ALL,
             statements(ANSWERS[:2], of_mono, of_systems)),
-    Exhibit('table4', 'Three languages', 'Does a third, similar language ease interference? '
+    Exhibit('table4', 'Three languages', 'Does a third, similar language reduce interference? '
             '(joint: two languages.)',
             'Marathi beside Hindi, Kannada beside Telugu: as good within the language, better '
             'at transfer (3.3).', THREE, ('joint', 'trilingual', 'scratch'),
             statements(THREE, lambda g, l: f'third {g.where}')),
     Exhibit('table5', 'Corpus size and distance', 'Does it take a large corpus to interfere, '
             'and is a distant language worse?',
-            'English is worse beside Russian than beside French, and as good beside a small corpus '
-            'as beside a large one. With little text joint is better than mono (3.3).',
+            'English is worse with Russian than with French, and as good with a small corpus '
+            'as with a large one. With little text joint is better than mono (3.3).',
             CUT, ('mono', 'joint', 'scratch'), statements(CUT, of_size)),
     Exhibit('table6', 'Natural language inference (accuracy)', 'Do the treatments transfer from '
             'English on XNLI?', 'Meta-adapters are better than joint, plain adapters worse (4.2).',
@@ -358,7 +359,7 @@ EXHIBITS = {e.name: e for e in (
     Exhibit('table7', 'Question answering, F1 and exact match', 'Does Table 3 hold in both '
             'metrics?', 'The full results of Table 3 (App. C).', ANSWERS, ALL,
             statements(ANSWERS, of_mono, of_systems)),
-    Exhibit('figure1', 'Mono against joint', 'Do two languages get into each other\'s way?',
+    Exhibit('figure1', 'Mono against joint', 'Do two languages interfere?',
             'NER within a language: mono is better than joint in every language but Swahili, and '
             'better than XLM, a much larger model of 100 languages, in four of six, with Hindi '
             'and Telugu among them (2, 3.3).', TAGS[:1], ('mono', 'joint', 'xlm'),
@@ -372,8 +373,8 @@ EXHIBITS = {e.name: e for e in (
             draw=lambda e, figures: dict(figure2=partial(
                 figures.plot_perplexity, e.table, None, e.exhibit.groups[0].partners))),
     Exhibit('figure3', 'Gradient conflict', 'Do languages pull shared weights apart?',
-            'Gradients of two languages are less alike than of one, most of all early, where they '
-            'point apart; Arabic more than French (3.3).',
+            'Gradients of two languages are less alike than gradients of one, most of all early, '
+            'when they point apart; with Arabic more than with French (3.3).',
             (ColumnGroup('ppl', 'within', PROBED),), ALL[1:2], evidence=of_causes,
             draw=lambda e, figures: dict(figure3=partial(
                 figures.plot_conflict, probe_rows(e.folder, e.names)))),
@@ -708,35 +709,35 @@ LEGENDS = {
               'estimate; *corrected*: across languages, divided by it; *below zero*: share of'
               ' the probes. Gates: cosine of log alpha, two prunings of one language (within)'
               ' or of two (across); *permuted*: of shuffled gates; λ: the price of an open '
-              'gate, in nats. Loss in nats; *harm*: what closing the groups that one language'
-              ' alone keeps adds to it. Mean ± standard deviation over seeds.',
+              'gate, in nats. Loss in nats; *harm*: how much it rises when the groups that only one'
+              ' language keeps are closed. Mean ± standard deviation over seeds.',
     'family': 'Perplexity (ppl) is per masked token of held-out text; NER, POS and QA are F1,'
               ' NLI is accuracy, in percent: means over the languages of a model, ± standard '
               'deviation over seeds.',
     'table2': PAPER_NOTE,
-    'table7': 'Exact match is not resampled, for records keep no counts of it; it is never bold.',
-    'figure4': 'Training losses of meta_adpt do not compare: a meta step measures its loss after '
-               'the adapters have moved. So our controls hold the same statements against '
-               'held-out loss at a fifth of the training.',
+    'table7': 'Exact match is never bold: records keep no counts of it, so it is not resampled.',
+    'figure4': 'Training losses of meta_adpt cannot be compared with the others: a meta step '
+               'measures its loss after the adapters have moved. So our controls test the same '
+               'statements on held-out loss, after a fifth of the training.',
     'ppl': 'Perplexity per masked token of held-out text at the end of the training, of the '
            'partner: mean ± standard deviation over seeds.',
     'cells': 'Mean ± standard deviation over seeds, in percent; below, paired differences within '
              'seeds with 95% intervals. `scratch` is the control: random weights, finetuned '
-             'alike. Bold: better than every other row of its column by a paired t test over seeds '
-             '(p < 0.05) and by the 95% interval over 1000 resamples of the test sentences, where '
-             'every row has been run. Nothing bold in a column that was tested: these records '
-             'name no best.',
-    'matched': 'Not in the paper: joint2x takes twice the steps, so that on average over its '
-               'languages one gets as many batches as in mono (where corpora differ in size, '
-               'the larger gets more, T = 5); joint6x takes as many passes as meta_adpt.',
-    'verdicts': 'Exploratory: not corrected for the number of statements; those that the paper '
-                'stands on are judged together under Findings. A statement shows, or its opposite, '
-                'if the 95% interval of the paired difference over seeds lies on one side of zero. '
-                'Otherwise both sides are equivalent if two one-sided tests say that they differ '
-                f'by less than {MARGINS["points"]:g} points or {MARGINS["nats"]:g} nats, and "as '
-                'good" shows if they are. A statement about transfer is void where joint\'s '
-                'zero-shot score is not above that of random weights finetuned alike, and it is '
-                'not judged where that control was not run.'}
+             'in the same way. Bold: better than every other row of its column by a paired t test '
+             'over seeds (p < 0.05) and by the 95% interval over 1000 resamples of the test '
+             'sentences. A column has a bold row only if every row has been run and one of them '
+             'is clearly the best.',
+    'matched': 'Not in the paper: joint2x takes twice the steps, so that a language gets as many '
+               'batches as in mono, averaged over its languages (where corpora differ in size, the '
+               'larger one gets more, T = 5); joint6x takes as many passes as meta_adpt.',
+    'verdicts': 'Exploratory: not corrected for the number of statements; the main statements of '
+                'the paper are judged together under Findings. A statement shows, or its opposite '
+                'does, if the 95% interval of the paired difference over seeds lies on one side of '
+                'zero. Otherwise both sides are equivalent if two one-sided tests find that they '
+                f'differ by less than {MARGINS["points"]:g} points or {MARGINS["nats"]:g} nats; '
+                'a statement with "as good" needs these tests to show. A statement about transfer '
+                'is not judged where joint\'s zero-shot score is not above that of random weights '
+                'finetuned in the same way, or where this control was not run.'}
 
 def parts_of_page(e: Evidence, rows: pd.DataFrame,  # of `summarise_cells`
                   found: pd.DataFrame,  # of `judged`
@@ -775,17 +776,17 @@ def untested(rows: pd.DataFrame) -> str:  # rows: of `summarise_cells`
     for block, column in known[known == 0].index: blocks.setdefault(block, []).append(column)
     if not blocks: return ''
     names = '; '.join(f'{b}: {", ".join(columns)}' for b, columns in blocks.items())
-    return f'Not tested, so never bold, for want of counts per sentence: {names}.'
+    return f'Not tested (there are no counts per sentence), so never bold: {names}.'
 
 def power_note(rows: pd.DataFrame) -> str:  # rows: of `summarise_cells`
     "Say how many seeds would see two points at the spread of these records."
     known = rows[rows['se'].notna() & (rows['task'] != 'ppl')]
     if not len(known): return ''
     sds = known['se'] * known['pairs']**.5
-    return (f'Paired differences to joint have a standard deviation of {sds.median():.1f} '
-            f'points over seeds in the middle of the cells, {sds.max():.1f} at most. To see 2 '
-            f'points with a power of 80% takes {seeds_needed(sds.median())} seeds, and '
-            f'{seeds_needed(sds.max()):,} in the noisiest cell.')
+    return (f'Over seeds, paired differences to joint have a standard deviation of '
+            f'{sds.median():.1f} points in the median cell and {sds.max():.1f} in the noisiest. '
+            f'To see 2 points with a power of 80% takes {seeds_needed(sds.median())} seeds in the '
+            f'median cell and {seeds_needed(sds.max()):,} in the noisiest.')
 
 def origin(e: Evidence,  # what there is of an exhibit
            ) -> str:
@@ -999,8 +1000,8 @@ def write_index(study: Study,  # scale, data, languages, systems, seeds
                           runs=f'{len(e.done)} of {len(e.specs)}' if e.specs else '–',
                           **{v: f'{n[v]}' if v in n else '–' for v in VERDICTS}))
     parts = (f'# Tables and figures, scale {study.name}', markdown(pd.DataFrame(lines), 'left'),
-             f"Runs that are there, and how many of the paper's statements and our controls show "
-             f'in them. {about_study(study)}')
+             f"How many runs are complete, and the verdicts on the paper's statements and our "
+             f'controls. {about_study(study)}')
     path = Path(folder)/'index.md'
     return write_atomically(path, '\n\n'.join(parts) + '\n')
 
@@ -1216,8 +1217,9 @@ def family_page(name: str, records) -> str:  # Markdown
     done = len(there['paper'][1]) if 'paper' in there else 0
     parts = [f'{done} of {len(asked)} runs are complete at the scale of the paper.' if done else
              f'**Not run at this scale.** None of these {len(asked)} runs has been made at the '
-             'scale of the paper. ' + ('What was run is smaller; [results](../07b_results.ipynb) '
-                                       'shows it in full.' if there else 'Nor has a smaller one.')]
+             'scale of the paper. ' + (
+                 'What was run is smaller; [results](../07b_results.ipynb) shows it in full.'
+                 if there else 'No smaller one has been made either.')]
     for scale, (folder, names) in there.items():
         runs = (of_run.rows[0]['config']['run'] for of_run in read_runs(folder, names).values())
         sizes = dict.fromkeys(about_size(scale, run['scale']) for run in runs)

@@ -327,7 +327,7 @@ def test_ctrl_c_ends_a_demo_in_one_line(tmp_path):
             os.killpg(command.pid, signal.SIGKILL)
     assert (command.returncode, said) == (
         130,
-        'interference: stopped. The same command goes on from the last checkpoint.\n',
+        'interference: stopped. The same command resumes from the last checkpoint.\n',
     )
 
 

@@ -224,7 +224,7 @@ def test_rows_are_set_aside_where_a_split_has_no_file(tmp_path, capsys, task):
 
 
 def test_rows_set_aside_are_enough_to_finetune(tmp_path):
-    "A task with training rows only: refused before, for want of a validation file."
+    "A task with training rows only, which used to be refused because it has no validation file."
     text_of(tmp_path)
     for lang in LINES:
         write(tmp_path/'ner'/lang/'train.parquet',
