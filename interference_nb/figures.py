@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SYSTEM_COLOURS', 'LANGUAGE_COLOURS', 'GREYS', 'ACCENTS', 'SHOWN', 'KIND_COLOURS', 'WIDTH_COLOURS', 'colour',
-           'language_colour', 'new_axes', 'read_curves', 'over_seeds', 'spread', 'plot_curves', 'held_out',
-           'plot_perplexity', 'gaps', 'plot_sizes', 'plot_convergence', 'of_pairs', 'scores_of', 'plot_languages',
-           'plot_transfer', 'label_points', 'seed_means', 'on_targets', 'plot_differences', 'plot_forest',
-           'plot_control', 'describe_differences', 'plot_summary', 'plot_conflict', 'plot_groups', 'plot_similarity',
-           'plot_extremes', 'plot_overlap', 'plot_pruned', 'svg', 'slider', 'live', 'shapes', 'MetaStepByHand',
-           'meta_by_hand', 'plot_meta_step', 'plot_distance', 'plot_variants', 'plot_hard_concrete', 'plot_memory',
-           'plot_capacity']
+           'language_colour', 'colours_of', 'new_axes', 'read_curves', 'over_seeds', 'spread', 'plot_curves',
+           'held_out', 'plot_perplexity', 'gaps', 'plot_sizes', 'plot_convergence', 'of_pairs', 'scores_of',
+           'plot_languages', 'plot_transfer', 'label_points', 'seed_means', 'on_targets', 'plot_differences',
+           'plot_forest', 'plot_control', 'describe_differences', 'plot_summary', 'plot_conflict', 'plot_groups',
+           'plot_similarity', 'plot_extremes', 'plot_overlap', 'plot_pruned', 'svg', 'slider', 'live', 'shapes',
+           'MetaStepByHand', 'meta_by_hand', 'plot_meta_step', 'plot_distance', 'plot_variants', 'plot_hard_concrete',
+           'plot_memory', 'plot_capacity']
 
 # %% ../nbs/08_figures.ipynb #6e715aa5
 import io, math, re
@@ -45,7 +45,7 @@ LANGUAGE_COLOURS = {'en': '#4477AA', 'fr': '#EE6677', 'ru': '#228833', 'ar': '#C
                     'hi': '#AA3377', 'te': '#66CCEE', 'sw': '#EE8866', 'mr': '#44BB99',
                     'kn': '#AAAA00', 'x3': '#77AADD', 'xx': '#FFAABB', 'xv': '#BBCC33'}
 GREYS = ('#333333', '#777777', '#BBBBBB', '#E3E3E3', '#F4F4F4')     # controls; what is shared
-ACCENTS = ('#0072B2', '#E69F00', '#D55E00', '#009E73', '#CC79A7', '#56B4E9')  # pairs, and others
+ACCENTS = ('#0072B2', '#E69F00', '#D55E00', '#009E73', '#CC79A7', '#56B4E9')  # neither of these
 
 def colour(system: str,  # its name
            ) -> str:
@@ -59,6 +59,14 @@ def language_colour(
     name = re.split('[+]', name)[-1]
     if name not in LANGUAGE_COLOURS: name = name.rstrip('0123456789')
     return LANGUAGE_COLOURS.get(name, GREYS[1])
+
+def colours_of(
+    names: Iterable[str],   # languages ('te'), or pairs of them ('en-te')
+) -> list[str]:             # `ACCENTS` where two would be alike, or one is not in the table
+    "Return the colours of languages, or of pairs' second languages."
+    found = [language_colour(name.split('-')[-1]) for name in names]
+    known = len(set(found)) == len(found) and GREYS[1] not in found
+    return found if known else [ACCENTS[i % len(ACCENTS)] for i in range(len(found))]
 
 def new_axes(
     *shape: int,            # rows and columns; none: one axes
@@ -83,8 +91,10 @@ def legend_above(ax, columns: int):
 
 def label_ends(ax):
     "Write each line's name behind its end, clear of the others; more than five get a legend."
-    lines = [l for l in ax.get_lines() if l.get_label()[0] != '_' and len(l.get_xdata())]
-    if len(lines) > 5: return ax.legend(frameon=False, fontsize=8)
+    right = ax.get_xlim()[1]                        # what has no two points is not seen
+    lines = [l for l in ax.get_lines() if l.get_label()[0] != '_' and len(l.get_xdata()) > 1
+             and l.get_xdata()[0] < right]
+    if len(lines) > 5: return ax.legend(handles=lines, frameon=False, fontsize=8)
     ax.figure.draw_without_rendering()              # so that its size is known
     height, at = ax.bbox.height * 72 / ax.figure.dpi, []
     for line in lines:
@@ -545,7 +555,7 @@ def plot_conflict(probes: dict,  # {'en-fr': rows of each seed's probe}
                   ) -> Figure:
     "Draw cosines within and across languages over training; 95% intervals. [paper Fig. 3]"
     fig, ax = (ax.figure, ax) if ax else new_axes(width=6.)
-    for (pair, seeds), colour in zip(probes.items(), ACCENTS, strict=False):
+    for (pair, seeds), colour in zip(probes.items(), colours_of(probes), strict=True):
         a, b = split_pairs(seeds[0][0]['cos'])[pair]
         seeds = [[r for r in rows if r['step'] < max_step] for rows in seeds]
         steps = running(np.array([r['step'] for r in seeds[0]]), window)
@@ -579,7 +589,8 @@ def plot_groups(probes: dict,  # {'en-fr': rows of each seed's probe}
     conflict(rows, groups[0], step, step + width)           # a wrong step is refused before a plot
     fig, ax = new_axes(width=1.5 + .8 * len(groups))
     shift = .8 / len(probes)
-    for i, ((pair, seeds), colour) in enumerate(zip(probes.items(), ACCENTS, strict=False)):
+    for i, (pair, colour) in enumerate(zip(probes, colours_of(probes), strict=True)):
+        seeds = probes[pair]
         a, b = split_pairs(seeds[0][0]['cos'])[pair]
         found = [[conflict(s, g, step, step + width) for g in groups] for s in seeds]
         x = np.arange(len(groups)) + (i - (len(probes) - 1) / 2) * shift
@@ -614,7 +625,7 @@ def plot_similarity(studies: list[dict],  # of `prune_study`, one a seed
             values = [[np.mean([r[measure] for r in seed if r['layer'] == l
                                 and r['pair'] in which]) for l in layers] for seed in rows]
             _bars(ax, np.array(layers) + .4 * i - .2, values, .38, label=label,
-                  color=(GREYS[2], ACCENTS[2])[i])
+                  color=(GREYS[2], *colours_of([f'{a}-{b}']))[i])
         ax.axhline(0, color='0.6', lw=.8)
         ax.set(xticks=layers, xlabel=f'layer, {kind}', ylim=(min(-.2, ax.get_ylim()[0]), 1.05))
     axes[0].set_ylabel(f'cosine of gates, {measure}{price(studies[0])}')
@@ -636,7 +647,7 @@ def plot_extremes(study: dict,  # of `prune_study`
     order = np.argsort(mean[1])
     n = min(top, len(order) // 2)
     order = np.r_[order[:n], order[-n:]]
-    for values, lang, colour in zip(mean, langs, ACCENTS[:2], strict=True):
+    for values, lang, colour in zip(mean, langs, colours_of(langs), strict=True):
         ax.scatter(np.arange(2 * n), values[order], s=12, color=colour, label=lang, lw=0)
     ax.axhline(0, color='0.6', lw=.8, zorder=0); ax.axvline(n - .5, color='0.8', lw=.8, zorder=0)
     ax.set(xlabel=f'{n} most pruned and {n} most kept {kind} groups of {langs[1]}',
@@ -658,7 +669,7 @@ def plot_overlap(study: dict,  # of `prune_study`
     fig, ax = (ax.figure, ax) if ax else new_axes(width=3.6, height=3.6)
     A, B = x > threshold, y > threshold
     keeps = {'both': A & B, f'only {a}': A & ~B, f'only {b}': ~A & B, 'neither': ~A & ~B}
-    colours = ACCENTS[3], *ACCENTS[:2], GREYS[2]
+    colours = ACCENTS[3], *colours_of(langs), GREYS[2]
     for (name, which), colour in zip(keeps.items(), colours, strict=True):
         ax.scatter(x[which], y[which], s=12, lw=0, color=colour, label=f'{name} {which.mean():.0%}')
     ax.axhline(threshold, color='0.6', lw=.8, zorder=0)
@@ -675,7 +686,7 @@ def plot_pruned(studies: list[dict],  # of `prune_study`, one a seed
     fig, ax = new_axes(width=6., height=2.8)
     langs = tuple(studies[0]['ppl']['whole'])[:2]
     classes = [c for c in studies[0]['pruned'] if any(s['pruned'][c]['n'] for s in studies)]
-    for i, (lang, colour) in enumerate(zip(langs, ACCENTS[:2], strict=True)):
+    for i, (lang, colour) in enumerate(zip(langs, colours_of(langs), strict=True)):
         for j, (what, shade) in enumerate((('ppl', 1.), ('random', .35))):
             harm = [[math.log(s['pruned'][c][what][lang] / s['ppl']['whole'][lang]) for s in studies
                      if s['pruned'][c]['n']] for c in classes]
