@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from cells import INSTALL, stamps
 from execute import stale
-from pages import PAPER, Labels, equations
+from pages import PAPER, Labels, elsewhere, equations, once
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns('.venv*', '.git', '_proc', '_docs', '__pycache__', '*.egg-info',
@@ -261,6 +261,31 @@ def test_equations_are_numbered_alike_for_both_builders(notebooks):
         assert not re.search(r'[$]{2}\s*[{]#|@eq-', text), p.name
         assert [*re.findall(r'(?s)::: [{]#(eq-[\w-]+)[}]\n[$]{2}(?:(?![$]{2}).)*\\tag[{](\w+)[}]',
                             text)] == [(label, str(numbers[label])) for label in labels], p.name
+
+def test_a_signature_goes_where_its_source_is_shown():
+    "It goes for what the next cell defines, not for a neighbour whose cell is hidden."
+    doc = lambda name, said='': dict(
+        cell_type='code', source=f'#| echo: false\nshow_doc({name})', outputs=[dict(data={
+            'text/markdown': f'### {name}\n\n```python\ndef {name}(\n    x:__main__.B=<function f '
+                             f'at 0x7f01>\n)->None:\n```\n\n*Hide <mask>. {said}*'})])
+    nb = dict(cells=[doc('hidden'), doc('shown'),
+                     dict(cell_type='code', source='#| code-fold: show\ndef shown(x): pass'),
+                     doc('Kind'), doc('Bare'), dict(cell_type='markdown', source='')])
+    bare = nb['cells'][4]['outputs'][0]['data']
+    bare['text/markdown'] = '```python\ndef Bare(\n    *args, **kwargs\n):\n```'
+    once(nb)
+    texts = [c['outputs'][0]['data']['text/markdown'] for c in nb['cells'] if 'outputs' in c]
+    assert 'def hidden(\n    x:B=f\n)->None:' in texts[0] and 'def' not in texts[1]
+    assert 'class Kind(\n    x:B=f\n):' in texts[2] and 'class Bare:' in texts[3]
+    assert all('Hide &lt;mask>' in text for text in texts[:3])
+
+def test_a_figure_of_another_page_has_its_number_there(tmp_path):
+    there = [dict(cell_type='code', source=f'#| label: fig-{name}') for name in 'ab']
+    (tmp_path / 'there.ipynb').write_text(json.dumps(dict(cells=there)))
+    source = 'in [fig-b](there.ipynb#fig-b), [b](there.ipynb#fig-b)'
+    cell = dict(cell_type='markdown', source=source)
+    elsewhere(dict(cells=[cell]), tmp_path)
+    assert cell['source'] == 'in [Figure 2](there.ipynb#fig-b), [b](there.ipynb#fig-b)'
 
 def test_equations_have_the_papers_numbers(notebooks):
     "An equation that the text beside it calls Eq. n is printed as n; ours are M1, M2, ..."

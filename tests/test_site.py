@@ -118,9 +118,22 @@ BADLY_DRAWN = """() => {
   const roots = [...document.querySelectorAll('.katex .sqrt svg')].filter(e => !e.clientHeight);
   const numbers = [...document.querySelectorAll('.katex-display .tag')].filter(tag =>
     [...tag.parentElement.children].some(e => e != tag && right(e) > left(tag)));
+  const names = [...document.querySelectorAll('td code, th code')].filter(e =>
+    /^\\w+$/.test(e.innerText.trim()) && e.getClientRects().length > 1);
   return [...roots.map(e => 'a root without its sign'),
-          ...numbers.map(e => `number ${e.innerText} on its formula`)];
+          ...numbers.map(e => `number ${e.innerText} on its formula`),
+          ...names.map(e => `a table breaks the name ${e.innerText}`)];
 }"""
+
+# What a page of this width has no excuse for; a tag that is none was text with a < in it.
+ILL_FITTING = """() => [
+  ...[...document.querySelectorAll('.katex-display')].filter(e => e.scrollWidth > e.clientWidth + 1)
+    .map(e => `a formula wider than its column: ${e.innerText.slice(0, 60)}`),
+  ...[...document.querySelectorAll('main tr')]
+    .filter(r => r.cells.length > 7 && r.clientHeight > 160)
+    .map(r => `a table squeezed to towers: ${r.innerText.slice(0, 60)}`),
+  ...[...document.querySelectorAll('main *')].filter(e => e instanceof HTMLUnknownElement)
+    .map(e => `no such tag: ${e.localName}`)]"""
 
 # formulas have the colour of the text around them, code has its own, which one page shows
 VIOLATIONS = """async ([tags, exclude]) =>
@@ -149,7 +162,7 @@ def test_page(name, page, site):
     page.faults += broken_links(hrefs, site)
     images = 'imgs => imgs.filter(i => i.complete && !i.naturalWidth).map(i => i.src.slice(0, 80))'
     page.faults += [f'broken image: {src}' for src in page.eval_on_selector_all('img', images)]
-    page.faults += page.evaluate(BADLY_DRAWN)
+    page.faults += page.evaluate(BADLY_DRAWN) + page.evaluate(ILL_FITTING)
     page.set_viewport_size(dict(width=390, height=800))
     page.faults += page.evaluate(BADLY_DRAWN)
     width = page.evaluate('document.documentElement.scrollWidth')
@@ -186,6 +199,8 @@ def test_colours_of_the_dark_mode(name, page, site):
     colours = 'e => getComputedStyle(e).backgroundColor.match(/[0-9]+/g).map(Number)'
     body = page.locator('body')
     assert sum(body.evaluate(colours)) < 150
+    paper = '.slider svg, main img'                     # it is white, and takes the page's tone
+    assert 'invert' in page.locator(paper).last.evaluate('e => getComputedStyle(e).filter')
     page.wait_for_timeout(100)
     assert not (found := violations(page, ['wcag2aa'], ('.katex',))), '\n'.join(found)
     page.locator('.quarto-color-scheme-toggle').click()

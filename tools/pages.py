@@ -17,6 +17,7 @@ WORDS, LINES = 200, 25          # prose words and code lines read in a minute
 NUMBER = re.compile(r'(\d+[a-z]?)_')
 LONG = 30                       # lines of source that are shown at once
 SIGNATURE = re.compile(r'(?s)```python\n.*?\n```\n*')
+MODULE = r'\b(?:__main__|interference_nb\.\w+|collections\.abc|pathlib|pandas)\.(?=[A-Z])'
 join = lambda s: ''.join(s) if isinstance(s, list) else s
 text_of = lambda cell: join(cell['source'])
 
@@ -123,6 +124,15 @@ def equations(nb):
         for data in (o.get('data', {}) for o in cell.get('outputs', [])):
             if 'text/markdown' in data: data['text/markdown'] = refer(join(data['text/markdown']))
 
+def elsewhere(nb, folder):
+    "Put a figure's name where a link to another page has its label."
+    def name(m):
+        cells = json.loads((folder / m[2]).read_text(encoding='utf-8'))['cells']
+        return f'[{Labels(map(text_of, cells)).name(m[1])}]({m[2]}#{m[1]})'
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'markdown':
+            cell['source'] = re.sub(rf'\[({LABEL})\]\(([^)#]+)#\1\)', name, text_of(cell))
+
 def describe(nb, plots):
     "Give each picture of a page words for those who do not see it."
     trail = ''
@@ -135,19 +145,33 @@ def describe(nb, plots):
         if shown and not re.search(r'(?m)^#\|\s*fig-alt:', text_of(cell)):
             cell['source'] = f'#| fig-alt: "{alternative(cell, trail, plots)}"\n{text_of(cell)}'
 
+def tidy(text):
+    "Write a signature as its source does: a class is one, a type has its name alone."
+    text = re.sub(MODULE, '', re.sub(r'<function (\w+) at 0x\w+>', r'\1', text))
+    text = re.sub(r'(?s)(```python\n)def ([A-Z]\w*\(.*?\n\))(?:->None)?:', r'\1class \2:', text)
+    return re.sub(r'(class \w+)\(\n    \*args, \*\*kwargs\n\):', r'\1:', text)
+
 def once(nb):
     "Show a signature once: in the source where that is short, else above it, the source folded."
-    blocks = []
+    blocks = []                         # the documentation since the last cell, and its names
     for cell in nb['cells']:
         source = text_of(cell)
-        if 'show_doc(' in source and '#| echo: false' in source: blocks.append(cell); continue
+        if 'show_doc(' in source and '#| echo: false' in source:
+            shown = [o['data'] for o in cell.get('outputs', []) if 'text/markdown' in o['data']]
+            for data in shown:          # <mask> in a docstring is no tag
+                said = join(data['text/markdown'])
+                said = outside_code(lambda t: re.sub(r'<(?=\w)', '&lt;', t), said)
+                data['text/markdown'] = SIGNATURE.sub(lambda m: tidy(m[0]), said)
+            blocks += [(name, data) for name in re.findall(r'show_doc\(([\w.]+)', source)
+                       for data in shown]
+            continue
         if '#| code-fold: show' in source:
             if source.count('\n') > LONG:
                 cell['source'] = source.replace('#| code-fold: show', '#| code-fold: true')
             else:
-                for data in (o.get('data', {}) for b in blocks for o in b.get('outputs', [])):
-                    if 'text/markdown' in data:
-                        data['text/markdown'] = SIGNATURE.sub('', join(data['text/markdown']), 1)
+                for name, data in blocks:       # a cell that is not shown may be documented here
+                    if re.search(rf'(?m)^\s*(?:def|class) {name.split(".")[-1]}\b', source):
+                        data['text/markdown'] = SIGNATURE.sub('', data['text/markdown'], 1)
         blocks = []
 
 def number(cache):
@@ -186,7 +210,8 @@ def heads(source, exported):
 
 def entry(module, name, doc, text):
     "Return a name's place in the index: what it does, and its signature, folded."
-    said = re.sub(r'\[?@eq-[\w-]+\]?', '', ' '.join(doc.split('\n\n')[0].split()))
+    said = re.sub(r'\[@eq-[\w-]+; ', '[', ' '.join(doc.split('\n\n')[0].split()))
+    said = re.sub(r'\s*\[?@eq-[\w-]+\]?', '', said)
     said = re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(said))
     return (f'```{{=html}}\n<p class="api" id="{module}.{name}">'
             f'<a href="{module}.html#{name.lower()}"><code>{name}</code></a> '
@@ -225,6 +250,7 @@ def prepare(cache, cfg, quarto=False):
         nb, name = json.loads(p.read_text(encoding='utf-8')), p.relative_to(cache).as_posix()
         once(nb)
         equations(nb)
+        elsewhere(nb, p.parent)
         describe(nb, plots)
         if quarto: raw_html(nb)
         nb['cells'].insert(1, dict(cell_type='markdown', metadata={}, source=info(cfg, name, nb)))
