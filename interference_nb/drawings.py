@@ -10,7 +10,7 @@ __all__ = ['WIDTH', 'STYLE', 'DIRECT', 'SECOND', 'BLIND', 'TO_XYZ', 'PLACES', 'D
 # %% ../nbs/08e_drawings.ipynb #be5ce74f
 from html import escape
 import numpy as np
-from .figures import ACCENTS, GREYS, SYSTEM_COLOURS, language_colour
+from .figures import ACCENTS, SYSTEM_COLOURS, language_colour
 
 # %% ../nbs/08e_drawings.ipynb #91d1d195
 WIDTH = 360
@@ -112,7 +112,7 @@ def draw_model(
               _arrow((mid, 170), (mid, 158), (120, 158), (120, 142)),
               _box(20, 112, 200, 'add, normalise'), _arrow((120, 112), (120, 92)),
               _box(20, 62, 200, f'loss of {lang}'),
-              _box(20, 8, 320, 'losses of all languages, after θ has moved', GREYS[3]),
+              _box(20, 8, 320, 'losses of all languages, after θ has moved'),
               _arrow((330, 38), (330, 210), (mid + 14, 210), (mid + 14, 201), colour=SECOND,
                      width=2.4, dashed=True),
               _text(228, 78, 'the meta step', 'l'), _text(228, 94, 'changes φ', 'l')]

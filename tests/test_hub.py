@@ -11,6 +11,7 @@ from interference_nb.files import read_jsonl
 from interference_nb.pretrain import TrainConfig, cpu_has_bfloat16
 from interference_nb.toy_languages import ToySource
 from interference_nb.transformer import ModelConfig
+from waiting import LIMIT
 
 pytestmark = pytest.mark.xdist_group('hub')
 MAIN, PARQUET = 'a' * 40, 'b' * 40
@@ -159,7 +160,8 @@ tell(HubSource())
 def ask(server, home, client, *words):
     "What a fresh process gets from the hub, line by line."
     address = f'http://127.0.0.1:{server.server_port}'
-    environment = os.environ | {'HF_HOME': str(home / 'home'), 'HF_ENDPOINT': address}
+    patient = dict.fromkeys(('HF_HUB_DOWNLOAD_TIMEOUT', 'HF_HUB_ETAG_TIMEOUT'), str(int(LIMIT)))
+    environment = os.environ | {'HF_HOME': str(home / 'home'), 'HF_ENDPOINT': address} | patient
     environment.pop('HF_HUB_OFFLINE', None)
     done = subprocess.run([sys.executable, '-c', client, *words], env=environment,
                           capture_output=True, text=True, check=False)
