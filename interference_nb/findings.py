@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA_KINDS', 'EVIDENCE', 'CONCLUSIONS', 'numbers_of_pair', 'matched', 'numbers_of_sweep', 'numbers_of_place',
-           'difference_at', 'judged_together', 'conclusion', 'findings_table', 'sum_up', 'bottom_line',
-           'treatment_table']
+           'tasks_apart', 'difference_at', 'judged_together', 'conclusion', 'findings_table', 'tally', 'sum_up',
+           'bottom_line', 'treatment_table']
 
 # %% ../nbs/07f_findings.ipynb #07f00004
 from dataclasses import replace
@@ -86,6 +86,18 @@ def numbers_of_place(folder: Path,  # of a study
     return pd.concat({'joint': numbers.groupby(level='seed').mean()}, names=['system'])
 
 # %% ../nbs/07f_findings.ipynb #07f00016
+def tasks_apart(numbers: pd.DataFrame,  # of `numbers_of_pair`
+                claim: Claim,  # about 'score within' or 'score zero-shot', a mean of two tasks
+                ) -> str:  # 'NER +10.2, POS -7.1'; empty: the tasks do not contradict each other
+    "Say where a mean hides that one task gains and the other loses, each beyond its interval."
+    if not claim.metric.startswith('score'): return ''
+    where = claim.metric.removeprefix('score ')
+    found = {t: paired(numbers, f'{t} {where}', claim.system, claim.baseline)
+             for t in ('NER', 'POS')}
+    low, high = sorted(found.values(), key=lambda d: d.delta)
+    if not (low.high < 0 < high.low): return ''
+    return ', '.join(f'{t} {d.delta:+.1f}' for t, d in found.items())
+
 def difference_at(stated: Confirmatory,  # one of the list
                   kind: str,  # of `DATA_KINDS`
                   records: Path,  # folder of the studies
@@ -99,9 +111,10 @@ def difference_at(stated: Confirmatory,  # one of the list
             if (numbers := numbers_of_place(records/study, pair)) is None: continue
             d = paired(numbers, c.metric, c.system, c.baseline, c.against)
             if d.n: options.append(dict(claim=c, study=study, pair=pair, difference=d,
-                                        control=control_of(numbers, c)))
+                                        control=control_of(numbers, c),
+                                        tasks=tasks_apart(numbers, c)))
     known = [o for o in options if o['control'] is None or o['control'].n]
-    none = dict(claim=claim, study='', pair='', difference=Difference(), control=None)
+    none = dict(claim=claim, study='', pair='', difference=Difference(), control=None, tasks='')
     return next(iter(known or options or [none]))
 
 def judged_together(records,  # folder of the studies
@@ -119,7 +132,7 @@ def judged_together(records,  # folder of the studies
             claim, d = o['claim'], o['difference']
             lines.append(dict(
                 theme=c.theme, label=c.label, kind=kind, study=o['study'], pair=o['pair'],
-                **vars(claim), **d._asdict(), p_corrected=ps[0], margin=m,
+                **vars(claim), **d._asdict(), p_corrected=ps[0], margin=m, tasks=o['tasks'],
                 unit={MARGINS['points']: 'points', MARGINS['nats']: 'nats'}.get(m, 'cosine'),
                 verdict=verdict(d, claim.sign, m, o['control'], *ps)))
     return pd.DataFrame(lines)
@@ -154,7 +167,9 @@ def findings_table(found: pd.DataFrame,  # of `judged_together`
     def cell(r):
         if not r.n: return 'not run'
         seeds = f'{r.n} seed{"s" * (r.n > 1)}'
-        return f'**{r.verdict}** {in_figures(r)} {r.unit}, {seeds} ({r.study}, {r.pair or "pairs"})'
+        apart = f' ({r.tasks})' if r.tasks else ''
+        return (f'**{r.verdict}** {in_figures(r)} {r.unit}{apart}, {seeds} '
+                f'({r.study}, {r.pair or "pairs"})')
     lines = []
     for _, rows in found.groupby('label', sort=False):
         claims = list(dict.fromkeys(rows['text']))
@@ -164,24 +179,38 @@ def findings_table(found: pd.DataFrame,  # of `judged_together`
                       'what to conclude': conclusion(rows)})
     return pd.DataFrame(lines)
 
+def tally(found: pd.DataFrame,  # of `judged_together`
+          theme: str,  # a theme of it
+          ) -> str:  # a sentence
+    "Count what shows of a theme's statements, and what is the other way round."
+    rows = found[found['theme'] == theme]
+    said = []
+    for kind, own in rows.groupby('kind', sort=False):
+        n = own['verdict'].value_counts()
+        opposite = f' (and the opposite of {n[VERDICTS[1]]})' if VERDICTS[1] in n else ''
+        said.append(f'{n.get(VERDICTS[0], "none")} on {kind}{opposite}')
+    return (f'Of {rows["label"].nunique()} statements on {theme.lower()} these records show '
+            f'{" and ".join(said)}.')
+
 def sum_up(found: pd.DataFrame,  # of `judged_together`
-           ) -> str:  # Markdown: a sentence, and a table with a line for each statement
-    "Give each statement its verdicts, with the differences of those that are decided."
+           ) -> str:  # Markdown: two sentences, a line for each statement, a legend
+    "Give each statement its verdicts, and the differences of those that are decided."
     if not found['n'].any(): return 'Nothing has been run yet.'
     def cell(r):
-        if r.verdict in VERDICTS[:3]:
-            return f'**{r.verdict}** {in_figures(r).split(" [")[0]} {r.unit}'
-        alone = r.verdict == 'undecided' and r.p < .05 and r.sign * r.delta > 0
-        return r.verdict + ' (shows alone)' * bool(alone)
+        apart = f' ({r.tasks})' if r.tasks else ''
+        if r.verdict not in VERDICTS[:3]: return r.verdict + apart
+        digits = 1 if r.unit == 'points' else 3
+        return f'**{r.verdict}** {r.delta:+.{digits}f} ±{r.high - r.delta:.{digits}f}{apart}'
     cells = found.assign(cell=[cell(r) for r in found.itertuples()])
     table = cells.pivot(index='label', columns='kind', values='cell')
     table = table.loc[found['label'].unique(), found['kind'].unique()]
-    n = found.groupby('kind')['verdict'].value_counts()
-    counts = '; '.join(f'{kind}: ' + ', '.join(f'{v} {n[kind, v]}' for v in VERDICTS
-                                               if (kind, v) in n) for kind in table)
-    return (f'{len(table)} statements, fixed before the runs and judged together. '
-            f'{counts[0].upper()}{counts[1:]}.\n\n'
-            + markdown(table.rename_axis('statement').reset_index(), 'left'))
+    seeds = found['n'][found['n'] > 1]
+    return (f'{tally(found, "Interference")} {tally(found, "Meta-adapters")}\n\n'
+            + markdown(table.rename_axis('statement').reset_index(), 'left')
+            + '\n\nDifferences of losses (nats), scores (points, means of NER and POS) and cosines '
+            f'± half of the 95% interval, over {seeds.min()} to {seeds.max()} seeds, corrected '
+            f'together. *Equivalent*: within {MARGINS["nats"]:g} nats or '
+            f'{MARGINS["points"]:g} points.')
 
 def bottom_line(records,  # folder of the studies
                 ) -> str:  # Markdown
