@@ -152,7 +152,8 @@ def conclusion(rows: pd.DataFrame,  # of `judged_together`: one statement, a lin
     for r in rows.itertuples():
         what = CONCLUSIONS[r.verdict]
         if r.verdict == 'undecided' and r.p < .05:
-            what = 'it is significant alone, but not after correction for so many statements'
+            which = 'it' if r.sign * r.delta > 0 else 'its opposite'
+            what = f'{which} is significant alone, but not after correction for so many statements'
         elif r.verdict == 'undecided' and r.margin and r.n > 1:
             n = seeds_needed(r.se * r.n**.5, r.margin)
             what += f': it would take {n:,} seeds to see {r.margin:g} {r.unit}'
