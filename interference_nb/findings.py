@@ -88,7 +88,7 @@ def numbers_of_place(folder: Path,  # of a study
 # %% ../nbs/07f_findings.ipynb #07f00016
 def tasks_apart(numbers: pd.DataFrame,  # of `numbers_of_pair`
                 claim: Claim,  # about 'score within' or 'score zero-shot', a mean of two tasks
-                ) -> str:  # 'NER +10.2, POS -7.1'; empty: the tasks do not contradict each other
+                ) -> str:  # ' (NER +10.2, POS -7.1)'; empty: the tasks do not contradict each other
     "Say where a mean hides that one task gains and the other loses, each beyond its interval."
     if not claim.metric.startswith('score'): return ''
     where = claim.metric.removeprefix('score ')
@@ -96,7 +96,7 @@ def tasks_apart(numbers: pd.DataFrame,  # of `numbers_of_pair`
              for t in ('NER', 'POS')}
     low, high = sorted(found.values(), key=lambda d: d.delta)
     if not (low.high < 0 < high.low): return ''
-    return ', '.join(f'{t} {d.delta:+.1f}' for t, d in found.items())
+    return f' ({", ".join(f"{t} {d.delta:+.1f}" for t, d in found.items())})'
 
 def difference_at(stated: Confirmatory,  # one of the list
                   kind: str,  # of `DATA_KINDS`
@@ -168,8 +168,7 @@ def findings_table(found: pd.DataFrame,  # of `judged_together`
     def cell(r):
         if not r.n: return 'not run'
         seeds = f'{r.n} seed{"s" * (r.n > 1)}'
-        apart = f' ({r.tasks})' if r.tasks else ''
-        return (f'**{r.verdict}** {in_figures(r)} {r.unit}{apart}, {seeds} '
+        return (f'**{r.verdict}** {in_figures(r)} {r.unit}{r.tasks}, {seeds} '
                 f'({r.study}, {r.pair or "pairs"})')
     lines = []
     for _, rows in found.groupby('label', sort=False):
@@ -198,14 +197,13 @@ def sum_up(found: pd.DataFrame,  # of `judged_together`
     "Give each statement its verdicts, and the differences of those that are decided."
     if not found['n'].any(): return 'Nothing has been run yet.'
     def cell(r):
-        apart = f' ({r.tasks})' if r.tasks else ''
-        if r.verdict not in VERDICTS[:3]: return r.verdict + apart
+        if r.verdict not in VERDICTS[:3]: return r.verdict + r.tasks
         digits = 1 if r.unit == 'points' else 3
-        return f'**{r.verdict}** {r.delta:+.{digits}f} ±{r.high - r.delta:.{digits}f}{apart}'
+        return f'**{r.verdict}** {r.delta:+.{digits}f} ±{r.high - r.delta:.{digits}f}{r.tasks}'
     cells = found.assign(cell=[cell(r) for r in found.itertuples()])
     table = cells.pivot(index='label', columns='kind', values='cell')
     table = table.loc[found['label'].unique(), found['kind'].unique()]
-    seeds = found['n'][found['n'] > 1]
+    seeds = found['n'][found['n'] > 0]
     return (f'{tally(found, "Interference")} {tally(found, "Meta-adapters")}\n\n'
             + markdown(table.rename_axis('statement').reset_index(), 'left')
             + '\n\nDifferences of losses (nats), scores (points, means of NER and POS) and cosines '
