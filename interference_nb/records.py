@@ -136,8 +136,10 @@ def gradient_metrics(rows: list[dict],  # of a probe
     "Sum up a probe: mean cosines of a pair and of its languages; all steps, early and late."
     a, b = langs
     fifth, out = (rows[-1]['step'] + 1) / 5, dict(zero=0.)
-    for end, period in (('', {}), (' early', dict(max_step=fifth)), (' late', dict(since=fifth))):
-        found = conflict(rows, **period)
+    early, late = ([r for r in rows if (r['step'] < fifth) == first] for first in (True, False))
+    for end, some in {'': rows, ' early': early, ' late': late}.items():
+        if not some: continue               # a probe that looked once has nothing late
+        found = conflict(some)
         cross = found[f'{a}-{b}']
         within = (found[f'{a}-{a}']['mean'] + found[f'{b}-{b}']['mean']) / 2
         out |= {f'cosine within{end}': within, f'cosine cross{end}': cross['mean'],
@@ -293,7 +295,9 @@ def numbers(run: Run) -> Iterator[tuple]:  # task, train, test, metric, step, pa
 # %% ../nbs/07d_records.ipynb #aa07d025
 def summarise(table: pd.DataFrame,  # of `load`
               ) -> pd.DataFrame:  # index: system, seed; a column for each metric, nan where unknown
-    "Average a table over languages and models: perplexities, loss, cost, main scores."
+    """Average a table over languages and models: perplexities, loss, cost, main scores.
+
+    A mean over languages is unknown where a system lacks one that another has, in some seed."""
     ends = table[table['task'] == 'ppl']
     main = {t: task_spec(t).metric for t in TASKS}
     scores = table[table['metric'] == table['task'].map(main)]
@@ -302,7 +306,11 @@ def summarise(table: pd.DataFrame,  # of `load`
              ends.assign(metric='loss', value=np.log(ends['value'])),
              table[table['task'] == 'cost'],
              scores.assign(metric=scores['task'].str.upper() + where))
-    return spread_out(pd.concat(parts))
+    rows = pd.concat(parts)
+    langs = rows['train'] + ' ' + rows['test']
+    wanted = langs.groupby(rows['metric']).transform('nunique')
+    there = langs.groupby([rows['system'], rows['seed'], rows['metric']]).transform('nunique')
+    return spread_out(rows.assign(value=rows['value'].where(there == wanted)))
 
 def spread_out(table: pd.DataFrame, rows: str = 'system') -> pd.DataFrame:  # index: rows, seed
     "Turn metrics into columns: a line for each system (or pair) and seed, means of the rest."
