@@ -241,7 +241,7 @@ def draw_records() -> Drawing:
     "Draw how numbers come from runs to pages."
     steps = (('run', 'interference demo', 'seeds × systems × pairs'),
              ('record', 'record.jsonl', 'commit, machine, losses, scores'),
-             ('interval', 'paired over seeds', 'shows, opposite or inconclusive'),
+             ('interval', 'paired over seeds', 'a verdict on each statement'),
              ('page', 'table.md, figure.svg', 'every number computed'))
     parts = []
     for i, (name, what, holds) in enumerate(steps):

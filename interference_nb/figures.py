@@ -467,7 +467,7 @@ def plot_forest(found: pd.DataFrame,  # of `findings.judged_together`; what was 
             ends = sorted((r.sign * r.low, r.sign * r.high)) if r.n > 1 else [r.sign * r.delta] * 2
             ax.plot(ends, [y, y], color=KIND_COLOURS[r.kind], lw=1.5, clip_on=True)
             ax.plot(r.sign * r.delta, y, 'o', color=KIND_COLOURS[r.kind], label=r.kind, ms=5,
-                    mfc=KIND_COLOURS[r.kind] if r.verdict in ('shows', 'the opposite shows')
+                    mfc=KIND_COLOURS[r.kind] if r.verdict in ('supported', 'contradicted')
                     else 'white')
         reach = 2 * rows['delta'].abs().max() + rows['margin'].max()    # wild intervals are cut
         ax.set(xlim=(-reach, reach), ylim=(-.6, len(labels) - .4), yticks=range(len(labels)),
@@ -525,8 +525,8 @@ def describe_differences(cases: dict[str, dict[str, Iterable[float]]],  # {colum
     table = pd.DataFrame.from_dict(lines, 'index').reindex(columns=list(cases)).fillna('–')
     n = sum(map(len, lines.values()))
     return (f'{markdown(table.rename_axis(name).reset_index(), "left")}\n\nIn {unit}, with 95% '
-            f'intervals over seeds. Bold: the interval leaves zero out. Of {n}, {above} are above '
-            f'zero and {below} below; the other {n - above - below} are undecided.')
+            f'intervals over seeds; bold where the interval excludes zero. Differences: {n}; above '
+            f'zero {above}, below {below}, undecided {n - above - below}.')
 
 # %% ../nbs/08_figures.ipynb #3813f818
 def plot_summary(folder,  # of records, or what `load` read from it

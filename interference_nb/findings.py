@@ -182,14 +182,14 @@ def findings_table(found: pd.DataFrame,  # of `judged_together`
 def tally(found: pd.DataFrame,  # of `judged_together`
           theme: str,  # a theme of it
           ) -> str:  # a sentence
-    "Count what shows of a theme's statements, and what is the other way round."
+    "Count the statements of a theme that the records support, and those they contradict."
     rows = found[found['theme'] == theme]
     said = []
     for kind, own in rows.groupby('kind', sort=False):
         n = own['verdict'].value_counts()
-        opposite = f' (and the opposite of {n[VERDICTS[1]]})' if VERDICTS[1] in n else ''
+        opposite = f' (and contradict {n[VERDICTS[1]]})' if VERDICTS[1] in n else ''
         said.append(f'{n.get(VERDICTS[0], "none")} on {kind}{opposite}')
-    return (f'Of {rows["label"].nunique()} statements on {theme.lower()} these records show '
+    return (f'Of {rows["label"].nunique()} statements on {theme.lower()} these records support '
             f'{" and ".join(said)}.')
 
 def sum_up(found: pd.DataFrame,  # of `judged_together`

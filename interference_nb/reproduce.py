@@ -731,11 +731,12 @@ LEGENDS = {
                'batches as in mono, averaged over its languages (where corpora differ in size, the '
                'larger one gets more, T = 5); joint6x takes as many passes as meta_adpt.',
     'verdicts': 'Exploratory: not corrected for the number of statements; the main statements of '
-                'the paper are judged together under Findings. A statement shows, or its opposite '
-                'does, if the 95% interval of the paired difference over seeds lies on one side of '
-                'zero. Otherwise both sides are equivalent if two one-sided tests find that they '
-                f'differ by less than {MARGINS["points"]:g} points or {MARGINS["nats"]:g} nats; '
-                'a statement with "as good" needs these tests to show. A statement about transfer '
+                'the paper are judged together under Findings. A statement is supported if the '
+                '95% interval of the paired difference over seeds lies on its side of zero, '
+                'contradicted if on the other. Otherwise both sides are equivalent if two '
+                'one-sided tests find that they differ by less than '
+                f'{MARGINS["points"]:g} points or {MARGINS["nats"]:g} nats; a statement with '
+                '"as good" is supported by these tests. A statement about transfer '
                 'is not judged where joint\'s zero-shot score is not above that of random weights '
                 'finetuned in the same way, or where this control was not run.'}
 

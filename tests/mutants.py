@@ -280,7 +280,7 @@ EDITS = (
     # ---- experiments ----
     Edit('07_experiments', "dev_batches(corpora[l]['test'],", "dev_batches(corpora[l]['train'],",
          'perplexity of training text', oracle('test_reported_perplexity_is_of_the_test_text')),
-    Edit('07e_claims', "'shows' if sign * d.delta > 0 else", "'shows' if d.delta > 0 else",
+    Edit('07e_claims', "'supported' if sign * d.delta > 0 else", "'supported' if d.delta > 0 else",
          'verdicts that ignore the sign', oracle('test_verdicts_respect_the_sign')),
     Edit('07e_claims', '(margin - abs(d.delta)) / d.se', 'abs(d.delta) / d.se',
          'what does not differ significantly is called alike',

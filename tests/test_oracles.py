@@ -400,8 +400,8 @@ def made_up(differences):
     return pd.DataFrame(lines, columns=['system', 'seed', 'm']).set_index(['system', 'seed'])
 
 
-TRUTH = [((1., 1.1, .9), +1, 'shows'), ((1., 1.1, .9), -1, 'the opposite shows'),
-         ((-1., -1.1, -.9), +1, 'the opposite shows'), ((-1., -1.1, -.9), -1, 'shows'),
+TRUTH = [((1., 1.1, .9), +1, 'supported'), ((1., 1.1, .9), -1, 'contradicted'),
+         ((-1., -1.1, -.9), +1, 'contradicted'), ((-1., -1.1, -.9), -1, 'supported'),
          ((1., -1.1, .1), +1, 'undecided'), ((1., -1.1, .1), -1, 'undecided'),
          ((1.,), +1, 'undecided')]
 
@@ -412,7 +412,7 @@ def test_verdicts_respect_the_sign(differences, sign, verdict):
     claim = Claim('', 'm', 'other', 'joint', sign)
     found, = judge(made_up(differences), [claim])['verdict']
     assert found == verdict
-    opposite = {'shows': 'the opposite shows', 'the opposite shows': 'shows'}
+    opposite = {'supported': 'contradicted', 'contradicted': 'supported'}
     turned, = judge(made_up(differences), [replace(claim, sign=-sign)])['verdict']
     assert turned == opposite.get(verdict, verdict)
     mirrored, = judge(made_up([-d for d in differences]), [claim])['verdict']
@@ -420,11 +420,11 @@ def test_verdicts_respect_the_sign(differences, sign, verdict):
 
 
 # By hand: mean 0.5, sd 0.1, se 0.058; t = (2 - 0.5) / 0.058 = 26 against 2.92 (2 degrees).
-ALIKE = [((.5, .6, .4), 'shows'), ((-.5, -.6, -.4), 'shows'),
-         ((3., 3.1, 2.9), 'the opposite shows'), ((-3., -3.1, -2.9), 'the opposite shows'),
+ALIKE = [((.5, .6, .4), 'supported'), ((-.5, -.6, -.4), 'supported'),
+         ((3., 3.1, 2.9), 'contradicted'), ((-3., -3.1, -2.9), 'contradicted'),
          ((2., 2.1, 1.9), 'undecided'), ((9., -9., .1), 'undecided'), ((0.,), 'undecided'),
          # mean 1, sd 0.5, se 0.289: t = 3.46 > 2.92, though the 95% interval reaches 2.24
-         ((.5, 1., 1.5), 'shows'),
+         ((.5, 1., 1.5), 'supported'),
          # mean 1, sd 0.6, se 0.346: t = 2.89 < 2.92
          ((.4, 1., 1.6), 'undecided')]
 
@@ -440,7 +440,7 @@ def test_as_good_means_within_two_points_either_way(differences, verdict):
 EQUAL = [((.5, -.6, .4), 'NER within', 'equivalent'), ((.5, -.6, .4), 'cosine cross', 'undecided'),
          ((.5, -.6, .4), 'loss', 'undecided'), ((.005, -.006, .004), 'loss', 'equivalent'),
          ((5., -6., 4.), 'NER within', 'undecided'), ((.5,), 'NER within', 'undecided'),
-         ((.5, .6, .4), 'NER within', 'shows')]         # small, but there
+         ((.5, .6, .4), 'NER within', 'supported')]         # small, but there
 
 
 @pytest.mark.parametrize('differences, metric, verdict', EQUAL)
@@ -461,7 +461,7 @@ def transfer(joint, scratch, better=(2., 2.1, 1.9)):
 
 
 @pytest.mark.parametrize('joint, scratch, verdict', [
-    ((38., 37., 40.), (20., 21., 22.), 'shows'),
+    ((38., 37., 40.), (20., 21., 22.), 'supported'),
     ((20., 22., 21.), (21., 20., 21.), 'no better than random weights'),
     ((20., 21., 22.), (30., 31., 32.5), 'no better than random weights'),   # below them
     ((38., 37., 40.), (), 'control not run'), ((38., 37., 40.), (20.,), 'undecided')])
@@ -470,11 +470,11 @@ def test_nothing_is_said_of_transfer_where_random_weights_do_as_well(joint, scra
     numbers = transfer(joint, scratch)
     about = [Claim('', 'POS zero-shot', 'adpt', 'joint', +1),
              Claim('', 'POS zero-shot', 'adpt', 'joint', -1)]
-    turned = {'shows': 'the opposite shows'}
+    turned = {'supported': 'contradicted'}
     assert list(judge(numbers, about)['verdict']) == [verdict, turned.get(verdict, verdict)]
     within = numbers.rename(columns=lambda c: 'POS within')
     found, = judge(within, [replace(about[0], metric='POS within')])['verdict']
-    assert found == 'shows'                             # which needs no transfer
+    assert found == 'supported'                             # which needs no transfer
 
 
 def test_statements_made_together_are_corrected_together():
