@@ -449,7 +449,8 @@ def compare_rounds(
     with np.errstate(invalid='ignore', divide='ignore'):
         p = stats.t.cdf(mean / (sd / math.sqrt(R)), R - 1)
         need = np.ceil((_TOGETHER * sd / mean)**2 + 1.645**2 / 2)     # t, not normal: Guenther
-        visible = corrected_cosines(_TOGETHER * sd / math.sqrt(R) + np.eye(K) * mean)
+        least = _TOGETHER * sd / math.sqrt(R - 1.645**2 / 2)          # mean for which R would do
+        visible = corrected_cosines(np.where(np.eye(K, dtype=bool), mean, least))
     pairs = np.triu(np.ones((K, K), bool), 1) & np.isfinite(p)
     conflict = np.zeros_like(pairs)
     if pairs.any(): conflict[pairs] = stats.false_discovery_control(p[pairs]) < .05

@@ -119,10 +119,11 @@ class BatchSampler:
         self.langs, self.streams, self.cfg, self.device = tuple(streams), streams, cfg, device
         self.validation = held_out or {l: s.independent_stream('fresh') for l, s in streams.items()}
         sizes = {l: s.corpus.n_sentences for l, s in streams.items()}
-        self.p = sampling_probabilities(sizes, cfg.temperature)
+        sampled = cfg.language_order == 'sampled'
+        self.p = sampling_probabilities(sizes, cfg.temperature if sampled else math.inf)
         rng, n = np.random.default_rng([cfg.seed, 7919]), len(self.langs)
         size = (cfg.steps, cfg.accumulate) if cfg.mixed else (cfg.steps,)
-        if cfg.language_order == 'sampled':
+        if sampled:
             self.order = rng.choice(n, size=size, p=[self.p[l] for l in self.langs])
         else: self.order = np.arange(np.prod(size)).reshape(size) % n
         self.turn = np.empty_like(self.order)           # how often it was drawn before
@@ -435,7 +436,7 @@ def train(model,  # has `loss(batch)`, `cfg` and `langs`
     step = step or JointStep(model, cfg)
     prepare_model(model, cfg)
     log = _RunLog(model, step, cfg, sampler, dev, folder, about)
-    last = min(cfg.steps, stop_at or cfg.steps)
+    last = cfg.steps if stop_at is None else min(cfg.steps, stop_at)
     if log.first in (0, cfg.steps): log.evaluate(log.first)    # no rows at the end: resumed
     model.train()
     with (StopSignals(folder is not None) as signals,
@@ -456,7 +457,7 @@ def train(model,  # has `loss(batch)`, `cfg` and `langs`
             bar.update(1)
             if stop and done < last:        # with the status of a process that a signal ended
                 raise KeyboardInterrupt if stop == signal.SIGINT else SystemExit(128 + stop)
-        if not cfg.steps: log.save(0)                       # random weights are a model, too
+        if not (last or log.first): log.save(0)             # random weights are a model, too
         return log.end(at_end) if last == cfg.steps else log.rows
 
 # %% ../nbs/01a_pretrain.ipynb #c3e21f11
