@@ -445,6 +445,9 @@ def make_batches(spec: RunSpec,  # the run
                                  tokenizer.vocab_size, cfg.mask_prob)
     streams = lambda split: {l: stream(corpora[l][split]) for l in spec.langs}
     held_out = streams('validation') if meta and meta.validation == 'held-out' else None
+    if untested := [l for l in spec.langs if 'test' not in corpora[l]]:
+        raise InputError(f'language {untested[0]!r} has no test text to measure perplexity on. '
+                         'Leave it out, or add text.')
     # the test split: a meta step may be validated on the other one
     return (BatchSampler(streams('train'), cfg, held_out, device()),
             {l: dev_batches(corpora[l]['test'], 64, cfg.seq_len, tokenizer.vocab_size,
@@ -546,7 +549,8 @@ def inputs_of(spec: RunSpec,  # a run
 def check_inputs(spec: RunSpec, rows: list[dict], home: Path):  # a run, its record, its folder
     """Raise `InputError` if a record was made from a folder with other content, naming the files.
 
-    The folder's name and place do not matter. Records without `inputs` have none to compare."""
+    The folder's name and place do not matter. Records without `inputs` have none to compare.
+    Rows of a task that a language got since then are other content, too."""
     if data_name(spec.data) != 'folder' or not Path(spec.data).is_dir(): return
     then, source = dict(rows[0].get('inputs', {})), None
     then.pop('vocabulary', None)
@@ -563,6 +567,16 @@ def check_inputs(spec: RunSpec, rows: list[dict], home: Path):  # a run, its rec
             raise InputError(f'{home} was made from other data than {spec.data}: '
                              f'{", ".join(differ[:6])}. Name another folder with --out, or the '
                              'data that it was made from with --data.')
+    found = [r for r in rows if r['kind'] in FINETUNED and r['task'] in spec.tasks]
+    jobs = finetuning_jobs(spec, source or open_source(spec.data)) if found else {}
+    for r in found:
+        both = r.get('scores', ()), jobs[r['task'], r['train_lang']]
+        then, now = ([*langs] or ['nothing'] for langs in both)
+        if {*then} != {*now}:
+            raise InputError(f'{home} has {r["task"]}, trained in {r["train_lang"]}, tested in '
+                             f'{", ".join(then)}; {spec.data} now has rows to test in '
+                             f'{", ".join(now)}. Name another folder with --out, or the data that '
+                             'it was made from with --data.')
 
 def matching_row(rows: list[dict],  # of a record
                  job: tuple[str, str] | None = None,  # task, language finetuned on

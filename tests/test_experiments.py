@@ -7,7 +7,8 @@ import torch
 from interference_nb import experiments
 from interference_nb.files import InputError, read_jsonl, run_lock
 from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, default_workers,
-                                         finetuning_jobs, on_cpu, plan, run, run_all)
+                                         finetuning_jobs, make_batches, on_cpu, plan, run,
+                                         run_all)
 from interference_nb.records import load
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig
@@ -102,6 +103,11 @@ def test_an_empty_development_set_is_named_before_any_work():
     spec, = plan(['joint'], ('en', 'x3'), 1, SCALES['toy'], tasks=('pos',))
     with pytest.raises(InputError, match="train on in 'en', but its development set is empty"):
         finetuning_jobs(spec, Rows('train', 'test'))
+
+def test_text_without_a_test_split_is_named():
+    spec, = specs(1)
+    with pytest.raises(InputError, match="'x3' has no test text to measure perplexity on"):
+        make_batches(spec, None, dict(en=dict(train=[], test=[]), x3=dict(train=[])))
 
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='no choice of cores here')
 def test_a_run_for_each_gpu_or_for_each_core_it_may_use(monkeypatch):

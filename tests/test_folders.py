@@ -427,6 +427,26 @@ def test_labels_edited_after_finetuning_are_noticed(tmp_path):
     assert run(replace(spec, tasks=()), tmp_path/'out')         # its text is the same
 
 
+def test_rows_that_a_language_got_later_are_noticed(tmp_path):
+    "A finished run that was not tested in a language does not pass for one that was."
+    folder = text_of(tmp_path/'data')
+    def label(lang):
+        for split in ('train', 'validation', 'test'):
+            write(folder/f'ner/{lang}/{split}.jsonl', (json.dumps(TAGGED) + '\n') * 4)
+    label('zh-yue')
+    scale = Scale(ModelConfig.toy(60, dim=8, n_layers=1, ffn_dim=16, n_heads=2),
+                  TrainConfig.toy(steps=1, warmup=1, batch_size=2, seq_len=8, eval_every=1),
+                  dict(ner=FinetuneConfig.toy(epochs=1, max_len=8)))
+    spec, = plan(['joint'], tuple(LINES), 1, scale, str(folder), tasks=('ner',))
+    rows = run(spec, tmp_path/'out')
+    assert [r['kind'] for r in rows[-3:]] == ['finetune', 'no rows', 'done']
+    assert run(spec, tmp_path/'out') == rows
+    label('sr-Latn')
+    with pytest.raises(InputError, match='tested in zh-yue; .* rows to test in zh-yue, sr-Latn'):
+        run(spec, tmp_path/'out')
+    assert run(replace(spec, tasks=()), tmp_path/'out') == rows         # its text is the same
+
+
 def test_what_is_passed_over_is_said(tmp_path, capsys):
     "A folder in capitals, tasks of a language without text: nothing said that they go unused."
     text_of(tmp_path)
