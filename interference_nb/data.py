@@ -6,10 +6,10 @@
 __all__ = ['SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS', 'LABELS', 'LABEL_COLUMN', 'TASK_COLUMNS', 'CODE',
            'COLUMN_TESTS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'XNLI', 'HUB_LANGUAGES',
            'ROWS', 'IDS_PER_BYTE', 'UNKNOWN', 'Source', 'explain_row', 'short', 'map_labels', 'label_names',
-           'name_labels', 'split_sentences', 'sampling_probabilities', 'cap_sentences', 'check_languages', 'check_code',
-           'check_caps', 'train_tokenizer', 'split_of', 'hub_row', 'HubSource', 'Corpus', 'disk_needed', 'check_room',
-           'prepare_corpus', 'text_notes', 'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'corpus_statistics',
-           'statistics_table']
+           'name_labels', 'split_sentences', 'sampling_probabilities', 'sample_key', 'cap_sentences', 'check_languages',
+           'check_code', 'check_caps', 'train_tokenizer', 'split_of', 'hub_row', 'HubSource', 'Corpus', 'disk_needed',
+           'check_room', 'prepare_corpus', 'text_notes', 'mask_tokens', 'Batch', 'Stream', 'dev_batches',
+           'corpus_statistics', 'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
 import copy, functools, hashlib, heapq, json, re, sys, zlib
@@ -197,6 +197,13 @@ def sampling_probabilities(sizes: dict[str, int],  # size L_i of each language's
     return dict(zip(sizes, (p / p.sum()).tolist(), strict=True))
 
 # %% ../nbs/00_data.ipynb #76600297
+def sample_key(seed: int,  # 0 or more
+               item: str,  # names what may be drawn
+               ) -> int:   # below 2**32; the smallest are drawn
+    "Give an item a pseudo-random key that has nothing to do with its key for another seed."
+    crc = zlib.crc32(f'0:{item}'.encode())      # of two seeds it would differ by one fixed mask
+    return crc * pow(2654435761, seed, 2**32) % 2**32
+
 def cap_sentences(documents: Iterable[str],   # a language's documents
                   max_sentences: int | None,  # how many sentences to keep; None: all
                   seed: int = 0,              # another seed, another subsample
@@ -206,7 +213,7 @@ def cap_sentences(documents: Iterable[str],   # a language's documents
     if max_sentences < 1: raise InputError(f"{max_sentences} sentences are no text. Use 1 or more.")
     heap, total = [], 0                     # what is kept, largest key first
     for i, document in enumerate(documents):
-        key = zlib.crc32(f'{seed}:{i}'.encode())
+        key = sample_key(seed, f'{i}')
         if total >= max_sentences and key >= -heap[0][0]: continue
         n = len(split_sentences(document))
         heapq.heappush(heap, (-key, -i, n, document)); total += n
@@ -266,7 +273,7 @@ def _draw(seed: int, item: tuple) -> tuple[int, list]:
     "Count a chunk's sentences, and give those whose pseudo-random keys are below the limit."
     number, limit, documents = item
     sentences = [sentence for document in documents for sentence in split_sentences(document)]
-    keyed = ((zlib.crc32(f'{seed}:{number}:{i}'.encode()), i, s) for i, s in enumerate(sentences))
+    keyed = ((sample_key(seed, f'{number}:{i}'), i, s) for i, s in enumerate(sentences))
     return len(sentences), [(-key, -number, -i, s) for key, i, s in keyed if key < limit]
 
 def _sample(documents: Iterable[str], n: int, seed: int, workers: int) -> tuple[list[str], int]:

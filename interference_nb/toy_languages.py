@@ -707,12 +707,14 @@ class ToySource(Source):
         return {x: [_line(self.speakers[x].sentence(m)) for m in meanings] for x in langs}
 
     def revision(self) -> dict[str, str]:
-        "Name what the text depends on; `sample` changes when the generator does."
+        "Name what text and rows depend on; `sample` changes when the generator does."
         probe = ToySource(n_dev=20, world=self.world.size, pairs=True).text('ru', 'test')
         sample = hashlib.sha256('\n'.join(probe).encode()).hexdigest()[:16]
         out = dict(world=self.world.size, seed=self.seed, pairs=self.pairs, n_dev=self.n_dev,
                    max_pieces=self.max_pieces, sample=sample)
         out |= {f'text/{lang}': f'{n} documents' for lang, n in self.sizes.items()}
+        if (rows := (self.n_labelled, self.n_eval)) != (2000, 400):     # else as in older records
+            out |= {f'{task}/{lang}': rows for task in TASK_COLUMNS for lang in self.languages}
         return {k: str(v) for k, v in out.items()}
 
     def _uniforms(self, purpose, lang, split, shared=False):
