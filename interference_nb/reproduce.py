@@ -11,11 +11,11 @@ __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'TEXT', 'DEMO_SCALE', 'D
            'cells', 'runs_of_cells', 'specs_of', 'choose', 'narrow', 'refused', 'check_records', 'gather', 'cells_of',
            'mean_cell', 'resampled', 'numbers_of', 'compare_rows', 'best', 'over_shared', 'judged', 'summarise_cells',
            'score_table', 'difference_table', 'arrange', 'parts_of_page', 'untested', 'power_note', 'origin',
-           'about_study', 'about_size', 'demo_page', 'causes_page', 'numbers_of_causes', 'gradient_table', 'gate_table',
-           'loss_table', 'table_by_pair', 'runs_of_causes', 'runs_of_demo', 'draw_similarity', 'write', 'write_figures',
-           'page_of_cells', 'page_of_statistics', 'write_index', 'say', 'minutes', 'Progress', 'for_terminal',
-           'columns_that_fit', 'run_study', 'run_missing', 'tell_failed', 'latest', 'one_line', 'family', 'records_of',
-           'records_to_draw', 'family_page', 'family_table']
+           'about_study', 'about_size', 'demo_claims', 'demo_page', 'causes_page', 'numbers_of_causes',
+           'gradient_table', 'gate_table', 'loss_table', 'table_by_pair', 'runs_of_causes', 'runs_of_demo',
+           'draw_similarity', 'write', 'write_figures', 'page_of_cells', 'page_of_statistics', 'write_index', 'say',
+           'minutes', 'Progress', 'for_terminal', 'columns_that_fit', 'run_study', 'run_missing', 'tell_failed',
+           'latest', 'one_line', 'family', 'records_of', 'records_to_draw', 'family_page', 'family_table']
 
 # %% ../nbs/07a_reproduce.ipynb #ef5fe051
 import codecs, itertools, math, re, shutil, sys, textwrap, threading, time
@@ -814,13 +814,19 @@ def about_size(name: str,  # of a study
             + f', a vocabulary of {pieces:,}' * bool(pieces) + '.')
 
 # %% ../nbs/07a_reproduce.ipynb #aa07a003
+def demo_claims(numbers: pd.DataFrame,  # of `summarise`
+                ) -> list[Claim]:
+    "Choose the demo's statements: twice the steps are as many batches each for two languages only."
+    two = sum(c.startswith('ppl ') for c in numbers) == 2
+    return [c for c in claims_about('demo') if two or (c.system, c.baseline) != ('mono', 'joint2x')]
+
 def demo_page(folder, names=None) -> str:  # Markdown
     "Write the demo's page: table, legend, findings, origin. Raises `InputError` without records."
     numbers = summarise(load(folder, names))
     if not len(numbers):
         raise InputError(f'no complete record under {folder}. Make some with `interference demo`.')
     parts = (context_note(folder, names), markdown(comparison_table(numbers)), LEGENDS['demo'],
-             findings(judge(numbers, claims_about('demo'))), LEGENDS['verdicts'],
+             findings(judge(numbers, demo_claims(numbers))), LEGENDS['verdicts'],
              describe(folder, names))
     return '\n\n'.join(p for p in parts if p) + '\n'
 

@@ -30,6 +30,7 @@ from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evalua
 from interference_nb.meta_adapters import MetaConfig, MetaStep
 from interference_nb.pretrain import BatchSampler, JointStep, TrainConfig
 from interference_nb.records import load, summarise
+from interference_nb.reproduce import demo_claims
 from interference_nb.tasks import TaskData, read_data, task_spec
 from interference_nb.toy_languages import open_source, toy_tokenizer
 from interference_nb.transformer import ModelConfig
@@ -508,6 +509,19 @@ def write_run(folder, langs, system, seed, ppl, f1):
     home.mkdir()
     lines = [json.dumps(row) for row in (*rows, dict(kind='done'))]
     (home/'record.jsonl').write_text('\n'.join(lines) + '\n')
+
+
+def test_equal_batches_are_claimed_of_two_languages_only(tmp_path):
+    "At twice the steps each of three languages gets two thirds of mono's batches."
+    said = []
+    for langs in (['en', 'fr'], ['en', 'fr', 'sw']):
+        home = tmp_path/str(len(langs))
+        home.mkdir()
+        write_run(home, langs, 'joint2x', 0, dict.fromkeys(langs, 8.), {})
+        for l in langs: write_run(home, [l], 'mono', 0, {l: 4.}, {})
+        numbers = summarise(load(home))
+        said.append(['as many batches' in c.text for c in demo_claims(numbers)])
+    assert sum(said[0]) == 1 and sum(said[1]) == 0 and len(said[0]) == len(said[1]) + 1
 
 
 def test_a_table_averages_what_it_says(tmp_path):
