@@ -57,7 +57,8 @@ from .transformer import ModelConfig
 class DataOptions:
     "Where text and tasks come from."
     # 'toy', 'toy:pairs', 'hub', 'hub:8' (the first 8 MB of text a language, streamed), or a folder
-    data: str = 'toy'  # of your files (see: data check)
+    # of your files (see: data check)
+    data: str = 'toy'
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(DataOptions):
@@ -604,8 +605,9 @@ class ReproduceConfig(StudyOptions):
     targets: tuple[str, ...] = ()  # of ar fr ru hi sw te; all if not given
     systems: tuple[str, ...] = ()  # rows to show; all that an exhibit has if not given
     tasks: tuple[str, ...] = ()  # of ner pos qa nli; all if not given
-    # all, or monolingual, bilingual, variants, meta-adapters, low-resource, trilingual, hub
-    family: str = 'all'  # of runs: plan and run these only
+    # of runs, to plan and run these only: all, or monolingual, bilingual, variants, meta-adapters,
+    # low-resource, trilingual, hub
+    family: str = 'all'
     seeds: int | None = None  # how many; the scale's own number if not given
     engine: str = 'local'  # 'slurm': a job a run, by submitit
     slurm: dict[str, str] = field(default_factory=dict)  # settings of its jobs: timeout_min 600

@@ -137,6 +137,9 @@ class TextStream(Stream):
         "Raise `InputError` without text, or without a mask or a padding token."
         self.pad = self._padding(tokenizer)
         if not sentences: raise InputError(f'no text in {lang!r}. Give at least one sentence.')
+        if isinstance(sentences, str):
+            raise InputError(f'the text in {lang!r} is one string, whose letters are no sentences. '
+                             'Give a list, such as text.splitlines().')
         ids = tokenizer(list(sentences), truncation=True, max_length=seq_len)['input_ids']
         self.rows = np.full((len(ids), max(map(len, ids))), -1, dtype=np.int32)     # -1: padding
         for row, own in zip(self.rows, ids): row[:len(own)] = own
@@ -308,7 +311,22 @@ def open_language_model(
     if 'adpt' in about.get('variant', ''):
         raise InputError(f'{name} has adapters, which transformers leaves out. '
                          'Open it with import_hf.')
-    return AnyModel(module, hf_loss, langs), tokenizer, stream
+    model = AnyModel(module, hf_loss, langs)
+    if loss == 'causal' and _reads_ahead(model):
+        raise InputError(f'{name} sees the words that it would have to predict. Use --loss masked; '
+                         'or, if it was trained as a decoder, say is_decoder in its config.json.')
+    return model, tokenizer, stream
+
+@torch.no_grad()
+def _reads_ahead(model):
+    "Tell whether the scores at a row's first token depend on those behind it."
+    config = model.module.config
+    def first(*behind):
+        tokens = torch.tensor([[3, *behind]]) % config.vocab_size
+        more = language_inputs(config, model.langs[0], tokens)
+        return model.module(input_ids=tokens, **more).logits[0, 0]
+    with evaluating(model): a, b = first(5, 6, 7), first(7, 5, 4)
+    return bool((a - b).abs().max() > 1e-4 * a.abs().max())
 
 # %% ../nbs/05a_hub_models.ipynb #b3a1f0c7
 class HubTokenizer:

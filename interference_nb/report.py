@@ -110,7 +110,11 @@ def open_subject(
     if len(langs) < 2 and not (ours and not langs):
         raise InputError(f'{", ".join(langs) or "no language"}: a comparison needs two languages '
                          'or more. Name them: --langs en,sw.')
-    if ours: return _open_run(model, langs, data, cfg)
+    if ours:
+        if split != 'train' or loss not in (None, 'masked'):
+            raise InputError(f'{model} is a run of ours, compared on masked batches of the text '
+                             'that it was trained on. Leave --split and --loss out.')
+        return _open_run(model, langs, data, cfg)
     source = open_source(data)
     check_languages(source, langs)
     try: loss = loss or guess_loss(config := open_config(model, revision, offline))
@@ -122,14 +126,18 @@ def open_subject(
     config = opened.module.config
     room = getattr(config, 'max_position_embeddings', None) or cfg.length + 2
     length, notes = min(cfg.length, room - 2, tokenizer.model_max_length), []
-    if length < cfg.length: notes.append(f'rows have {length} tokens: the model takes no more.')
+    if length < cfg.length: notes.append(f'rows have {length} tokens, as the model has few places.')
+    if data.startswith('toy'):
+        notes.append('the text is of toy languages, made-up words. For real text: --data hub, or a '
+                     'folder.')
+    room = length - tokenizer.num_special_tokens_to_add()       # but for the borders
     streams, pieces = {}, {}
     for l, own in sentences.items():
         streams[l] = stream(tokenizer, own, l, cfg.rows, length, cfg.seed, cfg.mask_prob)
         ids = tokenizer(own, add_special_tokens=False, verbose=False)['input_ids']
         pieces[l] = sum(map(len, ids)) / sum(map(len, own))
         notes += _unknown_pieces(model, l, ids, tokenizer.unk_token_id)
-        notes += _notes_on_text(l, len(own), sum(len(i) > length - 2 for i in ids), length, cfg)
+        notes += _notes_on_text(l, len(own), sum(len(i) > room for i in ids), length, cfg)
     shared = opened.theta
     if hasattr(config, 'languages'):
         shared = {n: p for n, p in shared.items() if 'adapter_modules' not in n}
@@ -371,9 +379,11 @@ def advice(
     shown, pairs = conflicts(numbers), numbers['pairs']
     whole = [p for p in pairs if p['group'] == 'all']
     visible = [p['visible'] for p in whole if p['visible'] is not None]
+    least = np.median(visible) if visible else math.inf
     power = (f'For the median pair, tested alone, a conflict over all probed weights would be '
-             f'noticed four times in five if its cosine were −{np.median(visible):.2f}.'
-             if visible else 'The gradients are too noisy to say how large a conflict would show.')
+             f'noticed four times in five if its cosine were −{least:.2f}.' if least <= 1 else
+             'The gradients are too noisy to count on noticing a conflict of the median pair, '
+             'however large.')
     noisy = [l for l, x in numbers['losses'].items() if (x['within'] or 0) < .1]
     said = [f'{", ".join(noisy)}: two gradients of the same language hardly agree. Take more '
             'batches or rounds before you believe a cosine.'] if noisy else []
@@ -389,8 +399,8 @@ def advice(
     said = [f'{len(some)} of {len(whole)} pairs conflict somewhere. The clearest: '
             f'{_pair(first)} in {first["group"]}: cosine {_interval(first)}.', *said]
     if layers:
-        least = lambda g: min(p['cosine'] or 0 for p in layers[g])
-        best = sorted(layers, key=lambda g: (-len(layers[g]), least(g)))
+        lowest = lambda g: min(p['cosine'] or 0 for p in layers[g])
+        best = sorted(layers, key=lambda g: (-len(layers[g]), lowest(g)))
         said.append('Give languages adapters of their own first in ' + ', '.join(
             f'{g} ({", ".join(_pair(p) for p in layers[g][:3])}'
             f'{f" and {len(layers[g]) - 3} more pairs" * (len(layers[g]) > 3)})'

@@ -73,6 +73,16 @@ def test_every_word_has_a_description(capsys):
             assert re.search(rf'^  {word} +\w', out, re.M), f'{" ".join(words)}: {word}'
 
 
+@pytest.mark.parametrize('args, said', [
+    (['demo'], "'toy', 'toy:pairs', 'hub', 'hub:8' (the first 8 MB of text a language, streamed), "
+               'or a folder of your files (see: data check) (default: toy)'),
+    (['reproduce'], 'all, or monolingual, bilingual, variants, meta-adapters')], ids=str)
+def test_help_lists_what_an_option_takes(args, said, capsys):
+    "A comment above a field and one behind it: the program shows the latter only."
+    status, out, err = command(capsys, *args, '--help')
+    assert status == 0 and said in ' '.join(re.sub('[│╭╮╰╯─]', ' ', out).split())
+
+
 def test_every_command_reads_its_own_options(capsys):
     "Each has a help page with all of its options."
     for words, found in leaves(command_tree()):

@@ -240,6 +240,7 @@ def test_refuses_in_words():
     for wrong, says in (
             (lambda: TextStream(plain, text['en'], 'en', 4, T), 'no mask or no padding token'),
             (lambda: TextStream(tok, [], 'en', 4, T), 'no text'),
+            (lambda: TextStream(tok, 'one string', 'en', 4, T), 'one string.*splitlines'),
             (lambda: AnyModel(bert.module, hf_loss, LANGS, adapter_of), "belongs to 'en'"),
             (lambda: AnyModel(bert.module, hf_loss, ()), 'at least one'),
             (lambda: AnyModel(bert.module, hf_loss, ('ar',)).loss(batch), "batch in 'en'"),

@@ -192,9 +192,10 @@ def test_a_trainer_takes_the_meta_step(kind, tmp_path):
         args = transformers.TrainingArguments(
             output_dir=tmp_path/'out', max_steps=steps, max_grad_norm=0, learning_rate=cfg.lr,
             lr_scheduler_type='constant', adam_beta2=cfg.betas[1], report_to=[], use_cpu=True,
-            disable_tqdm=True, save_steps=2, logging_steps=1)
-        return recipe('MetaTrainer')(model, args, cfg, sampler, meta, **more)
+            disable_tqdm=True, save_steps=2, logging_steps=1, **more)
+        return recipe('MetaTrainer')(model, args, cfg, sampler, meta)
 
+    with pytest.raises(ValueError, match='precision in cfg'): trainer(bf16=True)
     ours, sampler = parts()
     rows = []
     keep = lambda k, model, sampler, out: rows.append({n: float(x) for n, x in out.items()})

@@ -234,6 +234,19 @@ def test_a_conflict_of_unknown_size_is_still_reported():
     assert 'unknown [unknown, unknown]' in report.page(numbers)
 
 
+@pytest.mark.parametrize(('noise', 'said'), [(.1, 'if its cosine were −0.'), (9., 'too noisy')])
+def test_no_cosine_beyond_1_is_promised(noise, said):
+    "What would be noticed grows with the noise, and no cosine is below −1."
+    rng = np.random.default_rng(0)
+    inner = np.eye(3) + rng.normal(0, noise, (6, 2, 3, 3))
+    inner[..., range(3), range(3)] = 1
+    rows = [dict(loss=dict.fromkeys('abc', 1.), groups=['layer 0', 'all'], round=k,
+                 inner=m.tolist(), cosine=m.tolist()) for k, m in enumerate(inner)]
+    config = dict(langs=list('abc'), batches=2, seed=0, loss='masked', model='x', n=1)
+    advice = findings([dict(config=config), *rows], subject_of({}, n=3))['advice']
+    assert said in ' '.join(advice), advice
+
+
 def test_findings_are_what_their_definitions_say():
     rng, langs, R = np.random.default_rng(1), list('abcde'), 8
     mean = np.array([[np.cos(.7 * (i - j)) for j in range(5)] for i in range(5)])  # b-e, a-d, ...
@@ -401,6 +414,9 @@ def test_a_run_of_ours_is_asked_about_text_it_did_not_just_see(tmp_path):
     for langs, said in ((('en', 'fr'), 'does not know fr'), (('en',), 'two')):
         with pytest.raises(InputError, match=said):
             open_subject(tmp_path/spec.name, langs, 'toy', SMALL)
+    for how in (dict(split='test'), dict(loss='causal')):
+        with pytest.raises(InputError, match='trained on. Leave'):
+            open_subject(tmp_path/spec.name, (), 'toy', SMALL, **how)
 
 
 def test_gates_are_learned_twice_with_noise_of_their_own(bert, monkeypatch):
@@ -559,6 +575,7 @@ def faulty(tmp_path_factory):
 @pytest.mark.parametrize(('model', 'more', 'said'), [
     ('headless', [], 'BertModel --loss'), ('headless', ['--loss', 'masked'], 'lack head'),
     ('headless', ['--loss', 'next'], "unknown loss 'next' causal"),
+    ('fine', ['--loss', 'causal'], 'sees predict --loss masked is_decoder'),
     ('unmasked', [], 'mask masked'), ('endless', [], 'padding pad_token'),
     ('fine', ['--data', '{data}'], 'text ar'), ('fine', ['--langs', 'en', 'zz'], "'zz'"),
     ('large', [], 'fit GB --probe --parts'), ('remote', [], 'code run'),
@@ -593,6 +610,28 @@ def test_guesses_the_loss_or_says_so():
         assert guess_loss(transformers.PretrainedConfig(architectures=[name])) == loss
     with pytest.raises(InputError, match='T5ForConditionalGeneration.*--loss'):
         guess_loss(transformers.PretrainedConfig(architectures=['T5ForConditionalGeneration']))
+
+
+def test_only_sentences_that_do_not_fit_are_counted_as_cut(gpt2, tmp_path):
+    "The borders take two places, or none where the tokenizer writes none."
+    words = [w for w in next(ToySource().text('en')).split() if w != '.']
+    for lang in ('en', 'fr'):
+        (tmp_path/'text'/lang).mkdir(parents=True)
+        for split in ('train', 'validation', 'test'):
+            (tmp_path/'text'/lang/f'{split}.txt').write_text('\n'.join(
+                ' '.join((words * 9)[:n]) for n in (6, 7, 8, 9)) + '\n', encoding='utf-8')
+    bare = tmp_path/'bare'
+    shutil.copytree(gpt2, bare)
+    made = json.loads((bare/'tokenizer.json').read_text()) | dict(post_processor=None)
+    (bare/'tokenizer.json').write_text(json.dumps(made))
+    cfg = dataclasses.replace(SMALL, length=8)
+    for model, cut in ((gpt2, 3), (bare, 1)):
+        notes = open_subject(model, ('en', 'fr'), str(tmp_path), cfg).notes
+        assert f'en: {cut} of 4 sentences were cut to 8 tokens.' in notes, (model, notes)
+
+
+def test_made_up_text_is_said_to_be(bert):
+    assert any('made-up words' in n for n in open_subject(bert, ('en', 'fr'), 'toy', SMALL).notes)
 
 
 def test_refuses_in_words(bert, monkeypatch):
