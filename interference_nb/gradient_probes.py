@@ -164,6 +164,9 @@ class GradientProbe:
         out=None,       # what the step returned; not used
     ):
         "Measure the model after step k; weights, `.grad`s and random numbers stay as they are."
+        if not model.theta:
+            raise InputError('a probe compares gradients of shared parameters, and this model has '
+                             'none, or they are frozen. Leave the probe out.')
         if self.record is None: self.start(k, sampler)
         if k % self.cfg.every: return
         device = next(iter(model.theta.values())).device
@@ -331,6 +334,9 @@ class CombinedStep(JointStep):
                              f'only {model.langs[0]}. Train on two or more.')
         super().__init__(model, cfg)
         self.theta, self.name = list(model.theta.values()), combiner
+        if not self.theta:
+            raise InputError(f'{combiner} combines gradients of shared parameters, and this model '
+                             'has none, or they are frozen. Take the plain step.')
         self.phi = {l: list(own.values()) for l, own in model.phi.items()}
         self.G = self.theta[0].new_zeros(len(model.langs), sum(p.numel() for p in self.theta))
         layers = groupby(model.theta.items(), key=lambda item: locate_parameter(item[0]).layer)

@@ -249,7 +249,10 @@ def make_adam(params,  # tensors to update
               cfg: TrainConfig,  # sizes, schedule and seed
               ) -> torch.optim.Adam:
     "Adam over `params`, in its fused form; weight decay apart from the gradient, as XLM's."
-    about = dict(lr=cfg.lr, betas=cfg.betas, eps=cfg.adam_eps, fused=True)
+    about, params = dict(lr=cfg.lr, betas=cfg.betas, eps=cfg.adam_eps, fused=True), list(params)
+    if not params:
+        raise InputError('there are no parameters to train. The meta step moves shared ones: do '
+                         'not freeze them all, or take the plain step.')
     if not cfg.weight_decay: return torch.optim.Adam(params, **about)
     return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, **about)
 

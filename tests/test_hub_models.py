@@ -255,6 +255,20 @@ def test_refuses_in_words():
     with torch.autocast('cpu', dtype=torch.bfloat16): assert bert.loss(batch).isfinite()
 
 
+def test_a_frozen_encoder_is_refused_where_shared_weights_move_or_are_compared(data):
+    "Adapters on a frozen model train by the plain step, and by no other."
+    streams, vocab_size = data
+    model, cfg = build('xmod', vocab_size), settings()
+    for p in model.theta.values(): p.requires_grad_(False)
+    sampler, probe = BatchSampler(streams, cfg), GradientProbe(ProbeConfig(every=1, n_batches=1))
+    for wrong in (lambda: MetaStep(model, cfg), lambda: CombinedStep(model, cfg, 'pcgrad'),
+                  lambda: train(model, sampler, cfg, {}, callbacks=[probe])):
+        with pytest.raises(InputError, match='shared'): wrong()
+    before = flat(model.phi['ar'].values())
+    train(model, sampler, cfg, {})
+    assert not torch.equal(flat(model.phi['ar'].values()), before)
+
+
 def test_tied_weights_are_saved_once_and_come_back():
     bert = build('bert', 30)
     state = {n: t.clone() for n, t in bert.state_dict().items()}
