@@ -158,9 +158,10 @@ def bottom_line(gaps: pd.DataFrame,  # of `interference`
         out = []
         for partner in partners:
             own = joint[(joint['batches'] == batches) & (joint['partner'] == partner)]
-            d = difference(own.groupby('seed')['nats'].mean())
+            by_width = own.pivot(index='seed', columns='width', values='nats')
+            d = difference(by_width.mean(axis=1, skipna=False).dropna())    # seeds with all widths
             known = '' if d.n < 2 else f' ({d.low:+.3f} to {d.high:+.3f})'
-            out.append(f'{d.delta:+.3f}{known} with {partner}')
+            out.append(f'{f"{d.delta:+.3f}" if d.n else "an unknown number"}{known} with {partner}')
         return ' and '.join(out)
     ends = at_the_end(joint)
     hurt, help_ = (ends['low'] > 0).sum(), (ends['high'] < 0).sum()
@@ -168,7 +169,8 @@ def bottom_line(gaps: pd.DataFrame,  # of `interference`
     return (f'After {first:,} batches of each language a second one changes held-out loss by '
             f'{said(first)} nats, averaged over widths; after {last:,}, by {said(last)}. At the '
             f'end it hurts in {hurt} of {len(ends)} cells of width and pair, helps in {help_}, and '
-            f'the others are undecided (95% intervals, {n} seed{"s" * (n > 1)} or more).')
+            f'in {len(ends) - hurt - help_} nothing is decided (95% intervals, {n} '
+            f'seed{"s" * (n > 1)} or more).')
 
 # %% ../nbs/07g_capacity.ipynb #35c379ad
 def sweep_table(gaps: pd.DataFrame,  # of `interference`

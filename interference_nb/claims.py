@@ -486,7 +486,7 @@ def not_run(judged: pd.DataFrame,  # of `judge`
             ) -> str:  # a sentence; empty if all were run
     "List the statements for which runs are missing, or count them where they are many."
     texts = judged['text'][judged['verdict'] == 'not run']
-    if len(texts) > 5: return f'Not run: what {len(texts)} statements and controls need.'
+    if len(texts) > 5: return f'Runs are missing for {len(texts)} statements and controls.'
     return f"Not run: {'; '.join(texts)}." if len(texts) else ''
 
 # %% ../nbs/07e_claims.ipynb #aa07e027

@@ -557,7 +557,7 @@ def check_data(cfg: CheckConfig):  # the command's options
                 print(f'{task}/{lang}: without text in {lang}, no model trained here knows it.')
             counts = _count_usable(source, spec, lang, problems)
             if counts: tasks.append(dict(task=task, language=lang) | counts)
-            else: problems.append(f'{task}/{lang} has no file that can be read.')
+            else: problems.append(f'{task}/{lang} has no rows that can be read.')
     for rows in (texts, tasks):
         if rows: _show(pd.DataFrame(rows))
     for (lang, split), rows in source.skipped.items():

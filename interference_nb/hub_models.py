@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .adapters import frozen
 from .data import Batch, Stream, mask_tokens
-from .files import InputError, check_choice, require_package
+from .files import InputError, check_choice, check_ranges, require_package
 from .l0_pruning import gated, rows
 from .meta_adapters import exact, finite_difference, hypergradient
 from .pretrain import evaluating
@@ -50,11 +50,12 @@ class AnyModel(nn.Module):
         self,
         module: nn.Module,      # used as it is, not copied
         loss: Callable[[nn.Module, Batch], Tensor],     # (module, batch) -> scalar, nats
-        langs: Sequence[str],   # K languages
+        langs: Sequence[str],   # K languages; one may stand alone
         specific: Callable[[str], str | None] | None = None,    # name -> language, None: shared
     ):
         "Raise `InputError` for a language without parameters, or parameters without a language."
         super().__init__()
+        if isinstance(langs, str): langs = langs,
         self.module, self.score, self.langs = module, loss, tuple(langs)
         if not self.langs or len(set(self.langs)) < len(self.langs):
             raise InputError(f"languages {', '.join(self.langs) or '(none)'}. "
@@ -140,6 +141,8 @@ class TextStream(Stream):
         if isinstance(sentences, str):
             raise InputError(f'the text in {lang!r} is one string, whose letters are no sentences. '
                              'Give a list, such as text.splitlines().')
+        check_ranges(SimpleNamespace(batch_size=batch_size, seq_len=seq_len, mask_prob=mask_prob),
+                     batch_size=(1, math.inf), seq_len=(2, math.inf), mask_prob=(1e-6, 1.))
         ids = tokenizer(list(sentences), truncation=True, max_length=seq_len)['input_ids']
         self.rows = np.full((len(ids), max(map(len, ids))), -1, dtype=np.int32)     # -1: padding
         for row, own in zip(self.rows, ids): row[:len(own)] = own
@@ -280,8 +283,9 @@ def guess_loss(
     said = (getattr(config, 'architectures', None) or ['no architecture'])[0]
     if re.search('MaskedLM$|PreTraining$|XLMWithLMHead|FlaubertWithLMHead', said): return 'masked'
     if re.search('CausalLM$|LMHeadModel$', said): return 'causal'
+    other = '' if config.is_encoder_decoder else ', or say --loss masked or causal'
     raise InputError(f'its config names {said}, which has no language modeling head that predicts '
-                     'words. Name a model for language modeling, or say --loss masked or causal.')
+                     f'words. Name a masked or causal model{other}.')
 
 def open_config(
     name: str | Path,               # a folder, or a model of the hub

@@ -9,10 +9,11 @@ __all__ = ['exact', 'finite_difference', 'one_sided', 'first_order', 'ESTIMATORS
 
 # %% ../nbs/05_meta_adapters.ipynb #a8b6cc94
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from numbers import Real
 
 import numpy as np
 import torch
@@ -80,6 +81,10 @@ def mean_gradient(
         for p in inputs: p.grad = None
         for loss in losses:
             value = loss()
+            if not isinstance(value, Tensor) or value.dim():
+                what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(f"a loss returned {what}, not a scalar tensor. Reduce it, as by "
+                                 ".mean().")
             if value.requires_grad:         # else none of the inputs is in it
                 with _full_precision(inputs):           # the caller decides for the forward pass
                     value.backward(inputs=inputs)       # adds to what the losses before it left
@@ -201,8 +206,8 @@ class Hypergradient:
 
 # %% ../nbs/05_meta_adapters.ipynb #c3fe218a
 def hypergradient(
-    theta: Sequence[Tensor],                    # shared leaves; bit-identical afterwards
-    phi: Sequence[Tensor],                      # the language's leaves; they do not move
+    theta: Sequence[Tensor],                    # shared leaves, or a dict; bit-identical afterwards
+    phi: Sequence[Tensor],                      # the language's leaves, too; they do not move
     train_loss: Callable | Sequence[Callable],  # closure -> scalar L_train, or several (averaged)
     val_losses: Callable | Sequence[Callable],  # closures -> scalar L_val, averaged
     beta: float | Tensor,                       # rate of the inner step, > 0
@@ -214,9 +219,12 @@ def hypergradient(
 ) -> Hypergradient:                             # both terms, losses and passes
     """Differentiate the validation loss after an inner step by phi [paper Eq. 3-4; Algorithm 1].
 
-    Raises `InputError` for tensors that are not leaves, occur twice or are missing, a missing loss,
-    a beta or eps that is not positive, 16-bit weights where a difference is taken, a sparse
-    gradient, gradients switched off, and a loss that is not finite."""
+    Autocast belongs around the call: opened inside a loss, it rounds the finite difference to 16
+    bits, too, and the second-order term is wrong without an error.
+
+    Raises `InputError` for tensors that are frozen, computed, twice there or missing, a loss that
+    is missing, no function or no scalar, a beta or eps that is not positive, 16-bit weights where a
+    difference is taken, a sparse gradient, gradients switched off, a loss that is not finite."""
     theta, phi, train, val = _checked(theta, phi, train_loss, val_losses, beta, eps, estimator)
     noise, n = rng_state(), len(theta)
     shared = theta if estimator.needs_v else []
@@ -243,8 +251,14 @@ def hypergradient(
 # %% ../nbs/05_meta_adapters.ipynb #aee5f1bf
 def _checked(theta, phi, train_loss, val_losses, beta, eps, estimator):
     "Bring the arguments of `hypergradient` into lists and refuse what cannot work."
-    theta, phi = list(theta), list(phi)
-    train, val = ([x] if callable(x) else list(x) for x in (train_loss, val_losses))
+    values = lambda x: list(x.values() if isinstance(x, Mapping) else x)
+    theta, phi = values(theta), values(phi)
+    train, val = ([x] if callable(x) or isinstance(x, Tensor) else values(x)
+                  for x in (train_loss, val_losses))
+    for loss in train + val:
+        if not callable(loss):
+            raise InputError(f"a loss is a {type(loss).__name__}, not a function. It is measured "
+                             "at several weights: pass lambda: ..., which computes it.")
     if not torch.is_grad_enabled():
         raise InputError("Gradients are switched off. Call hypergradient outside of "
                          "torch.no_grad() and torch.inference_mode().")
@@ -255,9 +269,16 @@ def _checked(theta, phi, train_loss, val_losses, beta, eps, estimator):
     for name, kind, tensors in (('theta', 'shared', theta), ('phi', 'specific', phi)):
         if not tensors:
             raise InputError(f"{name} holds no tensors. Give it the parameters that are {kind}.")
-        if not all(p.is_leaf and p.requires_grad for p in tensors):
-            raise InputError(f"{name} holds a tensor that is not a leaf with requires_grad. "
-                             "Pass the parameters themselves.")
+        for p in tensors:
+            if not isinstance(p, Tensor):
+                raise InputError(f"{name} holds a {type(p).__name__}. Pass tensors, as of "
+                                 "module.parameters().")
+            if not p.is_leaf:
+                raise InputError(f"{name} holds a tensor that is not a leaf: it was computed. "
+                                 "Pass the parameters themselves.")
+            if not p.requires_grad:
+                raise InputError(f"{name} holds a tensor that is frozen (requires_grad is False). "
+                                 "Leave it out: only what is trained belongs there.")
     if len({id(p) for p in theta + phi}) < len(theta) + len(phi):
         raise InputError("A tensor occurs twice in theta and phi. "
                          "Each parameter is either shared or specific, once.")
@@ -269,7 +290,7 @@ def _checked(theta, phi, train_loss, val_losses, beta, eps, estimator):
                          "rounding is as large as a finite difference. Store them in float32 "
                          "(autocast may run losses in 16 bits), or use the estimator exact.")
     for name, x in (('beta', beta), ('eps', eps)):
-        if not isinstance(x, Tensor) and not 0 < x < math.inf:
+        if not isinstance(x, Tensor) and not (isinstance(x, Real) and 0 < x < math.inf):
             raise InputError(f"{name} is {x}. It must be positive and finite.")
     return theta, phi, train, val
 
@@ -398,8 +419,9 @@ class MetaStep(JointStep):
             out = self.update_specific(k, sampler, own, batches, lr)
             return dict(loss=self.update_shared(own, batches, lr)) | out
         loss = self.update_shared(own, batches, lr)
-        batches = [resampled_stream(sampler.streams[b.lang]).batch(i).to(sampler.device)
-                   for i, b in zip(sampler.shard_indices(k), batches, strict=True)]
+        at = [(b.lang, i) for i, b in zip(sampler.shard_indices(k), batches, strict=True)]
+        again = [resampled_stream(sampler.streams[l]).batch(i).to(sampler.device) for l, i in at]
+        batches = sampler.weighed(again, at)
         return dict(loss=loss) | self.update_specific(k, sampler, own, batches, lr)
 
     def update_specific(self, k,  # step, from 0

@@ -189,9 +189,11 @@ class BatchSampler:
         batches = future.result() if indices == now else self._draw(streams, now)
         if self._ahead and ahead:
             self._drawn[purpose] = ahead, self._ahead.submit(self._draw, streams, ahead)
-        return self._weighed([b.to(self.device) for b in batches], now)
+        return self.weighed([b.to(self.device) for b in batches], now)
 
-    def _weighed(self, batches, indices):
+    def weighed(self, batches: list[Batch],  # of this process
+                indices: list[tuple[str, int]],  # their languages and numbers
+                ) -> list[Batch]:  # the same, with weights
         "Let each token hidden in a language count the same, however many are in its batch."
         if not batches or batches[0].pad is None: return batches    # about as many in each
         n = torch.zeros(2, len(self.langs))         # batches and tokens

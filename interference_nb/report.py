@@ -208,8 +208,9 @@ def check_fit(
     try:
         with torch.device('meta'): module = getattr(hub, LOSSES[loss][0]).from_config(config)
     except ValueError as e:
+        other = '' if config.is_encoder_decoder else 'the other one with --loss, or '
         raise InputError(f'{name}: {type(config).__name__[:-6]} has no head for the {loss} loss. '
-                         'Name the other one with --loss, or another model.') from e
+                         f'Name {other}another model.') from e
     params = {n: p.numel() for n, p in module.named_parameters()}
     weights = 4 * sum(params.values())
     gradient = 4 * sum(n for name, n in params.items() if re.search(cfg.probe, name)) // cfg.parts

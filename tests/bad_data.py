@@ -110,7 +110,7 @@ FILES = {
                             'line 1 line 2 has one column'),
     'CoNLL in Latin-1': ({'ner/aa/train.bio': b'Bj\xf6rn B-PER\n'}, 'no UTF-8 text byte 0xf6'),
     'NER as CoNLL-U': ({'ner/aa/train.conllu': words('NOUN')},
-                       'ner/aa has no file that can be read Not read ner/aa/train.conllu'),
+                       'ner/aa has no rows that can be read Not read ner/aa/train.conllu'),
     'no rows to choose an epoch by': ({'ner/aa/train.conll': 'Ada B-PER\n\n' * 3},
                                       'add a validation file'),
     'a UPOS of 18': ({'pos/aa/train.jsonl': lines(POS | dict(upos=[10, 18]))}, 'label 18 0 to 17'),

@@ -637,6 +637,9 @@ def test_made_up_text_is_said_to_be(bert):
 def test_refuses_in_words(bert, monkeypatch):
     with pytest.raises(InputError, match='head for the causal'):
         report.check_fit('t5', transformers.T5Config(), 'causal', SMALL)
+    for refused in (lambda: report.check_fit('t5', transformers.T5Config(), 'causal', SMALL),
+                    lambda: guess_loss(transformers.T5Config())):       # there is no other way
+        with pytest.raises(InputError, match='(Name another|causal) model[.]$'): refused()
     monkeypatch.setattr(ToySource, 'text', lambda self, lang, split='train': iter(['one two .']))
     subject = open_subject(bert, ('en', 'fr'), 'toy', SMALL)
     assert any('used 128.0 times' in note for note in subject.notes)
