@@ -72,8 +72,8 @@ gpu: $(READY)       ## on a machine with a card: 8 minutes with DATA=folder
 	$(say) "Testing, training at scale mini and measuring on the GPU: at most 8 minutes"
 	python tools/gpu.py --data '$(DATA)' $(ARGS)
 
-test: $(READY)      ## every notebook's tests, then those in tests/: 8 minutes
-	$(say) "Running the notebooks, then the tests: about 8 minutes on 2 cores"
+test: $(READY)      ## every notebook's tests, then those in tests/: 11 minutes
+	$(say) "Running the notebooks, then the tests: about 11 minutes on 2 cores"
 	python tools/test_notebooks.py; notebooks=$$?; pytest -n 2 --dist loadgroup tests $(ARGS) && exit $$notebooks
 
 # The lowest versions that settings.ini promises (RESOLUTION=lowest-direct), or the latest it allows.
@@ -98,8 +98,8 @@ lab: $(READY)       ## JupyterLab on the notebooks, until Ctrl-C
 	$(say) "Starting JupyterLab on nbs/: a few seconds; Ctrl-C twice ends it"
 	nbdev_trust && jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
-prepare: $(READY)   ## before a commit: export, clean, README, lint, test: 10 minutes
-	$(say) "Exporting, cleaning, making the README, checking and testing: about 10 minutes"
+prepare: $(READY)   ## before a commit: export, clean, README, lint, test: 12 minutes
+	$(say) "Exporting, cleaning, making the README, checking and testing: about 12 minutes"
 	nbdev_export && nbdev_clean && python tools/make_readme.py && ruff check && \
 	  $(MAKE) --no-print-directory test ARGS='$(ARGS)'
 

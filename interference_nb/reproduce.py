@@ -1102,7 +1102,8 @@ def for_terminal(page: str,  # Markdown
         else:
             if table: out += columns_that_fit(table[0], table[2:], width)
             table, lead = [], re.match(r'\s*(- )?', line)[0]
-            out += textwrap.wrap(line, width, subsequent_indent=' ' * len(lead)) or ['']
+            out += textwrap.wrap(line, width, subsequent_indent=' ' * len(lead),
+                                 break_on_hyphens=False) or ['']
     return '\n'.join(out).rstrip() + '\n'
 
 def columns_that_fit(head: list[str],  # names of the columns

@@ -21,6 +21,7 @@ TRAIN = TrainConfig.mini(batch_size=6, seq_len=48, accumulate=2)
 VARIANTS = 'joint', 'ffn', 'attn', 'adpt', 'share_adpt'
 TRAINED = [s for s in SYSTEMS if not SYSTEMS[s].hub and s not in ('joint2x', 'joint6x', 'scratch')]
 TOY = RunSpec('joint', ('en', 'x3'), ('en', 'x3'), 0, SCALES['toy'])
+PAPERS = pytest.mark.xdist_group('paper')       # one process makes the account of its step once
 PAPER = RunSpec('meta_adpt', ('en', 'fr'), ('en', 'fr'), 0, SCALES['paper'], 'hub')
 
 
@@ -94,6 +95,7 @@ def test_traffic_is_what_processes_reduce(processes):
         account(StepSpec(MODEL, cfg, processes=3))
 
 
+@PAPERS
 def test_a_gpu_of_32_gb_holds_every_variant():
     "128 rows of 256 tokens in mixed precision, as in the paper; the exact step does not fit."
     for system in ('ffn', 'adpt', 'meta_adpt'):
@@ -173,6 +175,7 @@ def test_a_plan_on_a_cuda_build_without_gpus_leaves_this_process_alone(monkeypat
     planner._cached_account.cache_clear()
 
 
+@PAPERS
 def test_more_processes_than_gpus(monkeypatch):
     "A plan of this machine says so; one of the paper's, made where no GPU is, does not."
     assert not plan_run(PAPER, 4, 0).problems()
@@ -241,6 +244,7 @@ def command(capsys, *args):
     return status, *capsys.readouterr()
 
 
+@PAPERS
 def test_plan_command(capsys, tmp_path):
     status, out, err = command(capsys, 'plan', 'paper', '--system', 'meta_adpt', '--langs', 'en,fr',
                                '--processes', 4, '--seconds', 0, '--out', tmp_path)
@@ -326,6 +330,7 @@ def test_one_process_for_what_one_process_does(tmp_path):
     for rank in '01': assert 'Start it without torchrun' in (tmp_path/rank).read_text()
 
 
+@PAPERS
 def test_a_laptop_plans_for_the_gpus_of_the_paper(capsys, tmp_path, monkeypatch):
     "Its own memory is too small, its network is off: a plan all the same, without hours."
     own = planner.memory_of

@@ -137,7 +137,8 @@ ILL_FITTING = """() => [
 
 # formulas have the colour of the text around them, code has its own, which one page shows
 VIOLATIONS = """async ([tags, exclude]) =>
-  (await axe.run({exclude: exclude}, {runOnly: tags, resultTypes: ['violations']}))
+  (await axe.run({exclude: exclude}, {runOnly: tags, resultTypes: ['violations'],
+                                      preload: false, selectors: false}))
   .violations.filter(v => ['serious', 'critical'].includes(v.impact))
   .map(v => `${v.id} (${v.nodes.length}): ${v.nodes[0].html.slice(0, 160)} `
             + v.nodes[0].failureSummary.slice(0, 200))"""
