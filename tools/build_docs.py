@@ -8,7 +8,7 @@ Quarto does and smalldocs does not is done here: output-file names, numbered fig
 references to them, mathematics and fonts without a network, search in a page opened from disk,
 names for what a screen reader meets. What both need is in pages.py.
 """
-import ast, base64, hashlib, inspect, json, re, shutil, struct, subprocess, sys, time
+import ast, base64, gc, hashlib, inspect, json, re, shutil, struct, subprocess, sys, time
 from functools import partial
 from fastcore import docments
 from nbdev import processors
@@ -246,5 +246,6 @@ def main():
     pages = len(list(cfg.doc_path.rglob('*.html')))
     print(f'{pages} pages in {cfg.doc_path.name}/, {time.time() - start:.0f} s')
     print(f'Open {cfg.doc_path.name}/index.html')
+    gc.freeze()     # each notebook's shell collects garbage when it ends: minutes, for a large heap
 
 if __name__ == '__main__': main()
