@@ -368,6 +368,9 @@ def test_lab_starts_for_root_too_and_takes_options(user, tmp_path):
     line, = (l for l in r.stdout.splitlines() if 'jupyter lab' in l)
     assert line.endswith('--port=1234') and ('--allow-root' in line) == (user == '0')
 
+def test_every_fault_of_the_mutants_can_be_put_in():
+    subprocess.run([sys.executable, 'tests/mutants.py', '--check'], cwd=ROOT, check=True)
+
 def test_what_building_leaves_is_ignored():
     ignored = (ROOT/'.gitignore').read_text(encoding='utf-8').split()
     assert {'build/', 'dist/'} <= {*ignored}
