@@ -102,9 +102,7 @@ def interference_demo(cfg: DemoConfig) -> Path:  # folder of records, table, fig
     own = STUDIES['demo' if toy else 'demo-text']
     langs = split_commas(cfg.langs) or own.pairs[0]
     scale = SCALES[cfg.scale] if cfg.scale else own.scale
-    small = cfg.scale in (None, 'pocket') and not torch.cuda.is_available()
-    if not toy and small and cpu_has_bfloat16():
-        scale = replace(scale, train=replace(scale.train, precision='bfloat16'))    # half the time
+    if not toy and cfg.scale in (None, 'pocket'): scale = _in_16_bits(scale)
     if cfg.vocab_size is not None:
         scale = replace(scale, model=replace(scale.model, vocab_size=cfg.vocab_size))
     if cfg.data == 'hub':
@@ -116,6 +114,11 @@ def interference_demo(cfg: DemoConfig) -> Path:  # folder of records, table, fig
                     systems=split_commas(cfg.systems) if cfg.systems else own.systems,
                     tasks=split_commas(cfg.tasks), seeds=cfg.seeds, small=cfg.max_sentences)
     return _run_and_show(cfg, study, DEMO, f"demo-{'toy' if toy else '-'.join(langs)}")
+
+def _in_16_bits(scale: Scale) -> Scale:
+    "Multiply in 16 bits where a CPU can: half the time for a model of text."
+    if torch.cuda.is_available() or not cpu_has_bfloat16(): return scale
+    return replace(scale, train=replace(scale.train, precision='bfloat16'))
 
 def _next_step(cfg, out: Path) -> str:
     "Say what to type after a study."
@@ -473,8 +476,10 @@ def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to p
 
 def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, figures
     "Run the study of causes, print its page, draw its figures."
-    name = 'causes-toy' if cfg.data.startswith('toy') else 'causes-text'
+    toy = cfg.data.startswith('toy')
+    name = 'causes-toy' if toy else 'causes-text'
     study = replace(STUDIES[name], data=cfg.data, seeds=cfg.seeds)
+    if not toy: study = replace(study, scale=_in_16_bits(study.scale))
     if cfg.pairs: study = replace(study, pairs=tuple(split_commas((p,)) for p in cfg.pairs))
     return _run_and_show(cfg, study, CAUSES, name)
 

@@ -28,7 +28,8 @@ EVIDENCE = {place: dict(zip(DATA_KINDS, studies, strict=True)) for place, studie
               ('reproduce-toy', 'en+fr')), (('pocket-en-fr', 'en+fr'),)),
     'distant': ((('toy-en-ar', 'en+ar'), ('capacity-toy', 'en+ar'), ('reproduce-toy', 'en+ar')),
                 (('pocket-en-ar', 'en+ar'), ('demo-en-sw', 'en+sw'))),
-    'scarce': ((('reproduce-toy', 'en+sw'),), (('pocket-en-sw', 'en+sw3000'),)),
+    'scarce': ((('toy-en-sw', 'en+sw'), ('reproduce-toy', 'en+sw')),
+               (('pocket-en-sw', 'en+sw3000'),)),
     'meta steps': ((('toy-en-x3', 'en+x3'), ('meta-cost-toy', 'en+x3+fr')),
                    (('pocket-en-fr', 'en+fr'),)),
     'causes': ((('causes-toy', ''),), (('causes-text', ''),))}.items()}
