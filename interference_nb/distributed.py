@@ -8,8 +8,8 @@ __all__ = ['traffic', 'PRELOADED', 'rank_and_world_size', 'Traffic', 'mean_over_
            'cpu_count', 'worker_pool', 'interrupts_ignored', 'in_subprocess', 'parallel_map']
 
 # %% ../nbs/01b_distributed.ipynb #c847d4ff
-import collections, contextlib, functools, io, itertools, multiprocessing, os, signal, sys, tempfile
-import threading, time
+import collections, contextlib, functools, importlib, io, itertools, multiprocessing, os, pickle
+import signal, sys, tempfile, threading, time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from . import _modidx
 from .files import InputError
 
 os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')     # to ask for GPUs keeps fork safe
@@ -41,7 +42,7 @@ class Traffic:
     def reduce(self, t: torch.Tensor,  # changed in place
                ):
         "Sum a tensor over all processes, in place."
-        dist.all_reduce(t)
+        if dist.get_backend() != 'fake': dist.all_reduce(t)     # a plan's group sends nothing
         self.calls, self.bytes = self.calls + 1, self.bytes + t.nbytes
 
 traffic = Traffic()
@@ -304,12 +305,28 @@ def _without_main():
     try: yield
     finally: main.__dict__.update(kept)
 
-def in_subprocess(f: Callable, *args,   # a module-level function, called as f(*args)
+def in_subprocess(f: Callable, *args,   # a function of the package, called as f(*args)
                   **environment: str,   # as for `worker_pool`
                   ):                    # what it returns
     "Call a function in a process of its own where torch has CUDA, so that later forks are safe."
     if not torch.backends.cuda.is_built(): return f(*args)
-    with worker_pool(1, **environment) as pool: return pool.submit(f, *args).result()
+    call = io.BytesIO()
+    _Sender(call).dump((f, args))
+    with worker_pool(1, **environment) as pool: return pool.submit(_call, call.getvalue()).result()
+
+class _Sender(pickle.Pickler):
+    "Pickle what a notebook defines by its name in the package: a worker imports it from there."
+    def reducer_override(self, x):
+        if getattr(x, '__module__', '') != '__main__': return NotImplemented
+        name, modules = getattr(x, '__qualname__', ''), _modidx.d['syms'].items()
+        found = [module for module, names in modules if f'{module}.{name}' in names]
+        return (_imported, (found[0], name)) if len(found) == 1 else NotImplemented
+
+def _imported(module: str, name: str): return getattr(importlib.import_module(module), name)
+
+def _call(call: bytes):     # from the parent's memory, never from a file
+    f, args = pickle.loads(call)
+    return f(*args)
 
 # %% ../nbs/01b_distributed.ipynb #47783655
 def parallel_map(function: Callable,  # applied to each item; computes no gradients

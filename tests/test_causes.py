@@ -5,8 +5,7 @@ import torch
 from interference_nb.reproduce import (CAUSES, STUDIES, causes_page, numbers_of_causes,
                                        numbers_of_study)
 from interference_nb.files import InputError
-from interference_nb.experiments import (SCALES, Scale, make_batches, open_run, plan,
-                                         prune_model, run)
+from interference_nb.experiments import Scale, make_batches, open_run, plan, prune_model, run
 from interference_nb.gradient_probes import ProbeConfig
 from interference_nb.l0_pruning import Gates, PruneConfig
 from interference_nb.pretrain import TrainConfig
@@ -72,5 +71,5 @@ def test_toy_scale_is_the_demos():
     "The study and the demo train the same joint models."
     spec, = CAUSES.runs(CAUSES, replace(STUDIES['causes-toy'], seeds=1, prune=(),
                                         pairs=(('en', 'x3'),)))
-    joint, = plan(['joint'], ('en', 'x3'), 1, SCALES['toy'], tasks=())
+    joint, = plan(['joint'], ('en', 'x3'), 1, STUDIES['demo'].scale, tasks=())
     assert replace(spec, probe=None) == joint

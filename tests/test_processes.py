@@ -1,5 +1,5 @@
 "One, two and four processes, a full disk, workers left alone: what a notebook cell cannot show."
-import errno, faulthandler, os, resource, shutil, signal, stat, subprocess, sys, time
+import errno, faulthandler, io, os, pickle, resource, shutil, signal, stat, subprocess, sys, time
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -344,3 +344,19 @@ def test_workers_end_with_a_killed_command(tmp_path):
         command.communicate(timeout=LIMIT)  # ends when nobody is left who could write to the pipe
     finally:
         with suppress(ProcessLookupError): os.killpg(command.pid, signal.SIGKILL)
+
+def test_what_a_notebook_defines_is_sent_by_its_name():
+    "A worker has no notebook: functions and classes of `__main__` are those of the package there."
+    own = type('TrainConfig', (), dict(__module__='__main__', __qualname__='TrainConfig'))
+    parcel = io.BytesIO()
+    distributed._Sender(parcel).dump((own, [own], int))
+    assert pickle.loads(parcel.getvalue()) == (TrainConfig, [TrainConfig], int)
+    with pytest.raises(pickle.PicklingError):
+        nobodys = type('Nobodys', (), dict(__module__='__main__', __qualname__='Nobodys'))
+        distributed._Sender(parcel).dump(nobodys)
+
+def test_a_function_of_a_notebook_runs_elsewhere_where_torch_has_cuda(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda: True)
+    def fail(): raise AssertionError('called in this process')
+    fail.__module__, fail.__qualname__ = '__main__', 'rank_and_world_size'
+    assert in_subprocess(fail) == (0, 1)
