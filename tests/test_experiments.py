@@ -56,6 +56,7 @@ def keep_where(folder):
 
 def test_small_runs_leave_the_gpus_alone(tmp_path, monkeypatch):
     "They run without, and not in a process that may want to share them later."
+    monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda: False)
     assert on_cpu(where)[0] == os.getpid()
     monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda: True)
     pid, seen = on_cpu(where)

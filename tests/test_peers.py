@@ -174,14 +174,17 @@ def halved(name):
 @pytest.mark.parametrize('kind', ['bert', 'gpt2'])
 def test_a_trainer_takes_the_meta_step(kind, tmp_path):
     "Losses and weights are those of our loop on the same batches, also after a checkpoint."
-    transformers = pytest.importorskip('transformers')
+    transformers = pytest.importorskip('transformers', '5.6',
+                                       reason='the Trainer of older ones differs in the 5th digit')
     from test_report import write_model
     from interference_nb.hub_models import AnyModel, hf_loss, open_language_model
     langs, source, steps = ('en', 'ar'), ToySource(n_train=200), 6
     still = dict(bert=dict(hidden_dropout_prob=0, attention_probs_dropout_prob=0),
                  gpt2=dict(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0))[kind]
     folder = write_model(tmp_path/'model', kind, langs, source, **still)
-    cfg = TrainConfig.toy(steps=steps, warmup=1, lr=1e-3, schedule='constant', eval_every=steps)
+    # with a larger eps a gradient that is rounding alone does not become a whole step
+    cfg = TrainConfig.toy(steps=steps, warmup=1, lr=1e-3, schedule='constant', adam_eps=1e-4,
+                          eval_every=steps)
     meta = MetaConfig(meta_every=2, log_every=1)
     def parts():
         opened, tok, stream = open_language_model(folder, langs)
@@ -191,8 +194,8 @@ def test_a_trainer_takes_the_meta_step(kind, tmp_path):
         model, sampler = parts()
         args = transformers.TrainingArguments(
             output_dir=tmp_path/'out', max_steps=steps, max_grad_norm=0, learning_rate=cfg.lr,
-            lr_scheduler_type='constant', adam_beta2=cfg.betas[1], report_to=[], use_cpu=True,
-            disable_tqdm=True, save_steps=2, logging_steps=1, **more)
+            lr_scheduler_type='constant', adam_beta2=cfg.betas[1], adam_epsilon=cfg.adam_eps,
+            report_to=[], use_cpu=True, disable_tqdm=True, save_steps=2, logging_steps=1, **more)
         return recipe('MetaTrainer')(model, args, cfg, sampler, meta)
 
     with pytest.raises(ValueError, match='precision in cfg'): trainer(bf16=True)
