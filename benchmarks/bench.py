@@ -273,6 +273,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--quick', action='store_true', help='tiny sizes; numbers mean nothing')
     parser.add_argument('--only', default='', help='sections to measure anew, with commas between')
+    parser.add_argument('--seconds', type=float, help='of each section, in place of its own')
     parser.add_argument('--out', type=Path, help='file to write; default: benchmarks/MACHINE.json')
     options = parser.parse_args()
     only = set(filter(None, options.only.split(',')))
@@ -295,6 +296,7 @@ def main():
             if other := differences(now, result):
                 parser.error(f'{out} was measured under other conditions ({", ".join(other)}). '
                              'Name another file with --out, or measure all of it.')
+    if options.seconds: todo = {n: s | dict(budget=options.seconds) for n, s in todo.items()}
     sections, before = result['sections'], result['wall_s']
     left = sum(s['budget'] for s in todo.values())
     for n, section in todo.items():

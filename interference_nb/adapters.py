@@ -203,7 +203,7 @@ def load_model(
     device: str = 'cpu',                    # where its tensors go
 ) -> MultilingualLM:                        # in evaluation mode
     "Rebuild a model from its file; raises `InputError` for what does not fit, naming it."
-    tensors, meta = load_checkpoint(path, device)
+    tensors, meta = load_checkpoint(path)       # on the CPU: 'cuda' would be the first GPU
     config = meta.get('config', {})
     if not {'model', 'langs'} <= config.keys():
         raise InputError(f'{path} does not say what model it holds. Write it with save_model.')

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from .claims import difference, markdown
-from .distributed import worker_pool
-from .experiments import (SYSTEMS, RunSpec, Scale, cost, default_workers,
-                                         holds_all, run_all)
+from .experiments import (SYSTEMS, RunSpec, Scale, check_rows, cost, holds_all,
+                                         run_all)
 from .files import InputError, write_atomically
 from .pretrain import TrainConfig
 from .records import describe, load, read_rows, unpack
@@ -83,9 +82,11 @@ def folder_of(folder,  # of the sweep
     return Path(folder)/f'width-{width}'
 
 def missing(sweep: Sweep, folder) -> list[tuple[int, list[RunSpec]]]:  # as of `sweep_runs`
-    "List what of a sweep is not complete."
-    left = ((width, [s for s in specs if not holds_all(
-        s, read_rows(folder_of(folder, width), s.name))]) for width, specs in sweep_runs(sweep))
+    "List what of a sweep is not complete. Raises `InputError` for a record of other settings."
+    def lacks(width, spec):
+        home = folder_of(folder, width)
+        return not holds_all(spec, check_rows(spec, read_rows(home, spec.name), home/spec.name))
+    left = ((width, [s for s in specs if lacks(width, s)]) for width, specs in sweep_runs(sweep))
     return [(width, specs) for width, specs in left if specs]
 
 # %% ../nbs/07g_capacity.ipynb #e219d64a
@@ -98,12 +99,10 @@ def run_sweep(sweep: Sweep,  # the sweep
     todo, done = missing(sweep, folder), 0.
     work = lambda width, spec: cost(spec) * (1 + width / 32)     # a step costs more in a wide model
     total = sum(work(w, s) for w, specs in todo for s in specs)
-    if not todo: return
-    with worker_pool(workers or default_workers()) as pool:
-        for width, specs in todo:
-            for spec, rows in run_all(specs, folder_of(folder, width), executor=pool):
-                done += work(width, spec)
-                yield done / total, width, spec, rows
+    for width, specs in todo:
+        for spec, rows in run_all(specs, folder_of(folder, width), workers):
+            done += work(width, spec)
+            yield done / total, width, spec, rows
 
 # %% ../nbs/07g_capacity.ipynb #94d2d5c0
 def sweep_losses(folder,  # of a sweep's records
@@ -161,15 +160,18 @@ def bottom_line(gaps: pd.DataFrame,  # of `interference`
             by_width = own.pivot(index='seed', columns='width', values='nats')
             d = difference(by_width.mean(axis=1, skipna=False).dropna())    # seeds with all widths
             known = '' if d.n < 2 else f' ({d.low:+.3f} to {d.high:+.3f})'
-            out.append(f'{f"{d.delta:+.3f}" if d.n else "an unknown number"}{known} with {partner}')
+            by = f'{d.delta:+.3f} nats' if d.n else 'an unknown number of nats'
+            out.append(f'by {by}{known} with {partner}')
         return ' and '.join(out)
+    later = f'; after {last:,}, {said(last)}' if last > first else ''
     ends = at_the_end(joint)
     hurt, help_ = (ends['low'] > 0).sum(), (ends['high'] < 0).sum()
     n = int(ends['seeds'].min())
-    return (f'After {first:,} batches of each language a second one changes held-out loss by '
-            f'{said(first)} nats, averaged over widths; after {last:,}, by {said(last)}. At the '
-            f'end it hurts in {hurt} of {len(ends)} cells of width and pair, helps in {help_}, and '
-            f'in {len(ends) - hurt - help_} nothing is decided (95% intervals, {n} '
+    es = 'es' if first > 1 else ''
+    return (f'After {first:,} batch{es} of each language a second one changes '
+            f'held-out loss {said(first)}, averaged over widths{later}. At the end it hurts in '
+            f'{hurt} of {len(ends)} cells of width and pair, helps in {help_}, and in '
+            f'{len(ends) - hurt - help_} nothing is decided (95% intervals, {n} '
             f'seed{"s" * (n > 1)} or more).')
 
 # %% ../nbs/07g_capacity.ipynb #35c379ad

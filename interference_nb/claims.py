@@ -83,11 +83,12 @@ def resample(counts: list[np.ndarray],  # [n,2] of each system and seed
 # %% ../nbs/07e_claims.ipynb #ab07e012
 def seeds_needed(sd: float,  # of the paired differences over seeds
                  points: float = 2.,  # to be seen, in the unit of sd
+                 alpha: float = .05,  # of the two-sided test; less, where several are corrected
                  ) -> int:  # at least 2
     "Count the seeds with which a difference of so many points would show, four times of five."
     from scipy.special import stdtrit
     n = 2
-    while (stdtrit(n - 1, .975) + stdtrit(n - 1, .8)) * sd / n**.5 > points: n += 1
+    while (stdtrit(n - 1, 1 - alpha / 2) + stdtrit(n - 1, .8)) * sd / n**.5 > points: n += 1
     return n
 
 # %% ../nbs/07e_claims.ipynb #fd07e002

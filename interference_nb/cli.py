@@ -35,13 +35,13 @@ from .experiments import (SCALES, SYSTEMS, RunSpec, Scale, check_specs, complete
                                          make_batches, open_run, prune_model, run, run_of)
 import pandas as pd
 import torch
-from .capacity import Sweep, run_sweep, sweep_runs, write_sweep
+from .capacity import Sweep, missing, run_sweep, sweep_runs, write_sweep
 from .records import compare, read_rows
 from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose,
                                        columns_that_fit, for_terminal,
                                        gate_table, loss_table, make_study, numbers_of_study,
                                        one_line, run_study, say, specs_of, tell_failed,
-                                       write_index)
+                                       with_steps, write_index)
 from .distributed import process_group, rank_and_world_size
 from .finetune import FinetuneConfig, finetune, finetuned, predict
 from .gradient_probes import GradientProbe, ProbeConfig, conflict, split_pairs
@@ -135,8 +135,7 @@ def _run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of reco
         if cfg.steps < 1:
             raise InputError(f"steps is {cfg.steps}. It must be 1 or more; the system 'scratch' "
                              'is the model before any.')
-        train = replace(study.scale.train, steps=cfg.steps)
-        study = replace(study, scale=replace(study.scale, train=train))
+        study = with_steps(study, cfg.steps)
     out, t0 = cfg.out or Path('runs')/name, time.time()
     specs = exhibit.runs(exhibit, study)
     check_specs(specs, rank_and_world_size()[1])
@@ -690,6 +689,7 @@ def interference_capacity(cfg: CapacityConfig) -> Path:  # folder of records, pa
                   split_commas(cfg.treatments), cfg.data)
     t0, failed, out = time.time(), {}, cfg.out
     n = sum(len(specs) for _, specs in sweep_runs(sweep))
+    missing(sweep, out)         # refuses records of other settings, before any work
     if not cfg.write_only:
         print(f'{n} runs of {sweep.seeds} seeds; records in {out}/', flush=True)
         for share, width, spec, rows in run_sweep(sweep, out, cfg.workers):
@@ -828,7 +828,7 @@ def option_names(options,  # a dataclass
 
 OLD_OPTIONS = {  # spelling up to 0.1; what it is now, and what became of its value
     '--model.documents-apart': ('--model.isolate-documents', str),
-    '--meta.rest': ('--meta.meta-every', lambda n: str(int(n) + 1)),
+    '--meta.rest': ('--meta.meta-every', lambda n: str(int(n) + 1) if n.isdigit() else n),
     '--meta.sample': ('--meta.sampled-languages', str),
     '--meta.others-only': ('--meta.exclude-own-language', str),
     '--meta.also-direct': ('--meta.phi-follows-training-gradient', str)}

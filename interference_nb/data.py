@@ -151,7 +151,7 @@ def map_labels(task: str,  # name of a task in TASK_COLUMNS
     if unknown := [v for v in names if v not in ids]:
         raise InputError(f'{place}: label {unknown[0]!r} is none of {task}, whose labels are '
                          f'{", ".join(ids)}. Rename it in the data, or use a TaskSpec with yours.')
-    found = [ids.get(v, v) for v in value] if several else ids[value]
+    found = [ids[v] if isinstance(v, str) else v for v in value] if several else ids[value]
     return row | {LABEL_COLUMN[task]: found}
 
 def label_names(features: dict,  # of a data set, as its metadata writes them

@@ -250,7 +250,7 @@ def worker_pool(workers: int,                     # processes
     for i in range(workers): turns.put(i)
     pool = ProcessPoolExecutor(workers, context, _start_worker,
                                (turns, fork, os.environ | environment, initializer, initargs))
-    with contextlib.nullcontext() if fork else _without_main():
+    with contextlib.nullcontext() if fork else _without_main(), _term_as_exit():
         try: yield pool
         except BaseException:       # Ctrl-C, too: what is running is not waited for
             for child in _children() - before: child.terminate()
@@ -258,6 +258,17 @@ def worker_pool(workers: int,                     # processes
         finally: pool.shutdown(cancel_futures=True)
 
 def _children(): return set(multiprocessing.active_children())
+
+@contextlib.contextmanager
+def _term_as_exit():
+    "Leave by an exception when told to end, unless somebody answers: workers then save their runs."
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try: yield
+    finally: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 @contextlib.contextmanager
 def interrupts_ignored():

@@ -703,6 +703,7 @@ def run_all(specs: list[RunSpec],  # no two of one name
     "Run side by side what is not complete; give each run's record, or what stopped it, as it ends."
     if rank_and_world_size()[1] > 1:            # pretrained by all of them, the rest as usual
         pretrain_all(specs, folder)
+        if torch.cuda.is_available(): torch.cuda.empty_cache()      # workers use the same cards
         if rank_and_world_size()[0]: return
     todo = []
     each_once(specs)

@@ -474,6 +474,7 @@ def plot_forest(found: pd.DataFrame,  # of `findings.judged_together`; what was 
                xlabel=f'{unit}, right of zero: as stated')
         ax.set_yticklabels(labels, fontsize=8)
         ax.tick_params(labelsize=8)
+        ax.locator_params(axis='x', nbins=5)
         ax.xaxis.label.set_size(8)
         ax.spines[['top', 'right']].set_visible(False)
     legend_above(axes[0, 0], 2)

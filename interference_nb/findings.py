@@ -84,7 +84,9 @@ def numbers_of_place(folder: Path,  # of a study
         return numbers
     numbers = causes_of(table)
     if ends := prices(numbers): numbers = numbers.rename(columns=lambda c: c.removesuffix(ends[0]))
-    return pd.concat({'joint': numbers.groupby(level='seed').mean()}, names=['system'])
+    by_seed, pairs = numbers.groupby(level='seed'), numbers.index.get_level_values('pair').nunique()
+    means = by_seed.mean().where(by_seed.count() == pairs)      # of seeds that have every pair
+    return pd.concat({'joint': means}, names=['system'])
 
 # %% ../nbs/07f_findings.ipynb #07f00016
 def tasks_apart(numbers: pd.DataFrame,  # of `numbers_of_pair`
@@ -156,7 +158,7 @@ def conclusion(rows: pd.DataFrame,  # of `judged_together`: one statement, a lin
             which = 'it' if r.sign * r.delta > 0 else 'its opposite'
             what = f'{which} is significant alone, but not after correction for so many statements'
         elif r.verdict == 'undecided' and r.margin and r.n > 1:
-            n = seeds_needed(r.se * r.n**.5, r.margin)
+            n = seeds_needed(r.se * r.n**.5, r.margin, .05 / len(CONFIRMATORY))     # Holm's first
             what += f': it would take {n:,} seeds to see {r.margin:g} {r.unit}'
         elif r.verdict == 'undecided' and r.n == 1: what += ' from one seed'
         said.setdefault(what, []).append(r.kind)
@@ -233,6 +235,7 @@ def treatment_table(records,  # folder of the studies
               for metric in ('loss', 'score within', 'NER zero-shot', 'POS zero-shot')]
     found = []
     for study, pair in places:
+        if list((Path(records)/study).glob('width-*')): continue    # its joint is our joint2x
         if (numbers := numbers_of_place(Path(records)/study, pair)) is not None:
             found.append(judge(numbers, claims).assign(case=f'{study}, {pair}'))
     table = pd.concat(found) if found else judge(pd.DataFrame(), claims).assign(case='')

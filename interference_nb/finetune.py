@@ -8,7 +8,8 @@ __all__ = ['GRIDS', 'FinetuneConfig', 'TaskModel', 'predict', 'evaluate', 'evalu
 
 # %% ../nbs/06_finetune.ipynb #db95f6a8
 import copy, itertools, math, pickle, tempfile, time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from .adapters import MultilingualLM
 from .distributed import worker_pool
 from .files import (InputError, JsonlLog, check_choice, check_ranges,
-                                   load_checkpoint, read_jsonl, save_checkpoint, weights_hash)
+                                   load_checkpoint, read_jsonl, run_lock, save_checkpoint, say_once,
+                                   weights_hash)
 from .pretrain import (evaluating, restore_training_state, run_info, same_config,
                                       training_state)
 from .tasks import (TASKS, TaskBatch, TaskData, TaskSpec, read_data, task_spec,
-                                   total_score)
+                                   total_score, usable_rows)
 
 # %% ../nbs/06_finetune.ipynb #dc85d6ba
 @dataclass(frozen=True)
@@ -251,6 +253,7 @@ class Trainer:
     def save(self, best: bool):             # best: the last epoch is the best so far
         "Write the checkpoints of the epoch just done."
         meta = dict(config=self.config, history=self.history)
+        self.record.sync()          # a checkpoint never outlives the rows before it
         if best: save_checkpoint(self.folder/'best.safetensors', self.best, meta)
         save_checkpoint(self.folder/'last.safetensors', training_state(self.model, self), meta)
 
@@ -265,6 +268,10 @@ class Trainer:
         n = len(self.history)
         self.record = JsonlLog(self.folder/'record.jsonl',
                                lambda row: n and row.get('epoch', 0) <= n)
+        epochs = [r['epoch'] for r in self.record.rows if r['kind'] == 'epoch']
+        if epochs != [*range(1, n + 1)]:
+            raise InputError(f'{self.folder}/record.jsonl lacks epochs of its checkpoint: it has '
+                             f'{epochs} of {n}. Put it back, or delete the folder to begin anew.')
         if not self.record.rows: self.record.write('start', config=self.config, **run_info())
 
 # %% ../nbs/06_finetune.ipynb #1ca69fd6
@@ -326,7 +333,9 @@ def _describe_inputs(model, tokenizer, source, spec: TaskSpec, lang: str) -> dic
 
 def _run_config(spec: TaskSpec, lang: str, cfg: FinetuneConfig, inputs: dict | None) -> dict:
     "Return everything that a finetuning run depends on, for its record."
-    return dict(task=spec.name, train_lang=lang, finetune=asdict(cfg)) | (inputs or {})
+    known = spec.name in TASKS and TASKS[spec.name].labels == spec.labels
+    own = {} if known else dict(labels=list(spec.labels))
+    return dict(task=spec.name, train_lang=lang, finetune=asdict(cfg)) | own | (inputs or {})
 
 # %% ../nbs/06_finetune.ipynb #a2a4b4a5
 GRIDS = dict.fromkeys(('ner', 'pos', 'qa'), dict(batch_size=(16, 32), lr=(2e-5, 3e-5, 5e-5)))
@@ -355,7 +364,8 @@ def _trial(
     config = home and _run_config(spec, train_lang, cfg, _describe_inputs(
         model, tokenizer, source, spec, train_lang))
     if home and (row := _read_trial(home, config)): return row, None
-    run = _tune(model, tokenizer, spec, source, train_lang, cfg, home, progress, trained_len)
+    with run_lock(home) if home else nullcontext():     # two processes would mix their epochs
+        run = _tune(model, tokenizer, spec, source, train_lang, cfg, home, progress, trained_len)
     if home: return _read_trial(home, config), None
     seconds = round(time.perf_counter() - start, 2)
     return dict(best_epoch=run.best_epoch(), dev=run.history, wall_s=seconds,
@@ -437,8 +447,8 @@ def finetune(
             trials.append(change | row)
             score = row['dev'][row['best_epoch'] - 1][spec.metric]
             if progress: print(spec.name, train_lang, name, f'{spec.metric} {score:.4g}')
-            if score > top: best, top = (job, row, weights), score      # the earlier of equals
-        (cfg, home), row, weights = best
+            if score > top: best, top = (job, row, weights, notes), score   # the earlier of equals
+        (cfg, home), row, weights, notes = best
         with torch.random.fork_rng([]): tuned = TaskModel(model, spec)
         if home: weights, _ = load_checkpoint(home/'best.safetensors', tuned.device)
     tuned.load_state_dict(weights)
@@ -457,14 +467,18 @@ def score_by_rows(
     train_lang: str,            # language of the labelled rows
     eval_langs: list[str],      # of the test sets
     cfg: FinetuneConfig,        # of each run; its `max_train` is replaced
-    sizes: Iterable[int],       # labelled rows, such as 100, 300, 1000
+    sizes: Sequence[int],       # labelled rows, such as 100, 300, 1000; at most all there are
 ) -> Iterator[dict]:            # 'rows', 'start', 'seed', 'test', and the metrics, percent
     "Finetune on more and more labelled rows, from pretrained and from random weights."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         scratch = MultilingualLM(model.cfg, model.langs, model.variant)
     scratch = scratch.to(next(model.parameters()).device)
-    for n in sizes:
+    have = len(usable_rows(task_spec(task), source, train_lang, 'train')[0])
+    if few := [n for n in sizes if n > have]:
+        say_once(f'{train_lang} has {have:,} rows to train on, fewer than {min(few):,}: all are '
+                 'taken.')
+    for n in dict.fromkeys(min(n, have) for n in sizes):
         for start, weights in (('pretrained', model), ('random', scratch)):
             found = finetune(weights, tokenizer, task, source, train_lang, eval_langs,
                              replace(cfg, max_train=n))

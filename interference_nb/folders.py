@@ -7,7 +7,7 @@ __all__ = ['HELD_OUT', 'SPLIT_NAMES', 'FORMS', 'find_files', 'read_rows', 'open_
            'scripts_of', 'describe_text', 'passed_over', 'unread_files']
 
 # %% ../nbs/00d_folders.ipynb #d0d00004
-import csv, functools, hashlib, json, re, sys, unicodedata
+import functools, hashlib, json, re, sys, unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -58,33 +58,39 @@ def find_files(folder: str | Path,  # holds <kind>/<language>/
 def read_rows(path: Path,  # a file, or a folder by `save_to_disk`
               kind: str,   # 'text' or a task
               lang: str,   # language code, for files of several languages
+              also: tuple[str, ...] = (),  # further columns of a table, if it has them
               ) -> Iterator[tuple[str, dict]]:  # place in the file; row
     """Read the rows of a file, labels by name; one that cannot be read is {'unreadable': why}.
 
     Raises `InputError` for a file that is not of its form, or lacks columns."""
     columns = ('text',) if kind == 'text' else TASK_COLUMNS[kind]
     form = 'saved' if path.is_dir() else path.suffix[1:]
-    if form in ('parquet', 'saved'): return _read_table(path, columns)
+    if form in ('parquet', 'saved'): return _read_table(path, columns, also)
     if form in ('jsonl', 'json'): return _read_json(path, kind)
     if form == 'txt': return ((f'line {n}', dict(text=l)) for n, l in _lines(path) if l.strip())
     if form == 'tsv': return _read_xnli(path, lang)
     return _read_sentences(path, kind, _read_ud if form == 'conllu' else _read_conll)
 
-def _read_table(path: Path, columns: tuple) -> Iterator[tuple[str, dict]]:
+def _read_table(path: Path, columns: tuple, also: tuple) -> Iterator[tuple[str, dict]]:
     "Read parquet or arrow, some hundred rows at a time."
     schema, batches = open_table(path)
     if missing := [c for c in columns if c not in schema.names]:
         raise InputError(f'{path} has no column {", ".join(missing)}; it has '
                          f'{", ".join(schema.names)}. Rename or add it.')
+    columns += tuple(c for c in also if c in schema.names)
     try: features = json.loads((schema.metadata or {})[b'huggingface'])['info']['features']
     except (KeyError, ValueError, TypeError): features = {}
     names = {c: n for c in columns if (n := label_names(features, c))}
     def rows():
+        from pyarrow import ArrowException
         n = 0
-        for batch in batches(list(columns)):
-            for row in batch.to_pylist():
-                n += 1
-                yield f'row {n}', {c: name_labels(v, names.get(c)) for c, v in row.items()}
+        try:
+            for batch in batches(list(columns)):
+                for row in batch.to_pylist():
+                    n += 1
+                    yield f'row {n}', {c: name_labels(v, names.get(c)) for c, v in row.items()}
+        except (OSError, ArrowException) as e:
+            raise InputError(f'{path} cannot be read after row {n} ({e}). Copy it again.') from None
     return rows()
 
 def open_table(path: Path):  # -> arrow schema; columns -> batches of rows
@@ -185,8 +191,8 @@ def _read_ud(line: str) -> tuple[str, ...] | str | None:
 
 def _read_xnli(path: Path, lang: str) -> Iterator[tuple[str, dict]]:
     "Read pairs by the names in the header; of several languages only one's."
-    rows = csv.reader((line for _, line in _lines(path)), delimiter='\t', quoting=csv.QUOTE_NONE)
-    header = next(rows, [])
+    rows = ((n, line.split('\t')) for n, line in _lines(path) if line.strip())
+    _, header = next(rows, (0, []))
     want = dict(premise=('sentence1', 'premise'), hypothesis=('sentence2', 'hypothesis', 'hypo'),
                 label=('gold_label', 'label'))
     at = {k: next((header.index(c) for c in names if c in header), None) for k,
@@ -195,7 +201,7 @@ def _read_xnli(path: Path, lang: str) -> Iterator[tuple[str, dict]]:
         raise InputError(f'{path} has the columns {", ".join(header)}. Wanted in its first line: '
                          'sentence1, sentence2, gold_label.')
     own = header.index('language') if 'language' in header else None
-    for n, row in enumerate(rows, 2):
+    for n, row in rows:
         if len(row) != len(header):
             yield f'line {n}', dict(unreadable=f'{len(row)} columns, not {len(header)}')
         elif own is None or row[own] == lang:
@@ -283,7 +289,7 @@ class FolderSource(Source):
         missing = self.set_aside('text', lang)
         source = 'train' if split in missing else split
         parts = [(path, read_rows(path, 'text', lang)) for path in self.files('text', lang, source)]
-        documents = self._documents(lang, split, parts)
+        documents = self._documents(lang, split, parts, split not in missing)
         if source != 'train' or not missing: return documents
         self._tell_once('text', lang, missing, 'documents')
         return (d for d in documents if _part_of(d, missing) == split)
@@ -294,9 +300,10 @@ class FolderSource(Source):
         print(f"{self.path.name}/{kind}/{lang} has no {' and no '.join(missing)} file: "
               f'{HELD_OUT:.0%} of the training {what} are set aside for each.', file=sys.stderr)
 
-    def _documents(self, lang, split, parts):
-        "Pass over rows without text, and keep what was wrong with them."
-        skipped = self.skipped[lang, split] = []
+    def _documents(self, lang, split, parts, own):
+        "Pass over rows without text; keep what was wrong, if the file is the split's own."
+        skipped = []
+        self.skipped[lang, split] = skipped if own else []
         for path, rows in parts:
             for place, row in rows:
                 if why := explain_row('text', row):

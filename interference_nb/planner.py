@@ -601,7 +601,8 @@ def plan_finetuning(specs: list[RunSpec],  # pretrained already
                     ) -> str:  # a table for the terminal
     "Plan the gates and the finetuning of runs."
     spec = next(s for s in specs if not SYSTEMS[s.system].hub)
-    spec = replace(spec, system='joint', langs=spec.pair)
+    scale = replace(spec.scale, train=replace(spec.train, precision='float32'))     # as both run
+    spec = replace(spec, system='joint', langs=spec.pair, scale=scale)
     plan, scale = plan_run(spec, 1, seconds, folder), spec.scale
     only = lambda s, **kw: replace(s, **dict(tasks=(), prune=(), probe=None) | kw)
     parts = {'gates': [only(s, prune=s.prune) for s in specs if s.prune]}

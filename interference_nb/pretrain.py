@@ -481,7 +481,12 @@ def prepare_model(model,  # has `parameters` and `loss(batch)`
                   cfg,  # sizes, schedule and seed
                   ):
     "Set what makes a run repeatable, or smaller, on the model's device."
-    if next(model.parameters()).is_cuda:
+    if (p := next(model.parameters())).is_cuda:
+        try: torch.zeros(1, device=p.device).add_(1)
+        except RuntimeError as e:
+            raise InputError(f'torch {torch.__version__} cannot compute on this GPU '
+                             f'({str(e).splitlines()[0]}). Install a build that has its kernels: '
+                             'for a V100, one for CUDA 12.6 or older.') from None
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False     # nobody reads it
     else: keep_memory()

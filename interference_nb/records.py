@@ -112,13 +112,13 @@ def unpack(folder) -> list[str]:  # names of the runs
     if not (folder/PACKED).exists(): return []
     packed = parsed(folder/PACKED)
     for name, files in packed.items():
-        counts = read_counts(folder, name)
-        for file in files.keys() - {COUNTS}:
+        if (folder/name/'record.jsonl').exists(): continue      # it comes before what is packed
+        if counts := read_counts(folder, name):
+            save_checkpoint(folder/name/COUNTS, {k: torch.from_numpy(n) for k, n in counts.items()},
+                            dict(name=name))
+        for file in sorted(files.keys() - {COUNTS}):            # last, record.jsonl
             write_atomically(folder/name/file,
                              ''.join(json.dumps(row) + '\n' for row in files[file]))
-        if counts: save_checkpoint(folder/name/COUNTS,
-                                   {k: torch.from_numpy(n) for k, n in counts.items()},
-                                   dict(name=name))
     (folder/PACKED).unlink()
     return list(packed)
 
@@ -343,14 +343,15 @@ def describe(folder,  # of a study
              ) -> str:
     "Say where records come from: runs, seeds, time, hardware, commit, date."
     records = [run.rows for run in read_runs(folder, names).values()]
+    if not records: return 'No run is complete.'
     starts = [rows[0] for rows in records]
     seconds = sum(r['wall_s'] for rows in records for r in rows
                   if r['kind'] in ('end', 'finetune', 'gates') and 'wall_s' in r)
     some = lambda key: ', '.join(sorted({s[key] for s in starts}))
     seeds = len({s['config']['run']['seed'] for s in starts})
-    return (f"{len(starts)} runs, {seeds} seed{'s' * (seeds > 1)}; training, finetuning and "
-            f"pruning took {seconds / 60:.1f} minutes summed over runs (probes and evaluation not "
-            f"counted) on {some('hardware')}; torch {some('torch')}, "
+    return (f"{len(starts)} run{'s' * (len(starts) > 1)}, {seeds} seed{'s' * (seeds > 1)}; "
+            f"training, finetuning and pruning took {seconds / 60:.1f} minutes summed over runs "
+            f"(probes and evaluation not counted) on {some('hardware')}; torch {some('torch')}, "
             f"commit {some('commit')}, {min(s['date'] for s in starts)[:10]}.")
 
 # %% ../nbs/07d_records.ipynb #827d7b92
@@ -389,7 +390,8 @@ def _reason(found, x, y, named):
     of = lambda part: [f[1] for f in found if f[0] == part and not f[1].endswith('seed')]
     data, others = of('data'), of('settings')           # a seed also draws the toy languages' text
     unknown = '' if named else ' A record does not name its files: their content may differ too.'
-    if x == y: why = 'The numbers are the same.'
+    if not (x and y): why = 'One of them has no numbers yet, or both.'
+    elif x == y: why = 'The numbers are the same.'
     elif not found: why = 'Nothing that the records name differs, but the numbers do.'
     elif data: why = (f"They were made from other data ({', '.join(data[:3])}"
                       + ', ...' * (len(data) > 3) + '), so their numbers measure other text.')

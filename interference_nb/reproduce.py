@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TARGETS', 'PROBED', 'THIRD', 'OURS', 'TOY', 'DEMO_SCALE', 'DEMO_TEXT', 'STUDIES', 'PAPER_SCALES', 'of_mono',
            'of_systems', 'of_size', 'DISTANCE', 'EXHIBITS', 'FAMILIES', 'STATES', 'KEY', 'PAPER_ROW', 'PAPER_NOTE',
-           'LEGENDS', 'DEMO', 'CAUSES', 'PLAIN', 'Study', 'make_study', 'ColumnGroup', 'Exhibit', 'statements',
-           'Evidence', 'loss_over_time', 'of_causes', 'of_gates', 'causes_of', 'near_to_far', 'prices',
+           'LEGENDS', 'DEMO', 'CAUSES', 'PLAIN', 'Study', 'make_study', 'with_steps', 'ColumnGroup', 'Exhibit',
+           'statements', 'Evidence', 'loss_over_time', 'of_causes', 'of_gates', 'causes_of', 'near_to_far', 'prices',
            'numbers_of_study', 'claims_on_pairs', 'probe_rows', 'gate_studies', 'draw_gates', 'run_of', 'has_data',
            'cells', 'runs_of_cells', 'specs_of', 'choose', 'narrow', 'refused', 'check_records', 'gather', 'cells_of',
            'mean_cell', 'resampled', 'numbers_of', 'compare_rows', 'best', 'over_shared', 'judged', 'summarise_cells',
@@ -29,7 +29,7 @@ import pandas as pd
 from .data import LANGUAGES, TASK_COLUMNS, corpus_statistics, statistics_table
 from .files import InputError, check_choice, read_jsonl, write_atomically
 from .toy_languages import open_source
-from .distributed import rank_and_world_size
+from .distributed import first_process_first, rank_and_world_size
 from .pretrain import TrainConfig
 from .transformer import ModelConfig
 from .l0_pruning import PruneConfig
@@ -107,7 +107,10 @@ def make_study(name: str,  # key of `STUDIES`
         raise InputError(f"scale '{name}' has no data of its own. Name a folder, or 'hub', with "
                          '--data.')
     study = replace(study, data=data or study.data, **{k: v for k, v in changes.items() if v})
-    if steps is None: return study
+    return study if steps is None else with_steps(study, steps)
+
+def with_steps(study: Study, steps: int) -> Study:  # of pretraining, 1 or more
+    "Train for another time: the warm-up fits into it, and evaluations are as many at least."
     train = study.scale.train
     few = replace(train, steps=steps, warmup=min(train.warmup, steps),
                   eval_every=min(train.eval_every, max(1, steps // 10)))
@@ -302,8 +305,10 @@ def draw_gates(e: Evidence, figures) -> dict[str, Callable]:  # {file: function 
         fig.suptitle(title, fontsize=9)
         return fig
     first, *_ = pairs = e.exhibit.groups[0].partners
-    for l in (l for l in pairs if f'en+{l}' in set(e.table['pair'][e.table['task'] == 'gates'])):
-        for l0, studies in gate_studies(e.folder, f'en-{l}', e.names).items():
+    for l in pairs:
+        try: found = gate_studies(e.folder, f'en-{l}', e.names)
+        except InputError: continue             # none of its runs is complete
+        for l0, studies in found.items():
             title = f'en-{l}, λ = {l0:g}'
             near[f'figure4a-{l}-l{l0:g}'] = partial(titled, figures.plot_similarity, studies, title)
             if l == first: strong[f'figure4b-{l}-l{l0:g}'] = partial(
@@ -1134,7 +1139,7 @@ def run_study(study: Study,  # scale, data, languages, systems, seeds
     if write_only:
         for error in failed.values(): raise error
     elif todo := [s for s in specs if s.name not in failed]:
-        unpack(folder)
+        with first_process_first(): unpack(folder)
         failed |= run_missing(todo, folder, workers, executor, quiet)
     if rank_and_world_size()[0]: return failed            # the first process has the results
     shown = replace(study, family='all')        # pages show what else is there, too
@@ -1171,12 +1176,13 @@ def tell_failed(failed: dict[str, Exception],  # what stopped each
 def latest(folder: Path,  # of a study
            ) -> str:
     "Read the last perplexities that a run under a folder wrote."
-    records = sorted(folder.glob('*/record.jsonl'), key=lambda p: p.stat().st_mtime)
-    for path in reversed(records):
-        for row in reversed(read_jsonl(path)):
-            if row['kind'] == 'eval':
-                ppl = ' '.join(f'{l} ppl {p:.1f}' for l, p in row['ppl'].items())
-                return f"{path.parent.name} step {row['step']}: {ppl}"
+    written = lambda path: path.stat().st_mtime if path.exists() else 0.
+    for path in sorted(folder.glob('*/record.jsonl'), key=written, reverse=True):
+        try: rows = read_jsonl(path)
+        except (InputError, OSError): continue  # another run's, damaged or moved away
+        for row in (r for r in reversed(rows) if r['kind'] == 'eval'):
+            ppl = ' '.join(f'{l} ppl {p:.1f}' for l, p in row['ppl'].items())
+            return f"{path.parent.name} step {row['step']}: {ppl}"
     return ''
 
 def one_line(spec: RunSpec,  # a run
@@ -1185,6 +1191,7 @@ def one_line(spec: RunSpec,  # a run
     "Sum up a finished run in a line."
     if isinstance(rows, Exception): return f'{spec.name:24} FAILED: {rows}'
     numbers = summarise(pd.DataFrame(numbers_of_run(spec.name, Run(rows, [])), columns=COLUMNS))
+    if not len(numbers): return f'{spec.name:24} done; there was nothing to measure'
     shown = [f'{k} {v:.1f}' for k, v in numbers.iloc[0].items()
              if k.startswith(('ppl', 'NER', 'POS'))]
     return f'{spec.name:24} ' + ', '.join(shown)

@@ -6,13 +6,13 @@
 __all__ = ['accuracy_at_1', 'sentence_vectors', 'parallel_lines', 'retrieval']
 
 # %% ../nbs/06c_retrieval.ipynb #739ba9ee
-from pathlib import Path
+from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .adapters import MultilingualLM
-from .data import SPLITS
-from .files import InputError
+from .files import InputError, say_once
+from .folders import find_files, read_rows
 from .pretrain import evaluating
 from .tokenizers import BOS, EOS, PAD
 
@@ -62,11 +62,14 @@ def parallel_lines(
     "Find lines that say the same in two languages. Raises `InputError` where there are none."
     if hasattr(source, 'parallel'): return source.parallel(langs, n)
     documents = [_by_part(source, lang, within) for lang in langs]
-    found = {lang: [] for lang in langs}
+    found, uneven = {lang: [] for lang in langs}, 0
     for part in sorted(documents[0].keys() & documents[1].keys()):
         pair = [d[part].split('\n') for d in documents]
-        if len(pair[0]) == len(pair[1]):
+        if len(pair[0]) != len(pair[1]): uneven += 1
+        else:
             for lang, lines in zip(langs, pair, strict=True): found[lang] += lines
+    if uneven: say_once(f"Left out in {' and '.join(langs)}: {uneven} document{'s' * (uneven > 1)} "
+                        'with more lines in one language than in the other.')
     if not found[langs[0]]:
         raise InputError(f"{source.name} has no parallel lines of {' and '.join(langs)}. Text rows "
                          f"need a column 'url' that holds {within!r} and whose part after # "
@@ -75,15 +78,13 @@ def parallel_lines(
 
 def _by_part(source, lang: str, within: str) -> dict[str, str]:      # {part of the url: text}
     "Read the documents of a folder that name a part."
-    import pyarrow.parquet as pq
+    files = find_files(source.path, 'text', lang) if hasattr(source, 'path') else {}
     found = {}
-    for split in SPLITS if hasattr(source, 'path') else ():
-        path = Path(source.path)/'text'/lang/f'{split}.parquet'
-        if not path.exists() or 'url' not in pq.read_schema(path).names: continue
-        table = pq.read_table(path, columns=['url', 'text'])
-        rows = zip(table['url'].to_pylist(), table['text'].to_pylist(), strict=True)
-        found |= {url.split('#', 1)[1]: text for url, text in rows
-                  if url and text and within in url and '#' in url}
+    for path in chain(*files.values()):
+        for _, row in read_rows(path, 'text', lang, ('url',)):
+            url, text = str(row.get('url')), row.get('text')
+            if text and within in url and '#' in url:
+                found[url.split('#', 1)[1]] = text.rstrip('\n')
     return found
 
 # %% ../nbs/06c_retrieval.ipynb #aefeff79

@@ -31,7 +31,7 @@ class Feature:
     row: int                # index of the example
     positions: list[int]    # whose scores are decoded
     offsets: list | None = None     # QA: characters (from, to) of each of these positions
-    cut: bool = False               # QA: the question lost its end, to leave room for the context
+    cut: bool = False               # a question or a sentence of a pair lost its end, for room
 
 def cut_between_words(
     first: list[int],       # index of each word's first subword
@@ -343,13 +343,18 @@ def read_data(
                          f'limit {limit}). Give it rows, or choose another language or task.')
     beyond = int((data.lengths > (trained_len or math.inf)).sum())
     cut = len({f.row for f in data.features if f.cut})
-    data.notes = {k: n for k, n in dict(left_out=len(wrong), questions_cut=cut,
-                                        taken_from_training=len(data.rows) * (
-                                            split in source.set_aside(spec.data, lang)),
-                                        beyond_trained_positions=beyond).items() if n}
+    what, n = 'questions' if spec.no_test else 'pairs', len(data.rows)
+    stands_in = spec.no_test and not source.count(spec.data, lang, 'test')     # as `placed_rows`
+    read_from = 'validation' if stands_in and split == 'test' else split
+    from_training = (read_from in source.set_aside(spec.data, lang)
+                     or stands_in and split == 'validation')
+    data.notes = {k: n for k, n in {'left_out': len(wrong), f'{what}_cut': cut,
+                                    'taken_from_training': n * from_training,
+                                    'validation_as_test': n * (read_from != split),
+                                    'beyond_trained_positions': beyond}.items() if n}
     where = f'{spec.name} in {lang!r}, {split}'
-    if cut: say_once(f'{where}: {cut} of {len(data.rows):,} questions are cut at their end, to '
-                     f'leave room for the context in {max_len} tokens.')
+    if cut: say_once(f'{where}: {cut} of {n:,} {what} are cut at their end, to leave room '
+                     f'{"for the context " * spec.no_test}in {max_len} tokens.')
     if beyond: say_once(f'{where}: {beyond:,} of {len(data.features):,} inputs are longer than '
                         f'the {trained_len} positions that pretraining saw; later ones have the '
                         'embeddings of an untrained model. Pretrain longer rows, or lower max_len.')
@@ -378,8 +383,9 @@ def encode_pairs(
     features, bos, eos = [], tokenizer.bos, tokenizer.eos
     for r, row in enumerate(rows):
         a, b = (tokenizer.encode(row[part]) for part in ('premise', 'hypothesis'))
+        cut = len(a) + len(b) > max_len - 3
         while len(a) + len(b) > max_len - 3: (a if len(a) > len(b) else b).pop()
-        features.append(Feature([bos, *a, eos, *b, eos], [row['label']], r, [0]))
+        features.append(Feature([bos, *a, eos, *b, eos], [row['label']], r, [0], cut=cut))
     return features
 
 def clean_label(row: dict,  # in the hub's schema
@@ -418,7 +424,7 @@ def encode_qa(
     tokenizer,              # anything with encode, encode_offsets, bos and eos
     max_len: int,           # longest input, in tokens
 ) -> list[Feature]:         # one for each window, in the order of the rows
-    """Put a question before each window of its context; one that leaves no room loses its end.
+    """Put a question before each window of its context; of a long one, the half of the room.
 
     Raises `InputError` if there is no room for a question at all."""
     features, bos, eos = [], tokenizer.bos, tokenizer.eos
@@ -427,7 +433,7 @@ def encode_qa(
         ids, offsets = tokenizer.encode_offsets(row['context'])
         if max_len < 5:
             raise InputError(f'{max_len} tokens hold no question with its context. Raise max_len.')
-        if cut := len(question) > max_len - 4: question = question[:(max_len - 3) // 2]
+        if cut := len(question) > (max_len - 3) // 2: question = question[:(max_len - 3) // 2]
         shift = len(question) + 2                           # where the context begins
         room = max_len - shift - 1
         hit = [k for k, (a, b) in enumerate(offsets) if a < start + len(text) and b > start]

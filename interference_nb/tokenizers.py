@@ -187,5 +187,6 @@ def load_tokenizer(path: str | Path,               # a file written by `save`
     try:
         if content[:1] == b'{': return WordTokenizer(json.loads(content)['pieces'])
         return Tokenizer(content)
+    except InputError as e: raise InputError(f'{path}: {e}') from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no whole tokenizer file. Write it again with save.") from None

@@ -92,6 +92,7 @@ CASES = [
     ('pretrain: no language', [*PRE, '--langs', ','], ['language']),
     ('pretrain: a language twice', [*PRE, '--langs', 'en', 'en'], ['en', 'once']),
     ('pretrain: unknown system', [*PRE, '--system', 'jiont'], ["unknown system 'jiont'"]),
+    ('pretrain: an old option, no number', [*PRE, '--meta.rest', 'x'], ['meta-every', 'x']),
     ('pretrain: a system of the hub', [*PRE, '--system', 'xlm'], ['comes from the hub']),
     ('pretrain: mono of two', [*PRE, '--system', 'mono'], ['model of one language']),
     ('pretrain: a cap below one', [*PRE, '--max-sentences', 'en', '-5'], ['en', '-5']),

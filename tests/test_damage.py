@@ -331,6 +331,24 @@ def test_ctrl_c_ends_a_demo_in_one_line(tmp_path):
     )
 
 
+def test_a_demo_that_is_told_to_end_saves_its_runs(tmp_path):
+    "SIGTERM to the command alone, long before the first checkpoint is due."
+    args = 'demo --systems joint --seeds 2 --steps 20000 --workers 2 --quiet --out'.split()
+    command = subprocess.Popen([sys.executable, '-m', 'interference_nb', *args, tmp_path],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    begun = lambda: [p for p in tmp_path.glob('*/record.jsonl')
+                     if '"kind": "step"' in p.read_text()]
+    try:
+        wait_for(lambda: len(begun()) == 2, command, command.stderr.read)
+        command.terminate()
+        command.communicate(timeout=LIMIT)
+    finally:
+        with suppress(ProcessLookupError): os.killpg(command.pid, signal.SIGKILL)
+    assert command.returncode == 143
+    assert len(list(tmp_path.glob('*/checkpoint.safetensors'))) == 2
+
+
 def test_a_model_trained_without_a_word_about_it_is_loaded(toy, tmp_path):
     V, corpora = toy
     model = MultilingualLM(ModelConfig.toy(V, dim=8, n_layers=1, ffn_dim=16), LANGS, 'adpt')

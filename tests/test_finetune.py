@@ -16,8 +16,8 @@ from interference_nb.data import train_tokenizer
 from interference_nb.folders import FolderSource
 from interference_nb.distributed import PRELOADED
 from interference_nb.tokenizers import load_tokenizer
-from interference_nb.files import InputError, load_checkpoint
-from interference_nb.finetune import FinetuneConfig, finetune, predict, tune
+from interference_nb.files import InputError, load_checkpoint, run_lock
+from interference_nb.finetune import FinetuneConfig, finetune, predict, score_by_rows, tune
 from interference_nb.tasks import (TASKS, normalise_answer, read_data, score_qa, span_f1,
                                    total_score, word_f1)
 from interference_nb.toy_languages import ToySource, toy_tokenizer
@@ -247,7 +247,7 @@ def test_search_side_by_side(tmp_path, task):
     alone = timeless(look())
     assert timeless(look(workers=2, folder=tmp_path)) == alone
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob('*/*')}
-    assert len(before) == 4 * 3
+    assert len(before) == 4 * 4         # a record, two checkpoints, a lock
     assert timeless(look(folder=tmp_path)) == alone
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob('*/*')}
 
@@ -351,3 +351,49 @@ def test_tags_of_text(text_folder, tmp_path, task):
     as_spans = lambda tags: tags if task == 'ner' else [['I-' + t for t in s] for s in tags]
     assert span_f1(gold, said) == pytest.approx(100 * f1_score(as_spans(gold), as_spans(said)))
     assert r['scores']['en']['f1'] == pytest.approx(span_f1(gold, said))
+
+
+def test_a_finished_search_is_of_its_labels(tmp_path):
+    "The same labels in another order are another task: a head learned for one is wrong for it."
+    model, tok, source = toy_model()
+    ner = TASKS['ner']
+    ask = lambda task: finetune(model, tok, task, source, 'en', ['en'], CFG, folder=tmp_path)
+    ask('ner')
+    with pytest.raises(InputError, match='labels'): ask(replace(ner, labels=ner.labels[::-1]))
+
+
+def test_one_process_at_a_time_tunes_in_a_folder(tmp_path):
+    model, tok, source = toy_model()
+    with run_lock(tmp_path/'trial'), pytest.raises(InputError, match='another process'):
+        finetune(model, tok, 'ner', source, 'en', ['en'], CFG, folder=tmp_path)
+
+
+def test_a_record_behind_its_checkpoint_is_refused(tmp_path):
+    "Or an epoch's score would be read from another's row."
+    model, tok, source = toy_model()
+    ask = lambda: finetune(model, tok, 'ner', source, 'en', ['en'], CFG, folder=tmp_path)
+    ask()
+    path = tmp_path/'trial/record.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    for kept in (lines[:2], lines[:1], [lines[0], lines[2]]):
+        path.write_text(''.join(kept))
+        with pytest.raises(InputError, match='lacks epochs of its checkpoint'): ask()
+
+
+def test_the_best_trials_notes_are_kept():
+    model, tok, source = toy_model()
+    ask = lambda cfg, grid=None: finetune(model, tok, 'pos', source, 'en', ['en'], cfg, grid,
+                                          trained_len=10)
+    sizes = (64, 4)                     # the second one cannot be the better
+    found = ask(CFG, dict(max_train=sizes))
+    scores = [max(e['accuracy'] for e in t['dev']) for t in found['trials']]
+    notes = [ask(replace(CFG, max_train=n))['notes'] for n in sizes]
+    assert scores[0] > scores[1] and notes[0] != notes[1] and found['notes'] == notes[0]
+
+
+def test_more_labelled_rows_than_there_are(capsys):
+    "A curve ends where the rows end, and says so."
+    model, tok, source = toy_model()
+    rows = [r['rows'] for r in score_by_rows(model, tok, 'pos', source, 'en', ['en'],
+                                             replace(CFG, epochs=1), (20, 300, 1000))]
+    assert rows == [20, 20, 200, 200] and 'fewer than 300' in capsys.readouterr().err

@@ -22,8 +22,9 @@ from interference_nb.folders import FolderSource
 from interference_nb.gradient_probes import conflict
 from interference_nb.pretrain import TrainConfig
 from interference_nb.reproduce import STUDIES
+from interference_nb.retrieval import parallel_lines
 from interference_nb.tasks import read_data
-from interference_nb.tokenizers import UNK, WordTokenizer
+from interference_nb.tokenizers import UNK, WordTokenizer, load_tokenizer
 from interference_nb.transformer import ModelConfig
 
 LINES = {'zh-yue': ['今日落雨。我唔去。', '佢話好。', '落完雨喇。我哋去啦。'],
@@ -287,10 +288,10 @@ def test_a_long_question_loses_its_end_and_is_counted(tmp_path, capsys):
     write(tmp_path/'qa'/'sr-Latn'/'train.parquet', rows)
     tok = WordTokenizer(['Ada', 'ide', 'ko'])
     made = read_data('qa', FolderSource(tmp_path), 'sr-Latn', 'test', tok, 64)
-    assert made.notes == dict(questions_cut=2)              # 60 pieces leave room for one
-    assert [len(f.ids) for f in made.features if f.row < 2] == [1 + 30 + 1 + 2 + 1] * 2
-    assert [f.targets for f in made.features if f.row < 2] == [[32, 32]] * 2
-    assert '2 of 4 questions are cut' in capsys.readouterr().err
+    assert made.notes == dict(questions_cut=3, validation_as_test=4)    # half of the room at most
+    assert [len(f.ids) for f in made.features if f.row < 3] == [1 + 30 + 1 + 2 + 1] * 3
+    assert [f.targets for f in made.features if f.row < 3] == [[32, 32]] * 3
+    assert '3 of 4 questions are cut' in capsys.readouterr().err
 
 
 def test_inputs_beyond_the_trained_positions_are_counted(tmp_path, capsys):
@@ -492,3 +493,87 @@ def test_figures_of_languages_with_hyphens():
     assert [p.get_height() for p in ax.patches] == [-.25]
     found = conflict(rows)
     assert found['en-zh-yue']['corrected'] == pytest.approx(-.25 / (.5 * .75)**.5)
+
+
+def test_pairs_as_they_come_in_tables_of_tabs(tmp_path, capsys):
+    "A carriage return inside a field, a very long one, an empty line at the end; cut pairs count."
+    text_of(tmp_path)
+    long = 'ko ' * 50_000
+    rows = ['sentence1\tsentence2\tgold_label', 'Ada ide\rkod\tAda\tneutral',
+            f'{long}\tko\tneutral']
+    for split in ('train', 'validation', 'test'):
+        write(tmp_path/f'nli/sr-Latn/{split}.tsv', '\n'.join(rows) + '\n\n')
+    made = read_data('nli', FolderSource(tmp_path), 'sr-Latn', 'test', WordTokenizer(['ko']), 16)
+    assert [len(f.ids) for f in made.features] == [7, 16]
+    assert made.notes == dict(pairs_cut=1)
+    assert '1 of 2 pairs are cut at their end' in capsys.readouterr().err
+
+
+def test_tags_that_are_lists_are_told_by_row(tmp_path):
+    text_of(tmp_path)
+    write(tmp_path/'ner/sr-Latn/test.jsonl', json.dumps(dict(tokens=['a', 'b'],
+                                                             ner_tags=['O', ['X']])))
+    with pytest.raises(InputError, match='rows of ner in .* cannot be used'):
+        read_data('ner', FolderSource(tmp_path), 'sr-Latn', 'test', WordTokenizer(['a']), 16)
+
+
+def test_a_table_damaged_inside_is_named(tmp_path):
+    "Not as a disk that cannot be written to."
+    text_of(tmp_path)
+    path = tmp_path/'text/sr-Latn/train.parquet'
+    pq.write_table(pa.table(dict(text=[f'Ada ide {i}.' for i in range(4000)])), path,
+                   row_group_size=500, compression='none', use_dictionary=False)
+    raw = bytearray(path.read_bytes())
+    meta = pq.read_metadata(path)
+    at = meta.row_group(6).column(0).data_page_offset
+    raw[at:at + 40] = bytes([255]) * 40
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=r'train.parquet cannot be read after row \d+'):
+        list(FolderSource(tmp_path).text('sr-Latn'))
+
+
+def test_a_bad_row_is_counted_once(tmp_path):
+    "Where one file stands for all splits, its bad rows are those of the training split."
+    write(tmp_path/'text/sr-Latn/train.jsonl', ''.join(
+        json.dumps(dict(text=f'Ada ide {i}.' if i % 10 else None)) + '\n' for i in range(400)))
+    source = FolderSource(tmp_path)
+    for split in ('train', 'validation', 'test'): list(source.text('sr-Latn', split))
+    assert {k[1]: len(v) for k, v in source.skipped.items()} == dict(train=40, validation=0, test=0)
+
+
+def test_stand_ins_of_questions_are_noted(tmp_path):
+    "Without a test file validation is the test set; without either, both come from training rows."
+    text_of(tmp_path)
+    rows = [ASKED | dict(context=f'Ada ide {i}') for i in range(60)]
+    tok = WordTokenizer(['Ada', 'ide', 'ko'])
+    write(tmp_path/'qa/sr-Latn/train.parquet', rows)
+    def notes():
+        source = FolderSource(tmp_path)
+        return [read_data('qa', source, 'sr-Latn', s, tok, 64).notes
+                for s in ('validation', 'test')]
+    held_out, test = notes()
+    assert held_out.keys() == {'taken_from_training'}
+    assert test.keys() == {'taken_from_training', 'validation_as_test'}
+    write(tmp_path/'qa/sr-Latn/validation.parquet', rows)
+    held_out, test = notes()
+    assert held_out.keys() == {'taken_from_training'} and test == dict(validation_as_test=60)
+
+
+def test_lines_that_translate_each_other_in_any_form(tmp_path, capsys):
+    "As JSON lines too, with a newline at the end; documents of other lengths are counted."
+    for lang, second in (('zh-yue', 'c\nd'), ('sr-Latn', 'c')):
+        write(tmp_path/f'text/{lang}/train.jsonl', ''.join(json.dumps(r) + '\n' for r in (
+            dict(url='NTREX#1', text='a\nb\n'), dict(url='NTREX#2', text=second), dict(text='e'))))
+    assert parallel_lines(FolderSource(tmp_path), ('zh-yue', 'sr-Latn')) == {
+        'zh-yue': ['a', 'b'], 'sr-Latn': ['a', 'b']}
+    assert '1 document with' in capsys.readouterr().err
+
+
+def test_a_foreign_vocabulary_is_refused_for_what_it_is(tmp_path):
+    import sentencepiece
+    (tmp_path/'text').write_text('Ada ide kod kuće\n' * 50)
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path/'text'), vocab_size=30,
+                                             hard_vocab_limit=False,
+                                             model_prefix=str(tmp_path/'m'), minloglevel=2)
+    with pytest.raises(InputError, match='m.model: .*first ids are not'):
+        load_tokenizer(tmp_path/'m.model')

@@ -1,5 +1,5 @@
 """`make gpu`: what it does, in which order, and that its minutes are kept."""
-import sys, time
+import subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -15,7 +15,7 @@ def test_the_most_deciding_comes_first_and_a_rehearsal_is_a_hundredth():
     assert [c[c.index('--langs') + 2] for c in studies] == ['fr', 'fr', 'ar']
     assert all('scratch' in c for c in studies)             # the control is in every one
     assert option(studies[0], '--out') == option(studies[1], '--out')       # and goes on there
-    assert todo[0].name.startswith('tests') and todo[-1].name.startswith('the benchmark')
+    assert todo[0].name.startswith('tests') and todo[-2].name.startswith('the benchmark')
     assert all('demo' in p.command for p in short)          # nothing that wants a card
     for long, brief in zip(studies, (p.command for p in short), strict=True):
         assert int(option(long, '--steps')) == 100 * int(option(brief, '--steps'))
@@ -32,3 +32,16 @@ def test_without_a_card_it_says_what_to_do(capsys, monkeypatch):
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
     with pytest.raises(SystemExit) as e: gpu.main(['--data', '.'])
     assert e.value.code == 2 and '--rehearse' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('data', ['', 'nowhere'])
+def test_without_data_nothing_begins(data, capsys):
+    with pytest.raises(SystemExit) as e: gpu.main(['--data', data, '--rehearse'])
+    assert e.value.code == 2 and 'no folder' in capsys.readouterr().err
+
+def test_the_tests_that_it_names_are_there():
+    "A handful: each of them plans in a process of its own where torch has CUDA."
+    words = gpu.parts('d', 'o')[0].command[4:]
+    found = subprocess.run([sys.executable, '-m', 'pytest', '--collect-only', '-q', *words],
+                           cwd=gpu.ROOT, capture_output=True, text=True).stdout
+    assert 3 <= found.count('account_on_a_gpu') <= 6 and found.count('gpu_replays') == 2, found

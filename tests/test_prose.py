@@ -50,8 +50,7 @@ SAID = [        # notebook, what it says (# for each number), the numbers
     ('07g_capacity', 'between sizes: # layers, # heads, a feed-forward part # times as wide',
      (SWEEP.model.n_layers, SWEEP.model.n_heads, SWEEP.model.ffn_dim // SWEEP.model.dim)),
     ('08a_causes', 'on Wikipedia text: # layers of width #', causes()),
-    ('08a_causes', 'Real text takes # layers', causes()[:1]),
-    ('07a_reproduce', 'real text takes # layers there', causes()[:1]),
+    ('08a_causes', 'real text takes # layers', causes()[:1]),
 ]
 
 def prose(name):

@@ -1,10 +1,12 @@
 "From an empty folder to tables, figures and verdicts, through the command; and where that fails."
-import csv, errno, json, re
+import csv, errno, json, re, shutil
 from dataclasses import replace
+from pathlib import Path
 import numpy as np
 import pytest
-from interference_nb import files, planner, records, reproduce
+from interference_nb import capacity, files, planner, records, reproduce
 from interference_nb.cli import main
+from interference_nb.files import InputError
 from interference_nb.records import load
 from interference_nb.experiments import RunSpec, Scale, _parameters, run_all, with_vocabulary
 from interference_nb.finetune import FinetuneConfig
@@ -280,3 +282,65 @@ def test_each_paper_statement_has_a_place():
         for c in e.claims:
             assert {c.metric, c.against or c.metric} <= columns
             assert {c.system, c.baseline} <= set(e.rows)
+
+
+RECORDS = Path(__file__).parent.parent / 'records'
+
+def test_a_sweep_refuses_records_of_other_settings():
+    "Or a page would pass them off as what was asked for."
+    sweep = capacity.Sweep(treatments=())
+    assert not capacity.missing(sweep, RECORDS/'capacity-toy')
+    for change, said in ((dict(steps=8000), '4000 steps, not 8000'),
+                         (dict(data='toy:pairs'), 'data')):
+        with pytest.raises(InputError, match=said):
+            capacity.missing(replace(sweep, **change), RECORDS/'capacity-toy')
+    with pytest.raises(SystemExit):
+        main(['capacity', '--write-only', '--steps', '8000', '--out', str(RECORDS/'capacity-toy')])
+
+def test_a_pair_of_unfinished_runs_hides_no_other(tmp_path):
+    "Gates of the pairs that are complete are drawn."
+    shutil.copytree(RECORDS/'reproduce-toy', tmp_path/'toy')
+    records.unpack(tmp_path/'toy')
+    for seed in range(3):
+        path = tmp_path/f'toy/joint-en+ar-{seed}/record.jsonl'
+        path.write_text(''.join(path.read_text().splitlines(keepends=True)[:-2]))
+    study = STUDIES['toy']
+    e = gather(EXHIBITS['figure4'], study, open_source(study.data), tmp_path/'toy')
+    from interference_nb import figures
+    drawn = reproduce.draw_gates(e, figures)
+    assert any('-fr-' in name for name in drawn) and not any('-ar-' in name for name in drawn)
+
+def test_what_has_nothing_to_measure_is_said():
+    spec = RunSpec('xlm', ('en',), ('en',), 0, MICRO)
+    config = dict(run=json.loads(json.dumps(spec.config)))
+    assert 'nothing to measure' in reproduce.one_line(spec, [
+        dict(kind='start', config=config, hardware='CPU'), dict(kind='done', name=spec.name)])
+    assert records.describe(RECORDS/'capacity-toy') == 'No run is complete.'
+
+def test_another_runs_damaged_record_stops_no_clock(tmp_path):
+    "Progress reads the newest record that can be read."
+    for name, text in (('a', '{"kind": "eval", "step": 7, "ppl": {"en": 2.0}}\n'), ('b', 'x\ny\n')):
+        (tmp_path/name).mkdir()
+        (tmp_path/name/'record.jsonl').write_text(text)
+    assert reproduce.latest(tmp_path) == 'a step 7: en ppl 2.0'
+
+def test_unpacking_keeps_what_is_newer(tmp_path):
+    "A run's own folder comes before what is packed of it."
+    shutil.copytree(RECORDS/'causes-toy', tmp_path/'study')
+    packed = (tmp_path/'study'/records.PACKED).read_bytes()
+    records.unpack(tmp_path/'study')
+    path = tmp_path/'study/joint-en+fr-0/record.jsonl'
+    newer = path.read_text() + '{"kind": "gates"}\n'
+    path.write_text(newer)
+    (tmp_path/'study'/records.PACKED).write_bytes(packed)
+    records.unpack(tmp_path/'study')
+    assert path.read_text() == newer and not (tmp_path/'study'/records.PACKED).exists()
+
+def test_fewer_steps_bring_their_warm_up():
+    train = reproduce.with_steps(STUDIES['demo'], 50).scale.train
+    assert (train.steps, train.warmup, train.eval_every) == (50, 50, 5)
+
+def test_two_records_without_numbers_are_not_the_same():
+    config = dict(run=RunSpec('joint', ('en', 'x3'), ('en', 'x3'), 0, MICRO).config)
+    start = dict(kind='start', config=config, inputs={}, hardware='CPU')
+    assert 'no numbers' in records.compare([start], [start])[2]

@@ -2,9 +2,10 @@
 
     python tools/gpu.py --data FOLDER [--minutes 8] [--out runs/gpu] [--rehearse]
 
-The tests that skip without a GPU; the mini scale of English and French, then of English and
-Arabic; the benchmark's GPU part. Each part ends when its time is up: a run leaves a checkpoint, and
-the same command goes on from it. `--rehearse`: a hundredth of the steps, on any device.
+The tests that skip without a GPU; the mini scale of English and French; the benchmark's GPU part;
+English and Arabic. Each part ends when its time is up: a run leaves a checkpoint, and the same
+command goes on from it. Where nothing can be installed, this file runs with what is there.
+`--rehearse`: a hundredth of the steps, on any device.
 """
 import argparse, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -28,14 +29,16 @@ def parts(data, out, rehearse: bool = False, card: bool = True) -> list[Part]:
                 str(data), '--langs', 'en', other, '--seeds', '1', '--steps', str(steps), '--tasks',
                 'ner', 'pos', '--out', str(name), '--systems', *systems]
     tests = [sys.executable, '-m', 'pytest', '-q', 'tests/test_meta_adapters.py',
-             'tests/test_planner.py', '-k', 'gpu_replays or account_on_a_gpu']
-    bench = [sys.executable, 'benchmarks/bench.py', '--only', 'gpu_step,gpu_meta']
+             'tests/test_planner.py', '-k', 'gpu_replays or (account_on_a_gpu and float32 and '
+             '(joint or meta_adpt or meta_exact))']
+    bench = [sys.executable, 'benchmarks/bench.py', '--only', 'gpu_step,gpu_meta', '--seconds',
+             '50']
     control, whole = ('scratch', 'joint'), ('scratch', 'joint', 'mono', 'joint2x')
-    return ([Part('tests on a GPU', .1, tests)] * card
+    return ([Part('tests on a GPU', .15, tests)] * card
             + [Part('en-fr, joint and random weights', .2, study('fr', *control)),
-               Part('en-fr, mono and equal batches', .35, study('fr', *whole)),
-               Part('en-ar, the same', .6, study('ar', *whole))]
-            + [Part('the benchmark on a GPU', 1., bench)] * card)
+               Part('en-fr, mono and equal batches', .4, study('fr', *whole))]
+            + [Part('the benchmark on a GPU', .8, bench)] * card
+            + [Part('en-ar, the same', 1., study('ar', *whole))])
 
 def work(todo: list[Part], seconds: float) -> dict[str, str]:  # {part: how it ended}
     "Do the parts one after another; stop each when its share of what is left is used up."
@@ -69,7 +72,8 @@ def main(args=None) -> int:
     card = torch.cuda.is_available()
     if not card and not options.rehearse:
         parser.error('no GPU here. Use --rehearse for a hundredth of the steps on the CPU.')
-    if not Path(options.data).is_dir(): parser.error(f'no folder {options.data}.')
+    if not options.data or not Path(options.data).is_dir():
+        parser.error(f'no folder {options.data!r}. Name one with --data.')
     out = options.out if not options.rehearse else Path(f'{options.out}-rehearsal')
     todo = parts(Path(options.data).resolve(), out.resolve(), options.rehearse, card)
     said = work(todo, 60 * options.minutes)
