@@ -345,7 +345,7 @@ def finetune_run(cfg: FinetuneCommand,  # the command's options
 # %% ../nbs/09_cli.ipynb #795a40bd
 @dataclass(frozen=True, kw_only=True)
 class PredictCommand(RunOptions):
-    "Tag text with a finetuned model; without --text the test rows, with scores by type."
+    "Tag text with a finetuned model; without `--text` the test rows, with scores by type."
     text: Path | None = None  # UTF-8, a sentence a line, words between blanks
     task: str = 'ner'  # or pos: what `interference finetune` was run on
     train_lang: str = 'en'  # in this language

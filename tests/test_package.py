@@ -16,7 +16,8 @@ def wheel(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('package')
     copy = shutil.copytree(ROOT, tmp/'copy', symlinks=True, ignore=lambda folder, names: {
         *LEFT_OUT(folder, names), *(n for n in ('records', 'runs', 'nbs') if n in names)})
-    with tarfile.open(build('sdist', copy, tmp)) as f: f.extractall(tmp/'source', filter='data')
+    with tarfile.open(build('sdist', copy, tmp)) as f:      # Python 3.11.2 has no filters yet
+        f.extractall(tmp/'source', **dict(filter='data') if hasattr(tarfile, 'data_filter') else {})
     source, = (tmp/'source').iterdir()
     return build('wheel', source, tmp)
 

@@ -172,6 +172,7 @@ def test_buckets(monkeypatch):
     "Small tensors share messages, in order; a large one goes alone and is not copied."
     sent = []
     monkeypatch.setattr(distributed, 'rank_and_world_size', lambda: (0, 2))
+    monkeypatch.setattr(distributed.dist, 'get_backend', lambda: 'gloo')
     monkeypatch.setattr(distributed.dist, 'all_reduce', lambda t: sent.append(t.data_ptr()))
     tensors = [torch.full((n,), float(n)) for n in (3, 4, 20, 2)] + [torch.ones(4, 2).T]
     traffic.reset()

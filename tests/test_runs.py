@@ -255,7 +255,8 @@ def test_a_page_says_the_size_of_the_runs_that_its_records_hold():
     steps, = {json.loads((folder/n/'record.jsonl').open().readline())['config']['run']['scale']
               ['train']['steps'] for n in names}
     page = family_page('bilingual', ROOT/'records')
-    assert f'Scale mini: {steps:,} steps' in page and f'{len(names)} runs, 1 seed;' in page
+    n = f'{len(names)} run{"s" * (len(names) > 1)}'
+    assert f'Scale mini: {steps:,} steps' in page and f'{n}, 1 seed;' in page
 
 def cells_of(path, kind):
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']

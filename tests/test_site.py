@@ -114,10 +114,12 @@ UNRENDERED = {
 
 # What was drawn of the maths, and how: roots have their sign, numbers stand clear of formulas.
 BADLY_DRAWN = """() => {
-  const right = e => e.getBoundingClientRect().right, left = e => e.getBoundingClientRect().left;
+  const box = e => e.getBoundingClientRect();
+  const meet = (e, tag) => box(e).right > box(tag).left && box(e).top < box(tag).bottom - 2
+    && box(e).bottom > box(tag).top + 2;
   const roots = [...document.querySelectorAll('.katex .sqrt svg')].filter(e => !e.clientHeight);
   const numbers = [...document.querySelectorAll('.katex-display .tag')].filter(tag =>
-    [...tag.parentElement.children].some(e => e != tag && right(e) > left(tag)));
+    [...tag.parentElement.children].some(e => e != tag && meet(e, tag)));
   const names = [...document.querySelectorAll('td code, th code')].filter(e =>
     /^\\w+$/.test(e.innerText.trim()) && e.getClientRects().length > 1);
   return [...roots.map(e => 'a root without its sign'),
