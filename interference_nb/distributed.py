@@ -250,7 +250,10 @@ def worker_pool(workers: int,                     # processes
     for i in range(workers): turns.put(i)
     pool = ProcessPoolExecutor(workers, context, _start_worker,
                                (turns, fork, os.environ | environment, initializer, initargs))
-    with contextlib.nullcontext() if fork else _without_main(), _term_as_exit():
+    with contextlib.ExitStack() as around:
+        if not fork:            # forks would inherit the answer, and lose a signal to it
+            around.enter_context(_without_main())
+            around.enter_context(_term_as_exit())
         try: yield pool
         except BaseException:       # Ctrl-C, too: what is running is not waited for
             for child in _children() - before: child.terminate()
