@@ -13,7 +13,7 @@ __all__ = ['DEMO_MEGABYTES', 'TORCHRUN', 'REAL', 'OLD_OPTIONS', 'DataOptions', '
            'upgrade_options', 'main']
 
 # %% ../nbs/09_cli.ipynb #8ae5884a
-import difflib, io, json, math, os, re, shutil, sys, textwrap, time
+import difflib, io, json, math, os, re, shlex, shutil, sys, textwrap, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -37,7 +37,7 @@ import pandas as pd
 import torch
 from .capacity import Sweep, missing, run_sweep, sweep_runs, write_sweep
 from .records import compare, read_rows
-from .reproduce import (CAUSES, DEMO, STUDIES, check_records, choose,
+from .reproduce import (CAUSES, DEMO, EXHIBITS, STUDIES, check_records, choose,
                                        columns_that_fit, for_terminal,
                                        gate_table, loss_table, make_study, numbers_of_study,
                                        one_line, run_study, say, specs_of, tell_failed,
@@ -125,8 +125,13 @@ def _next_step(cfg, out: Path) -> str:
     if isinstance(cfg, DemoConfig) and cfg.data.startswith('toy'):
         return ('the same on your own text: interference demo --data FOLDER --langs en,sw; or ask '
                 'why: interference causes')
-    run = next((p.parent for p in sorted(out.glob('*joint*/checkpoint.safetensors'))), out)
-    return f'look inside a model: interference probe --data {cfg.data} --run {run}'
+    made = [p.parent for p in sorted(out.glob('*/checkpoint.safetensors'))]
+    joint, others = ([r for r in made if re.match(f'{system}-', r.name)]
+                     for system in ('joint', '(?!mono|scratch).*'))
+    if (run := next(iter(joint + others), None)) is None:
+        return 'train models of two languages: --systems mono joint'
+    data, run = shlex.quote(str(cfg.data)), shlex.quote(str(run))
+    return f'look inside a model: interference probe --data {data} --run {run}'
 
 def _run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of records
     "Run an exhibit of pairs of languages; print its page."
@@ -328,8 +333,10 @@ def finetune_run(cfg: FinetuneCommand,  # the command's options
         raise InputError('this scale has no values to search. Leave --search out, or name '
                          "'paper' as the scale.")
     spec, source, tokenizer, _, model = open_run(cfg.run, cfg.data)
-    langs = split_commas(cfg.test_langs) or model.langs
     folder = cfg.run/f'finetune-{task}-{cfg.train_lang}'
+    before = read_jsonl(folder/'record.jsonl') if (folder/'record.jsonl').exists() else []
+    langs = tuple(dict.fromkeys([*(split_commas(cfg.test_langs) or model.langs),
+                                 *(l for r in before for l in r.get('scores', ()))]))
     result = finetune(model, tokenizer, task, source, cfg.train_lang, langs, cfg.finetune,
                     grid if cfg.search else None, folder, cfg.workers, progress=True,
                     trained_len=spec.train.seq_len)
@@ -499,10 +506,14 @@ def compare_runs(cfg: CompareCommand):  # the command's options
                              'record.jsonl.')
         records.append(rows)
     differences, found, why = compare(*records)
-    short = lambda x: '–' if x is None else textwrap.shorten(str(x), 24, placeholder='…')
-    if len(differences): _show(differences.map(short))
+    def short(x):
+        text = '–' if x is None or x != x else str(x)
+        return text if len(text) <= 24 else text[:23] + '…'
+    if len(differences):        # the name whole, and again where the table goes on
+        _show(differences.map(short).assign(what=differences['what']).set_index('what')
+              .reset_index())
     if len(found):
-        found['difference'] = [f'{b - a:+.2f}' if None not in (a, b) else '–'
+        found['difference'] = [f'{b - a:+.2f}' if pd.notna([a, b]).all() else '–'
                                for a, b in zip(found['first'], found['second'], strict=True)]
         number = lambda x: f'{x:.2f}' if isinstance(x, float) and x == x else short(x)
         _show(found.map(number))
@@ -626,6 +637,9 @@ def interference_reproduce(cfg: ReproduceConfig) -> Path:  # folder of records, 
                        tasks=split_commas(cfg.tasks), family=cfg.family)
     check_choice('engine', cfg.engine, ('local', 'slurm'))
     if targets := split_commas(cfg.targets): check_languages(open_source(study.data), targets)
+    if not cfg.exhibits:
+        raise InputError('no table or figure. Name some before the options (a list takes what '
+                         f'follows it): all, or some of {", ".join(EXHIBITS)}.')
     exhibits = choose(split_commas(cfg.exhibits), study)
     out, source = cfg.out or Path('runs')/f'reproduce-{cfg.scale}', open_source(study.data)
     t0 = time.time()
@@ -709,6 +723,7 @@ class Command(NamedTuple):
     options: object  # a dataclass with all defaults
     help: str = ''  # in place of the dataclass's docstring
     shared: bool = False  # torchrun may start it in several processes
+    resumes: bool = False  # after a stop the same command goes on where it was
 
 class Group(NamedTuple):
     "Commands, or groups of them, behind a word."
@@ -726,7 +741,7 @@ def command_tree() -> Group:
         own = dict(model=scale.model, train=scale.train, **text)
         batches = (ProbeConfig.paper() if paper else ProbeConfig()).n_batches
         pre[name] = Command(pretrain, PretrainConfig(**own, probe_batches=batches),
-                            f'Pretrain: {size[name]}.' + TORCHRUN * paper, shared=True)
+                            f'Pretrain: {size[name]}.' + TORCHRUN * paper, True, resumes=True)
         plans[name] = Command(plan_pretraining, PlanConfig(**own, processes=4 if paper else 1),
                               f'Plan: {size[name]}.')
         where = dict(data='hub', run=Path('runs/pretrain')/f'joint-{"+".join(text["langs"])}-0'
@@ -734,15 +749,15 @@ def command_tree() -> Group:
         fine[name] = Group(f'Finetune: {size[name]}.', {
             task: Command(partial(finetune_run, task=task, grid=scale.search.get(task, {})),
                           FinetuneCommand(finetune=cfg, **where),
-                          f'Finetune on {task.upper()}: {size[name]}.')
+                          f'Finetune on {task.upper()}: {size[name]}.', resumes=True)
             for task, cfg in scale.finetune.items()})
     return Group('Negative interference in multilingual models, and its meta-learning treatment.', {
-        'demo': Command(interference_demo, DemoConfig(), shared=True),
-        'causes': Command(interference_causes, CausesConfig(), shared=True),
+        'demo': Command(interference_demo, DemoConfig(), shared=True, resumes=True),
+        'causes': Command(interference_causes, CausesConfig(), shared=True, resumes=True),
         'reproduce': Command(interference_reproduce, ReproduceConfig(exhibits=MISSING),
-                             shared=True),
-        'report': Command(report_model, ReportCommand(model=MISSING), shared=True),
-        'capacity': Command(interference_capacity, CapacityConfig()),
+                             shared=True, resumes=True),
+        'report': Command(report_model, ReportCommand(model=MISSING), shared=True, resumes=True),
+        'capacity': Command(interference_capacity, CapacityConfig(), resumes=True),
         'probe': Command(probe_run, ProbeCommand()),
         'prune': Command(prune_run, PruneCommand()),
         'predict': Command(predict_run, PredictCommand()),
@@ -806,7 +821,9 @@ def _read_options(command: Command, said: str, args: list[str]):  # the command'
             if not e.code: raise                        # after help
             boxed = re.split('[─-]{3,}', errors.getvalue())     # title, what is wrong, help
             text = ' '.join(re.sub('[│╭╮╰╯─|]', ' ', boxed[min(1, len(boxed) - 1)]).split())
-            raise InputError(f'{text.rstrip(".")}. See {said} --help.') from None
+            first = ' Name it before the options: a list takes what follows it.'
+            raise InputError(f'{text.rstrip(".")}.{first * ("issing" in text)} See {said} --help.'
+                             ) from None
     default, own = command.options, None
     if isinstance(default, SystemOptions):
         default = replace(default, meta=MetaConfig())
@@ -854,7 +871,8 @@ def upgrade_options(args: list[str]) -> list[str]:  # words of a command
 def main(args: list[str] | None = None,  # None: those of the process
          ):
     "Run the `interference` program, alone or as one of torchrun's processes."
-    stopped = 'stopped. The same command resumes from the last checkpoint.'
+    command, kept = None, ' The same command resumes from the last checkpoint.'
+    stopped = lambda: f'stopped.{kept * bool(command and command.resumes)}'
     if getattr(sys.stdout, 'errors', '') == 'strict': sys.stdout.reconfigure(errors='plain')
     try:
         with process_group(), _first_speaks():
@@ -871,9 +889,9 @@ def main(args: list[str] | None = None,  # None: those of the process
     except OSError as e:
         _end(f"{e.filename or 'the system refused'}: {e.strerror or e}. {remedy_of(e)}", 2)
     except MemoryError: _end('out of memory. Use a smaller batch, model or number of workers.', 2)
-    except KeyboardInterrupt: _end(stopped, 130)
+    except KeyboardInterrupt: _end(stopped(), 130)
     except SystemExit as e:
-        if isinstance(e.code, int) and e.code > 128: _end(stopped, e.code)   # a signal
+        if isinstance(e.code, int) and e.code > 128: _end(stopped(), e.code)     # a signal
         raise
 
 @contextmanager

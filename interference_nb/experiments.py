@@ -11,7 +11,7 @@ __all__ = ['SYSTEMS', 'SCALES', 'FINETUNED', 'FORMAT', 'System', 'Scale', 'for_t
            'default_workers', 'run_all']
 
 # %% ../nbs/07_experiments.ipynb #17c0a994
-import itertools, json, math, shutil, sys, tempfile, time
+import itertools, json, math, os, shutil, sys, tempfile, time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -479,7 +479,8 @@ def open_run(home,  # folder of a run
     spec = RunSpec(about['system'], tuple(about['langs']), tuple(about['pair']), about['seed'],
                    scale, data, (), about['max_sentences'], meta)
     check_inputs(spec, rows, home)
-    source, tokenizer, corpora = load_run_data(spec, home.parent)
+    study = Path(os.path.abspath(home)).parent          # that of '.', too
+    source, tokenizer, corpora = load_run_data(spec, study)
     model = load_model(home/'checkpoint.safetensors', tokenizer, device=device())
     return spec, source, tokenizer, corpora, model
 

@@ -178,7 +178,12 @@ def save_checkpoint(path: str | Path,  # of the file
                     ):
     "Write tensors and a dict atomically. Raises `InputError`; the file before it stays whole."
     from safetensors.torch import save
-    on_cpu = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    on_cpu, memory = {}, set()
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        own = t.untyped_storage().data_ptr()
+        on_cpu[name] = t.clone() if own in memory else t    # tied weights: a copy for each name
+        memory.add(own)
     write_atomically(path, save(on_cpu, {'meta': json.dumps(meta)}))
 
 def load_checkpoint(path: str | Path,  # of the file

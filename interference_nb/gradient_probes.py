@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adapters import kept, locate_parameter, parameter_groups
+from .adapters import (kept, language_specific, locate_parameter,
+                                      parameter_groups, trainable)
 from .files import InputError, JsonlLog, check_choice, check_ranges
 from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, check_shares,
                                       mean_over_processes, same_config, seed_step)
@@ -54,7 +55,13 @@ def gradients_into(
     leaves: Sequence[Tensor],   # parameters; inside the block their `.grad`s are parts of `flat`
     flat: Tensor,               # [P] buffer that backward passes add to
 ):                              # afterwards each `.grad` is the object that it was
-    "Let autograd add gradients up in a flat buffer."
+    """Let autograd add gradients up in a flat buffer.
+
+    Raises `InputError` for parameters of another type than the buffer."""
+    if others := {str(p.dtype) for p in leaves} - {str(flat.dtype)}:
+        raise InputError(f'gradients are added up in {flat.dtype}, and some weights are '
+                         f'{", ".join(sorted(others))}. Bring the model to one type, as by '
+                         'model.float().')
     kept = [p.grad for p in leaves]
     try:
         for p, part in zip(leaves, flat.split([p.numel() for p in leaves])):
@@ -186,13 +193,15 @@ class GradientProbe:
         "Return what draws the losses of a gradient; several processes share its batches."
         amp, n = Precision(sampler.cfg.precision, device), self.cfg.n_batches
         scale = 2.**12 if amp.name == 'float16' else 1. # keeps small numbers; a cosine has no scale
-        def loss(stream, i):
-            with amp.autocast(): return model.loss(stream.batch(i).to(sampler.device)) * scale
+        def loss(batch):
+            with amp.autocast(): return model.loss(batch.to(sampler.device)) * scale
         def draw(lang, turn):
             first = (k // self.cfg.every * self.turns + turn) * n
             mine = range(first + sampler.rank, first + n, sampler.world)
             self.passes += n            # of all processes
-            return [lambda i=i: loss(self.streams[lang], i) for i in mine]
+            batches = sampler.weighed([self.streams[lang].batch(i) for i in mine],
+                                      [(lang, i) for i in mine])
+            return [lambda b=b: loss(b) for b in batches]
         return draw
 
     def start(self, k,  # step, from 0
@@ -333,13 +342,14 @@ class CombinedStep(JointStep):
             raise InputError(f'{combiner} combines the gradients of languages, but this model has '
                              f'only {model.langs[0]}. Train on two or more.')
         super().__init__(model, cfg)
-        self.theta, self.name = list(model.theta.values()), combiner
+        theta = trainable(model.theta)
+        self.theta, self.name = list(theta.values()), combiner
         if not self.theta:
             raise InputError(f'{combiner} combines gradients of shared parameters, and this model '
                              'has none, or they are frozen. Take the plain step.')
-        self.phi = {l: list(own.values()) for l, own in model.phi.items()}
+        self.phi = language_specific(model)
         self.G = self.theta[0].new_zeros(len(model.langs), sum(p.numel() for p in self.theta))
-        layers = groupby(model.theta.items(), key=lambda item: locate_parameter(item[0]).layer)
+        layers = groupby(theta.items(), key=lambda item: locate_parameter(item[0]).layer)
         sizes = [sum(p.numel() for _, p in part) for _, part in layers]
         self.combine = COMBINERS[combiner](len(model.langs), sizes)
         self.memory = self.combine.memory
@@ -450,7 +460,7 @@ def compare_rounds(
     cosine, ends = corrected_cosines(mean), np.full((2, G, K, K), np.nan)
     for g in range(G):                                          # group by group: less memory
         again = corrected_cosines(np.tensordot(weights, inner[:, g], 1))
-        seen = np.isfinite(again).any(0)
+        seen = np.isfinite(cosine[g]) & (np.isfinite(again).mean(0) > .95)
         ends[:, g, seen] = np.nanquantile(again[:, seen], [tail, 1 - tail], axis=0)
     with np.errstate(invalid='ignore', divide='ignore'):
         p = stats.t.cdf(mean / (sd / math.sqrt(R)), R - 1)

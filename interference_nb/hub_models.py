@@ -307,14 +307,15 @@ def open_language_model(
     offline: bool = False,          # True: only what was downloaded before
 ) -> tuple[AnyModel, object, type]: # model for the instruments, its tokenizer, its kind of stream
     "Open a masked or causal language model. Raises `InputError` if it cannot."
-    loss = loss or guess_loss(open_config(name, revision, offline))
+    config = open_config(name, revision, offline)
+    loss = loss or guess_loss(config)
     check_choice('loss', loss, LOSSES)
+    about = getattr(config, 'interference_nb', None) or {}
+    if 'adpt' in about.get('variant', ''):
+        raise InputError(f'{name} has adapters, which transformers leaves out. Name the folder of '
+                         'the run that it was exported from; in Python, open it with import_hf.')
     kind, stream = LOSSES[loss]
     module, tokenizer = _open(name, kind, revision, offline)
-    about = getattr(module.config, 'interference_nb', None) or {}
-    if 'adpt' in about.get('variant', ''):
-        raise InputError(f'{name} has adapters, which transformers leaves out. '
-                         'Open it with import_hf.')
     model = AnyModel(module, hf_loss, langs)
     if loss == 'causal' and _reads_ahead(model):
         raise InputError(f'{name} sees the words that it would have to predict. Use --loss masked; '

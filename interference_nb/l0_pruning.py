@@ -313,11 +313,12 @@ def learn_gates(
         for k in range(cfg.steps):
             u = torch.rand(sum(sizes), generator=rng).clamp_(1e-6, 1 - 1e-6).to(device)
             z = concrete.sample(log_alpha, u).split(sizes)
-            with gated(model, dict(zip(groups, z))): value = loss(k)
-            if k == 0: _check_loss(value, log_alpha)
             share = _expected_share(concrete, log_alpha, weights)
             penalty = cfg.l0 * min(1., (k + 1) / max(cfg.warmup, 1)) * share
-            log_alpha.grad, = torch.autograd.grad(value + penalty, log_alpha)
+            with gated(model, dict(zip(groups, z))):
+                value = loss(k)
+                if k == 0: _check_loss(value, log_alpha)
+                log_alpha.grad, = torch.autograd.grad(value + penalty, log_alpha)
             opt.step()
             recent.append(torch.stack([value.detach(), share.detach()]))
             if (k + 1) % 50 == 0 or k + 1 == cfg.steps:

@@ -8,7 +8,7 @@ __all__ = ['exact', 'finite_difference', 'one_sided', 'first_order', 'ESTIMATORS
            'hypergradient', 'MetaConfig', 'upgrade_meta', 'resampled_stream', 'MetaStep']
 
 # %% ../nbs/05_meta_adapters.ipynb #a8b6cc94
-import math
+import math, random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .adapters import frozen, kept
+from .adapters import frozen, kept, language_specific, trainable
 from .files import InputError, check_choice, check_ranges
 from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, make_adam,
                                       mean_over_processes)
@@ -47,21 +47,26 @@ def perturbed(
         torch.clear_autocast_cache()
 
 # %% ../nbs/05_meta_adapters.ipynb #a3b2941e
-def rng_state() -> list[Tensor]:    # of the CPU's generator and of every GPU's in use
-    "Return the states of torch's random number generators."
+def rng_state() -> tuple:   # of torch on the CPU and on every GPU in use, of numpy and of `random`
+    "Return the states of the random number generators that all code shares."
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *gpus]
+    return torch.get_rng_state(), gpus, np.random.get_state(), random.getstate()
 
 @contextmanager
 def with_rng_state(
-    state: list[Tensor],    # from `rng_state`
+    state: tuple,           # from `rng_state`
 ) -> Iterator[None]:        # afterwards the generators stand where they stood before the block
     "Run a block with the random numbers that followed `state`."
-    cpu, *gpus = state
-    with torch.random.fork_rng(range(len(gpus))):
+    def put(cpu, gpus, numpy, python):
         torch.set_rng_state(cpu)
         if gpus: torch.cuda.set_rng_state_all(gpus)
+        np.random.set_state(numpy)
+        random.setstate(python)
+    before = rng_state()
+    try:
+        put(*state)
         yield
+    finally: put(*before)
 
 # %% ../nbs/05_meta_adapters.ipynb #a3e88f90
 def _full_precision(tensors):
@@ -220,7 +225,8 @@ def hypergradient(
     """Differentiate the validation loss after an inner step by phi [paper Eq. 3-4; Algorithm 1].
 
     Autocast belongs around the call: opened inside a loss, it rounds the finite difference to 16
-    bits, too, and the second-order term is wrong without an error.
+    bits, too, and the second-order term is wrong without an error. So it is if a loss draws from a
+    generator of its own; what it draws from torch, `numpy.random` and `random` is drawn again.
 
     Raises `InputError` for tensors that are frozen, computed, twice there or missing, a loss that
     is missing, no function or no scalar, a beta or eps that is not positive, 16-bit weights where a
@@ -386,13 +392,13 @@ class MetaStep(JointStep):
         meta: MetaConfig | None = None,     # None: the defaults
     ):
         self.model, self.cfg, self.meta, self.passes = model, cfg, meta or MetaConfig(), 0
-        self.theta = list(model.theta.values())
-        self.phi = {l: list(own.values()) for l, own in model.phi.items()}
+        self.theta, self.phi = list(trainable(model.theta).values()), language_specific(model)
         self.estimator = ESTIMATORS[self.meta.estimator]
         specific = [p for own in self.phi.values() for p in own]
         if not specific:
-            raise InputError("the model has no language-specific parameters. "
-                             "Use the variant adpt, ffn or attn.")
+            raise InputError("the model has no language-specific parameters, or they are frozen. "
+                             "Use the variant adpt, ffn or attn; of a model of your own, name "
+                             "them: AnyModel(..., specific=...).")
         if self.meta.exclude_own_language and cfg.mixed:
             raise InputError("exclude_own_language needs steps of one language. "
                              "Switch mixed off.")

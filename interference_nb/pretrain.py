@@ -238,9 +238,12 @@ def evaluating(model: torch.nn.Module,  # any; afterwards in the modes that its 
 
 @torch.no_grad()
 def perplexity(model,  # a `MaskedLM`
-               batches: list[Batch],  # held-out batches of one language, masks fixed
+               batches: list[Batch],  # held-out batches of one language, masks fixed; 1 or more
                ) -> float:  # exp of the mean loss per masked token
-    "Measure the masked-LM perplexity of held-out text. [@eq-ppl]"
+    "Measure the masked-LM perplexity of held-out text. Raises `InputError` for none. [@eq-ppl]"
+    if not batches:
+        raise InputError('there is no held-out text to measure perplexity on. Draw some with '
+                         'dev_batches.')
     device = next(model.parameters()).device
     with evaluating(model):
         total = sum(model.loss(b.to(device)).double() * len(b.targets) for b in batches)
@@ -384,12 +387,17 @@ def _fitting(model, step, state, path) -> dict[str, dict]:  # {optimiser: {param
         params = [p for g in step.optimizers[name].param_groups for p in g['params']
                   ] if name in out else []
         if not i.isdigit() or int(i) >= len(params): refuse(f'{n} belongs to no parameter')
-        if shape(state[n]) not in ([], shape(params[int(i)])): refuse(f'{n} is {shape(state[n])}')
+        p = params[int(i)]                      # a moment may be factored: a row, a column
+        if state[n].dim() > p.dim() or any(a not in (1, b) for a, b in zip(
+                state[n].shape[::-1], p.shape[::-1])): refuse(f'{n} is {shape(state[n])}')
         out[name].setdefault(int(i), {})[k] = state[n]
     for name, own in out.items():
-        kinds = set().union(*own.values())
-        if short := [i for i, m in own.items() if m.keys() != kinds]:
-            refuse(f'optim.{name}.{short[0]} lacks a moment')
+        params = [p for g in step.optimizers[name].param_groups for p in g['params']]
+        for rank in {params[i].dim() for i in own}:
+            alike = {i: m for i, m in own.items() if params[i].dim() == rank}
+            kinds = set().union(*alike.values())
+            if short := [i for i, m in alike.items() if m.keys() != kinds]:
+                refuse(f'optim.{name}.{short[0]} lacks a moment')
     return out
 
 # %% ../nbs/01a_pretrain.ipynb #696cafc4
@@ -683,7 +691,18 @@ class _RunLog:
                              'Put back a copy, or delete it to start over.')
 
     def check_start(self):
-        "Refuse processes that do not belong together."
+        "Refuse settings that contradict each other, and processes that do not belong together."
+        for what, given in (('sampler', self.sampler), ('step', self.step)):
+            there = vars(getattr(given, 'cfg', self.cfg))
+            if differ := [f'{k} = {v!r} there, {getattr(self.cfg, k)!r} here'
+                          for k, v in there.items() if k not in FREE and v != getattr(self.cfg, k)]:
+                raise InputError(f'the {what} was made with another config than train() got '
+                                 f'({"; ".join(differ)}). Give all of them the same one.')
+        for opt in self.step.optimizers.values():
+            if len({float(g['lr']) for g in opt.param_groups}) > 1:
+                raise InputError('an optimiser has groups with learning rates of their own, and '
+                                 'train() sets one rate for all. Make a step of your own, whose '
+                                 '`update` sets them.')
         if rank_and_world_size() != (self.sampler.rank, self.sampler.world):
             raise InputError('the sampler was made outside of this group of processes. '
                              'Make it inside the function that they run.')

@@ -12,7 +12,7 @@ import io, json, math, re, resource, shutil, time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from itertools import combinations, islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from .hub_models import LOSSES, guess_loss, open_config, open_language_model
 from .l0_pruning import (PruneConfig, learn_gates, mean_gates, partition_gates, rows,
                                         similarity)
 from .planner import memory_of
-from .pretrain import check_shares, evaluating, progress_bar, run_info, same_config
+from .pretrain import evaluating, progress_bar, run_info, same_config
 from .toy_languages import open_source
 
 # %% ../nbs/08c_report.ipynb #0333fd56
@@ -72,6 +72,7 @@ class Subject:
     loss: str           # 'masked' or 'causal'
     notes: list = field(default_factory=list)   # what a reader must know: text cut, used again
     inputs: dict = field(default_factory=dict)  # {weights, files of text: name of the content}
+    own: dict = field(default_factory=dict)     # {setting: value} of its own, not the config's
 
     @property
     def langs(self) -> list[str]:
@@ -106,6 +107,8 @@ def open_subject(
 ) -> Subject:                       # on the GPU if there is one
     "Open a model and text of its languages. Raises `InputError` if something is missing."
     cfg, langs = cfg or ReportConfig(), tuple(langs)
+    if twice := [l for l in langs if langs.count(l) > 1]:
+        raise InputError(f'{twice[0]} is named twice. Name each language once.')
     ours = (Path(model)/'record.jsonl').exists()
     if len(langs) < 2 and not (ours and not langs):
         raise InputError(f'{", ".join(langs) or "no language"}: a comparison needs two languages '
@@ -114,6 +117,10 @@ def open_subject(
         if split != 'train' or loss not in (None, 'masked'):
             raise InputError(f'{model} is a run of ours, compared on masked batches of the text '
                              'that it was trained on. Leave --split and --loss out.')
+        for name in ('rows', 'length', 'mask_prob'):
+            if getattr(cfg, name) != getattr(ReportConfig, name):
+                raise InputError(f'{model} is a run of ours, compared on batches like those that '
+                                 f'it was trained on. Leave --{name.replace("_", "-")} out.')
         return _open_run(model, langs, data, cfg)
     source = open_source(data)
     check_languages(source, langs)
@@ -158,16 +165,20 @@ def _open_run(model, langs, data, cfg):
         raise InputError(f'{model} is a run of {langs[0]} alone. Report on one of two or more.')
     if unknown := [l for l in langs if l not in spec.langs]:
         raise InputError(f'{model} does not know {unknown[0]}. It has: {", ".join(spec.langs)}.')
-    streams = make_batches(spec, tokenizer, corpora)[0].streams
+    train = spec.scale.train
+    shared = replace(train, accumulate=rank_and_world_size()[1])    # a report has its own
+    streams = make_batches(replace(spec, scale=replace(spec.scale, train=shared)), tokenizer,
+                           corpora)[0].streams
     text = {l: list(islice(source.text(l), 200)) for l in langs}
     pieces = {l: sum(len(tokenizer.encode(d)) for d in own) / sum(map(len, own))
               for l, own in text.items()}
-    notes = [f'rows are packed as in training: {spec.scale.train.batch_size} of '
-             f'{spec.scale.train.seq_len} tokens in a batch.']
+    notes = [f'rows are packed as in training: {train.batch_size} of {train.seq_len} tokens in a '
+             'batch.']
     for l in langs: notes += _notes_on_text(l, streams[l].n_rows, 0, 0, cfg, streams[l].batch_size)
     return Subject(str(model), opened, choose_parameters(opened.theta, cfg.probe),
                    {l: streams[l].independent_stream('report') for l in langs}, pieces, 'masked',
-                   notes, _inputs(opened, source, langs))
+                   notes, _inputs(opened, source, langs),
+                   dict(rows=train.batch_size, length=train.seq_len, mask_prob=train.mask_prob))
 
 def _some_text(source, lang, split, cfg):
     "Read as many sentences as the rounds take. Raises `InputError` if there are none."
@@ -256,6 +267,12 @@ def plan(
             f'{size_in_words(disk)}.' + ' Other programs use the cores, and threads wait for '
             'one another: OMP_NUM_THREADS=1 may be faster.' * waits)
 
+def _check_shares(cfg):
+    "Raise `InputError` for batches that do not divide among the processes."
+    if (cfg.batches // 2) % (world := rank_and_world_size()[1]):
+        raise InputError(f'--batches is {cfg.batches}: half of them do not divide among {world} '
+                         f'processes. Give a multiple of {2 * world}.')
+
 def measure(
     subject: Subject,       # what to measure
     cfg: ReportConfig,      # how much
@@ -264,14 +281,15 @@ def measure(
 ) -> list[dict]:            # a row for each round, after one of settings
     "Measure round by round; goes on where it was stopped. Raises `InputError` for other settings."
     rank, world = rank_and_world_size()
-    check_shares(cfg.batches // 2, world, 'half of --batches')
+    _check_shares(cfg)
     about = dict(model=subject.name, langs=subject.langs, loss=subject.loss,
                  n=subject.size) | {k: v for k, v in asdict(cfg).items()
-                                    if k not in ('rounds', 'gates', 'gate_steps')}
+                                    if k not in ('rounds', 'gates', 'gate_steps')} | subject.own
     path = Path(folder)/'rounds.jsonl' if folder and not rank else None
     log = JsonlLog(path)
     if log.rows:
-        same_config(about, log.rows[0]['config'], path, ())
+        unnamed = lambda about: {k: v for k, v in about.items() if k != 'model'}    # weights tell
+        same_config(unnamed(about), unnamed(log.rows[0]['config']), path, ())
         _same_inputs(subject.inputs, log.rows[0].get('inputs', subject.inputs), path)
     else: log.write('start', config=about, inputs=subject.inputs)
     done = torch.tensor(float(len(log.rows) - 1) if not rank else 0.)
@@ -405,17 +423,27 @@ def advice(
         said.append('Give languages adapters of their own first in ' + ', '.join(
             f'{g} ({", ".join(_pair(p) for p in layers[g][:3])}'
             f'{f" and {len(layers[g]) - 3} more pairs" * (len(layers[g]) > 3)})'
-            for g in best[:3]) + '. Other layers show no conflict, or fewer.')
-    if len(numbers['together']) > 1:
+            for g in best[:3]) + '.' + _other_layers(numbers['groups'], layers, best[:3]))
+    if 1 < len(numbers['together']) < len(numbers['order']):
         groups = '; '.join(', '.join(own) for own in numbers['together'])
         said.append(f'Languages of which no two were shown to conflict: {groups}. Share weights '
                     'within such a group first.')
     return [*said, 'These are hints from gradients at one point of training. Whether adapters or '
                    f'groups help, only a training run can show. {power}']
 
+def _other_layers(groups, layers, named):
+    "Say how many conflicts the layers have that were not named."
+    rest = [len(layers.get(g, ())) for g in groups if g.startswith('layer') and g not in named]
+    if not rest: return ''
+    if not any(rest): return ' Other layers show no conflict.'
+    if n := rest.count(len(layers[named[-1]])):
+        return f' {n} more layer{"s show" if n > 1 else " shows"} as many as the last of these.'
+    return ' Other layers show fewer.'
+
 def _pair(p): return '–'.join(p['pair'])
 
 def _interval(p):       # 'x [low, high]'
+    if p['cosine'] is None: return 'too noisy to measure'
     number = lambda x: 'unknown' if x is None else f'{x:.2f}'.replace('-', '−')
     return f'{number(p["cosine"])} [{number(p["low"])}, {number(p["high"])}]'
 
@@ -646,6 +674,7 @@ def make_report(
 ) -> Path:                          # the page
     "Measure a model's languages and write what was found. Raises `InputError` for bad input."
     cfg, out, first = cfg or ReportConfig(), Path(out), not rank_and_world_size()[0]
+    _check_shares(cfg)
     with _held(out) if first else nullcontext():        # nothing is opened for a folder in vain
         subject = open_subject(model, langs, data, cfg, **how)
         if cfg.gates: _gate_groups(subject, cfg)            # refuses before any work is lost

@@ -1,9 +1,10 @@
 """The command line: words that lead to commands, mistyped ones, options old and new."""
-import io, os, re, shutil, subprocess, sys
+import io, os, re, shlex, shutil, subprocess, sys
 from dataclasses import replace
 import pytest
 from interference_nb import __version__, cli, reproduce, tasks
-from interference_nb.cli import Command, Group, command_tree, main, option_names, upgrade_options
+from interference_nb.cli import (Command, DemoConfig, Group, _next_step, command_tree, main,
+                                 option_names, upgrade_options)
 from interference_nb.experiments import SYSTEMS
 from interference_nb.files import read_jsonl
 from interference_nb.meta_adapters import MetaConfig
@@ -39,7 +40,9 @@ def test_a_mistyped_word_gets_the_nearest(args, meant, capsys):
     ([], 'Use one of demo'), (['pretrain'], 'Use one of toy'),
     (['pretrain', '--langs', 'en'], 'Use one of toy'), (['export'], 'Missing'),
     (['pretrain', 'toy', '--train.steps', 'abc'], "'abc'"),
-    (['plan', 'toy', '--meta.eps', -1], 'eps is -1'), (['qqqq'], 'Use one of demo')], ids=str)
+    (['plan', 'toy', '--meta.eps', -1], 'eps is -1'), (['qqqq'], 'Use one of demo'),
+    (['report', '--langs', 'en', 'x3', 'model', '--rounds', 3], 'Name it before the options'),
+    (['reproduce', '--tasks', 'ner', 'table2'], 'before the options')], ids=str)
 def test_what_cannot_be_read_is_told_in_a_line(args, said, capsys):
     status, out, err = command(capsys, *args)
     assert (status, out, len(err.splitlines())) == (2, '', 1) and said in err
@@ -194,13 +197,20 @@ def test_two_runs_are_compared(tmp_path, capsys):
     out = ask('a', 'd')[1]
     assert 'They were made by other settings: train.lr' in out
     assert max(map(len, out.splitlines())) <= 100
-    assert re.search(r'settings +train\.lr +0\.01 +0\.02\n', out), out
+    assert re.search(r'train\.lr +settings +0\.01 +0\.02\n', out), out
     ends = [next(r for r in read_jsonl(runs[x]/'record.jsonl') if r['kind'] == 'end') for x in 'ad']
     a, d = (end['ppl']['en'] for end in ends)
     assert re.search(rf'ppl en +{a:.2f} +{d:.2f} +{re.escape(f"{d - a:+.2f}")}\n', out), out
     path, text = runs['b']/'record.jsonl', (runs['b']/'record.jsonl').read_text()
     path.write_text(text.replace('"inputs": {', '"inputs": {"text/en/train.parquet": "ab", ', 1))
     assert 'text/en/train.parquet' in ask('a', 'b')[1]
+    status, _, err = command(capsys, 'pretrain', 'toy', '--train.steps', 3, '--train.warmup', 1,
+                             '--langs', 'en', 'fr', '--system', 'meta_adpt', '--out', tmp_path/'e')
+    assert status == 0, err
+    runs['e'] = next((tmp_path/'e').glob('meta*'))
+    out = ask('a', 'e')[1]          # long names of settings whole; what one of them lacks is a dash
+    assert 'meta.phi_follows_training_gradient' in out and 'nan' not in out
+    assert re.search(r'ppl x3 +[\d.]+ +– +–\n', out), out
 
 
 @pytest.fixture(scope='module')
@@ -234,6 +244,47 @@ def test_labelled_rows_are_predicted_and_scored_by_type(task, tagger, capsys):
         numbers = ' +'.join([kind, *(f'{s[k]:.1f}' for k in ('precision', 'recall', 'f1'))])
         assert re.search(rf"^ *{numbers} +{s['n']}$", out, re.M), out
 
+
+def test_scores_in_other_languages_are_kept(tagger, tmp_path, capsys):
+    "Finetuning again for one test language adds to the record of the others."
+    shutil.copytree(tagger, tmp_path/tagger.name)
+    shutil.copytree(tagger.parent/'data', tmp_path/'data')
+    run = tmp_path/tagger.name
+    status, _, err = command(capsys, 'finetune', 'toy', 'pos', '--run', run, '--test-langs', 'x3',
+                             '--finetune.epochs', 2, '--finetune.max-train', 60,
+                             '--finetune.max-dev', 20, '--finetune.max-eval', 30)
+    assert status == 0, err
+    now, before = (read_jsonl(home/'finetune-pos-en'/'record.jsonl')[0]['scores']
+                   for home in (run, tagger))
+    assert now == before and set(now) == {'en', 'x3'}
+
+def test_a_run_is_found_from_inside(tagger, tmp_path, capsys, monkeypatch):
+    "Its text lies beside it, whatever the name that it is called by."
+    shutil.copytree(tagger, tmp_path/tagger.name)
+    shutil.copytree(tagger.parent/'data', tmp_path/'data')
+    monkeypatch.chdir(tmp_path/tagger.name)
+    status, _, err = command(capsys, 'probe', '--run', '.', '--repeats', 1)
+    assert status == 0 and not (tmp_path/tagger.name/'data').exists(), err
+
+def test_the_next_step_can_be_pasted(tmp_path):
+    "Folders with blanks; a study without a model of two languages."
+    cfg, out = DemoConfig(data='my data'), tmp_path/'my runs'
+    for name in ('mono-en-of-en+x3-0', 'scratch-en+x3-0'):
+        (out/name).mkdir(parents=True)
+        (out/name/'checkpoint.safetensors').touch()
+    assert '--systems mono joint' in _next_step(cfg, out)
+    (out/'adpt-en+x3-0').mkdir()
+    (out/'adpt-en+x3-0'/'checkpoint.safetensors').touch()
+    *_, data, _, run = shlex.split(_next_step(cfg, out))
+    assert (data, run) == ('my data', str(out/'adpt-en+x3-0'))
+
+def test_a_stop_promises_what_the_command_can_do(capsys, monkeypatch):
+    def stop(*args, **kw): raise KeyboardInterrupt
+    monkeypatch.setattr('interference_nb.cli.open_run', stop)
+    for words, more in ((['probe'], ''), (['finetune', 'toy', 'ner'],
+                                          ' The same command resumes from the last checkpoint.')):
+        status, _, err = command(capsys, *words)
+        assert (status, err) == (130, f'interference: stopped.{more}\n')
 
 def test_tables_of_gates_fit_a_terminal(tagger, capsys):
     "One of them was 130 columns wide."

@@ -303,7 +303,8 @@ def test_a_probe_leaves_running_statistics_alone():
     stream = SimpleNamespace(batch=lambda i: SimpleNamespace(to=lambda device: i % 2),
                              independent_stream=lambda name: stream)
     sampler = SimpleNamespace(langs=('a', 'b'), streams=dict(a=stream, b=stream), rank=0, world=1,
-                              device='cpu', cfg=SimpleNamespace(seed=0, precision='float32'))
+                              weighed=lambda batches, at: batches, device='cpu',
+                              cfg=SimpleNamespace(seed=0, precision='float32'))
     before = [b.clone() for b in net.buffers()]
     probe = GradientProbe(ProbeConfig(every=1, n_batches=2))
     probe(0, net, sampler)

@@ -231,7 +231,8 @@ def test_a_conflict_of_unknown_size_is_still_reported():
     numbers = findings([dict(config=config), *rows], subject)
     unknown = [p for p in conflicts(numbers) if p['cosine'] is None]
     assert len(unknown) == 4 and conflicts(numbers)[0]['pair'] == ['b', 'c']
-    assert 'unknown [unknown, unknown]' in report.page(numbers)
+    assert all(p['low'] is None and p['high'] is None for p in unknown)
+    assert 'too noisy to measure' in report.page(numbers)
 
 
 @pytest.mark.parametrize(('noise', 'said'), [(.1, 'if its cosine were −0.'), (9., 'too noisy')])
@@ -398,25 +399,72 @@ def test_every_batch_is_behind_one_gradient():
 def test_a_run_of_ours_is_asked_about_text_it_did_not_just_see(tmp_path):
     scale = Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16),
                   TrainConfig.toy(steps=2, warmup=1))
+    cfg = ReportConfig(rounds=4, batches=2)
     spec, = experiments.plan(['adpt'], ('en', 'x3'), 1, scale, tasks=())
     experiments.run(spec, tmp_path)
-    subject = open_subject(tmp_path/spec.name, (), 'toy', SMALL)
+    subject = open_subject(tmp_path/spec.name, (), 'toy', cfg)
     assert subject.langs == ['en', 'x3'] and not any('adapters' in n for n in subject.theta)
     _, _, tokenizer, corpora, opened = experiments.open_run(tmp_path/spec.name, 'toy')
     sampler = experiments.make_batches(spec, tokenizer, corpora)[0]
     for lang, stream in subject.streams.items():
         for seen in (sampler.streams[lang], sampler.validation[lang]):
             assert not torch.equal(seen.batch(0).tokens, stream.batch(0).tokens)
-    row = measure(subject, SMALL)[1]
+    row = measure(subject, cfg)[1]
     opened.eval()
     own = [opened.loss(subject.streams['x3'].batch(k)).item() for k in (0, 1)]
     assert row['loss']['x3'] == pytest.approx(np.mean(own), rel=1e-5)
     for langs, said in ((('en', 'fr'), 'does not know fr'), (('en',), 'two')):
         with pytest.raises(InputError, match=said):
-            open_subject(tmp_path/spec.name, langs, 'toy', SMALL)
+            open_subject(tmp_path/spec.name, langs, 'toy', cfg)
     for how in (dict(split='test'), dict(loss='causal')):
         with pytest.raises(InputError, match='trained on. Leave'):
-            open_subject(tmp_path/spec.name, (), 'toy', SMALL, **how)
+            open_subject(tmp_path/spec.name, (), 'toy', cfg, **how)
+
+
+def test_a_run_of_ours_has_settings_of_its_own(tmp_path, monkeypatch):
+    "They are what numbers.json names; the report goes on from another folder, too."
+    scale = Scale(ModelConfig.toy(0, dim=8, n_layers=1, ffn_dim=16),
+                  TrainConfig.toy(steps=2, warmup=1))
+    spec, = experiments.plan(['joint'], ('en', 'x3'), 1, scale, tasks=())
+    experiments.run(spec, tmp_path)
+    cfg, run = ReportConfig(rounds=3, batches=2), tmp_path/spec.name
+    for change in (dict(rows=8), dict(length=64), dict(mask_prob=.5)):
+        with pytest.raises(InputError, match=f'Leave --{[*change][0].replace("_", "-")} out'):
+            open_subject(run, (), 'toy', dataclasses.replace(cfg, **change))
+    with pytest.raises(InputError, match='en is named twice'):
+        open_subject(run, ('en', 'en'), 'toy', cfg)
+    make_report(run, out=tmp_path/'out', cfg=cfg)
+    first = (tmp_path/'out'/'rounds.jsonl').read_bytes()
+    numbers = json.loads((tmp_path/'out'/'numbers.json').read_text())
+    assert [numbers['config'][k] for k in ('rows', 'length', 'mask_prob')] == [12, 32, .25]
+    monkeypatch.chdir(run)
+    make_report('.', out=tmp_path/'out', cfg=cfg)
+    assert (tmp_path/'out'/'rounds.jsonl').read_bytes() == first
+
+
+def test_batches_that_do_not_divide_are_told_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, 'open_subject', lambda *a, **k: pytest.fail('opened'))
+    monkeypatch.setattr(report, 'rank_and_world_size', lambda: (0, 4))
+    for dry_run in (False, True):
+        with pytest.raises(InputError, match='--batches is 4.*a multiple of 8'):
+            make_report('x', LANGS, out=tmp_path/'out', dry_run=dry_run)
+
+
+@pytest.mark.parametrize(('counts', 'said'), [
+    ([1, 1], ''), ([1, 0, 0, 0], ' Other layers show no conflict.'),
+    ([1] * 6, ' 3 more layers show as many as the last of these.'),
+    ([3, 2, 2, 2], ' 1 more layer shows as many as the last of these.'),
+    ([3, 3, 3, 1], ' Other layers show fewer.')])
+def test_what_is_said_of_other_layers(counts, said):
+    groups = ['all', *(f'layer {i}' for i in range(len(counts)))]
+    pairs = [dict(pair=['a', f'b{n}'], group=f'layer {i}', conflict=n < count, cosine=-.5,
+                  high=-.1, low=-.9, visible=.1) for i, count in enumerate(counts)
+             for n in range(3)]
+    numbers = dict(pairs=pairs + [dict(pairs[0], group='all', conflict=False)], groups=groups,
+                   losses={}, order=['a', 'b0'], together=[['a'], ['b0']])
+    told = report.advice(numbers)
+    assert next(s for s in told if s.startswith('Give')).partition(').')[2] == said
+    assert not any('no two were shown' in s for s in told)      # groups of one are none
 
 
 def test_gates_are_learned_twice_with_noise_of_their_own(bert, monkeypatch):
