@@ -218,7 +218,7 @@ def draw_subwords(
         ('Hugo', ('▁Hu', 'go'), 'B-PER'), ('lives', ('▁lives',), 'O'), ('in', ('▁in',), 'O'),
         ('Kisumu', ('▁Ki', 'su', 'mu'), 'B-LOC')),
 ) -> Drawing:
-    "Draw words, their pieces and the labels that pieces get [paper sec. 4.1, NER and POS]."
+    "Draw words, their pieces and the labels that pieces get [paper sec. 3.2, NER and POS]."
     parts, y, high = [], 40, 32
     columns = (55, 'word'), (180, 'pieces'), (300, 'label')
     parts += [_text(x, 22, name, 'q') for x, name in columns]

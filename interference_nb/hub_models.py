@@ -433,7 +433,7 @@ class HubEncoder(nn.Module):
         return self.module(input_ids=tokens, attention_mask=seen, **more).last_hidden_state
 
 # %% ../nbs/05a_hub_models.ipynb #b3a1f0ca
-XLM_100 = dict(name='FacebookAI/xlm-mlm-100-1280', revision='refs/pr/2')    # [paper sec. 3.2]
+XLM_100 = dict(name='FacebookAI/xlm-mlm-100-1280', revision='refs/pr/2')    # our choice
 
 def open_encoder(
     name: str | Path,               # a folder, or a model of the hub

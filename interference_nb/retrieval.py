@@ -21,7 +21,7 @@ def accuracy_at_1(
     u: Tensor,      # [n,D] vectors of sentences in one language
     v: Tensor,      # [n,D] of their translations, in the same order
 ) -> float:         # percent of u whose nearest neighbour among v is its translation
-    "Find nearest neighbours by cosine; of equal lines one counts as wrong [@eq-retrieval]."
+    "Find nearest neighbours by cosine; of equal lines one can be right [@eq-retrieval]."
     nearest = (F.normalize(u, dim=1) @ F.normalize(v, dim=1).T).argmax(1)
     return 100 * int((nearest == torch.arange(len(u), device=u.device)).sum()) / len(u)
 
