@@ -693,16 +693,17 @@ class _RunLog:
     def check_start(self):
         "Refuse settings that contradict each other, and processes that do not belong together."
         for what, given in (('sampler', self.sampler), ('step', self.step)):
-            there = vars(getattr(given, 'cfg', self.cfg))
+            cfg = getattr(given, 'cfg', None)
+            there = vars(cfg) if isinstance(cfg, TrainConfig) else {}
             if differ := [f'{k} = {v!r} there, {getattr(self.cfg, k)!r} here'
                           for k, v in there.items() if k not in FREE and v != getattr(self.cfg, k)]:
                 raise InputError(f'the {what} was made with another config than train() got '
                                  f'({"; ".join(differ)}). Give all of them the same one.')
-        for opt in self.step.optimizers.values():
-            if len({float(g['lr']) for g in opt.param_groups}) > 1:
-                raise InputError('an optimiser has groups with learning rates of their own, and '
-                                 'train() sets one rate for all. Make a step of your own, whose '
-                                 '`update` sets them.')
+        rates = [{float(g['lr']) for g in o.param_groups} for o in self.step.optimizers.values()]
+        ours = getattr(type(self.step), 'update', None) is JointStep.update
+        if ours and any(len(of_groups) > 1 for of_groups in rates):
+            raise InputError('an optimiser has groups with learning rates of their own, and '
+                             'this step sets one rate for all. Give it an `update` that sets them.')
         if rank_and_world_size() != (self.sampler.rank, self.sampler.world):
             raise InputError('the sampler was made outside of this group of processes. '
                              'Make it inside the function that they run.')
