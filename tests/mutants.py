@@ -66,6 +66,12 @@ def prop(*names): return tuple(f'{PROPERTIES}::{n}' for n in names)
 
 def report(*names): return tuple(f'tests/test_report.py::{n}' for n in names)
 
+
+def own_ways(*names): return tuple(f'tests/test_own_ways.py::{n}' for n in names)
+
+
+def experiments(*names): return tuple(f'tests/test_experiments.py::{n}' for n in names)
+
 DEFINED = report('test_findings_are_what_their_definitions_say')
 ORDERED = report('test_matrix_orders_pairs_as_the_generator_does')
 DRAWN = report('test_every_batch_is_behind_one_gradient')
@@ -315,6 +321,46 @@ EDITS = (
     Edit('07_experiments', "f'{self.system}{meta}-{self.model}", "f'{self.system}-{self.model}",
          'runs with other meta steps share a folder',
          prop('test_what_differs_is_told_apart_by_name')),
+    # ---- faults that a reader of the tests found no test to see ----
+    Edit('00b_files', 't.clone() if own in memory else t', 't', 'tied weights cannot be kept',
+         own_ways('test_tied_layers_are_kept_and_resumed')),
+    Edit('01_transformer', 'p, multiple = self.p if self.training else 0., 8',
+         'p, multiple = 0., 8', 'no dropout of attention', ('nbs/01_transformer.ipynb',)),
+    Edit('01_transformer', 'x = self.norm1(x + dropout(h, self.p, self.training))',
+         'x = self.norm1(x + h)', 'no dropout behind attention', ('nbs/01_transformer.ipynb',)),
+    Edit('01_transformer', 'batch.targets) * batch.weight', 'batch.targets)',
+         'batches count the same, however few of their tokens are hidden',
+         own_ways('test_weights_of_padded_batches_count')),
+    Edit('01a_pretrain', "down = min((cfg.steps - k) / max(cfg.steps - cfg.warmup, 1), 1.)",
+         "down = min((cfg.steps - k) / max(cfg.steps - cfg.warmup, 1), 1.)**.5",
+         'a linear rate that is not', prop('test_the_rate_peaks_once')),
+    Edit('05_meta_adapters', 'np.random.set_state(numpy)', 'pass',
+         "numpy's noise differs between the sides of the difference",
+         own_ways('test_noise_of_any_library_is_drawn_again')),
+    Edit('05_meta_adapters', "self.step('shared', params, grads, lr)",
+         "self.step('shared', params, [*grads[:len(self.theta)], "
+         "*(-g for g in grads[len(self.theta):])], lr)", 'phi goes up its training gradient',
+         oracle('test_meta_step_is_algorithm_1')),
+    Edit('06_finetune', 'encoder = [p for p in model.encoder.parameters() if p.requires_grad]',
+         "encoder = [p for n, p in model.encoder.named_parameters() if p.requires_grad "
+         "and 'embedding' not in n]", 'embeddings are not tuned',
+         (f'{FORMULAS}::test_what_is_tuned_and_how_fast',)),
+    Edit('06c_retrieval', '(accuracy_at_1(u, v) + accuracy_at_1(v, u)) / 2', 'accuracy_at_1(u, v)',
+         'retrieval one way only', ('nbs/06c_retrieval.ipynb',)),
+    Edit('07_experiments', 'SYSTEMS[self.system].steps, seed=self.seed)',
+         'SYSTEMS[self.system].steps)', 'seeds of one text are one draw',
+         experiments('test_two_seeds_are_two_draws')),
+    Edit('07_experiments', 'cfg = replace(spec.scale.finetune[task], seed=spec.seed)',
+         'cfg = spec.scale.finetune[task]', 'all finetuning has seed 0',
+         experiments('test_two_seeds_are_two_draws')),
+    Edit('07_experiments', "streams('validation') if meta and", "streams('test') if meta and",
+         'the meta step is validated on the text that perplexity is reported of',
+         oracle('test_reported_perplexity_is_of_the_test_text')),
+    Edit('07_experiments', "s.mask_prob,\n                     'prune')", 's.mask_prob)',
+         'gates are learned on the batches of training',
+         ('tests/test_causes.py::test_gates_are_learned_on_batches_of_their_own',)),
+    Edit('07f_findings', "p = holm([d.p for d in usable])", "p = [holm([d.p])[0] for d in usable]",
+         'statements are not corrected together', ('nbs/07f_findings.ipynb',)),
     # ---- report ----
     Edit('04_gradient_probes', 'np.fill_diagonal(out, M[range(K), 0, range(K), 1])', 'pass',
          'report: a gradient meets itself, so the noise is not taken out', ORDERED),

@@ -43,6 +43,22 @@ def test_three_languages_give_three_pairs(tmp_path):
     assert list(within.index) == [('en-fr', 0), ('en-ar', 0), ('fr-ar', 0)]
     assert within.nunique() == 3            # each of its own two languages, not of all
 
+def test_gates_are_learned_on_batches_of_their_own(tmp_path):
+    "Not on those that the model was trained on, whatever their size."
+    spec, = plan(['joint'], ('en', 'fr'), 1, small(), tasks=())
+    run(spec, tmp_path)
+    spec, _, tokenizer, corpora, model = open_run(tmp_path/spec.name, 'toy')
+    (feed, dev), seen, loss = make_batches(spec, tokenizer, corpora), set(), model.loss
+    def watched(batch):
+        seen.add((batch.lang, tuple(batch.tokens.flatten().tolist())))
+        return loss(batch)
+    model.loss = watched
+    prune_model(model, feed, {l: dev[l][:1] for l in dev},
+                replace(SHORT, batch_size=spec.train.batch_size), tmp_path/'gates')
+    trained = {(l, tuple(s.batch(k).tokens.flatten().tolist()))
+               for l, s in feed.streams.items() for k in range(4 * SHORT.steps)}
+    assert len(seen) > 2 * SHORT.steps and not trained & seen
+
 def test_gates_belong_to_their_weights(tmp_path):
     "Gates in a folder are learned anew when the weights or the settings are others."
     spec, = plan(['joint'], ('en', 'fr'), 1, small(), tasks=())

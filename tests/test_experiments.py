@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from interference_nb import experiments
-from interference_nb.files import InputError, read_jsonl, run_lock
+from interference_nb.files import InputError, load_checkpoint, read_jsonl, run_lock
 from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, default_workers,
-                                         finetuning_jobs, make_batches, on_cpu, plan, run,
-                                         run_all)
+                                         finetuning_jobs, load_run_data, make_batches, on_cpu, plan,
+                                         run, run_all)
 from interference_nb.records import load
 from interference_nb.finetune import FinetuneConfig
 from interference_nb.pretrain import TrainConfig
@@ -126,3 +126,24 @@ def test_cost_counts_the_passes_of_the_meta_step():
     one, rests = (cost(RunSpec(s, ('en', 'fr'), ('en', 'fr'), 0, TINY, tasks=()))
                   for s in ('meta_adpt', 'meta_rest3'))
     assert (one, rests) == (6 * 20, 2.25 * 20)
+
+def test_two_seeds_are_two_draws(text_folder, tmp_path):
+    "On text, which has no seed: other weights, another order, another finetuning."
+    tiny = replace(TINY, model=replace(TINY.model, vocab_size=300), train=replace(
+        TINY.train, steps=2, warmup=1, rows='segments'))
+    weights, losses = {}, {}
+    for spec in plan(['scratch', 'joint'], ('en', 'sw'), 2, tiny, str(text_folder.path), ('ner',)):
+        assert spec.train.seed == spec.seed
+        rows = run(spec, tmp_path)
+        found = load_checkpoint(tmp_path/spec.name/'checkpoint.safetensors')[0]
+        weights[spec.system, spec.seed] = found['model.blocks.0.ffn.out.weight']
+        for r in rows:
+            if r['kind'] != 'finetune': continue
+            assert r['finetune']['seed'] == r['protocol']['finetune']['seed'] == spec.seed
+            losses[spec.system, spec.seed, r['train_lang']] = r['dev'][0]['loss']
+    for system in ('scratch', 'joint'):
+        assert not torch.allclose(weights[system, 0], weights[system, 1])
+    spec = plan(['joint'], ('en', 'sw'), 2, tiny, str(text_folder.path), ())
+    first = [make_batches(s, *load_run_data(s, tmp_path)[1:])[0] for s in spec]
+    assert not torch.equal(*(f.streams['en'].batch(0).tokens for f in first))
+    assert len(losses) == len(set(losses.values())) == 8

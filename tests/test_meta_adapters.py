@@ -320,7 +320,11 @@ def test_weights_of_16_bits_are_refused_where_a_difference_is_taken(dtype):
         with pytest.raises(InputError, match='stored in b?float16, whose rounding.*exact'):
             hypergradient([theta], [phi], loss, loss, .1, ESTIMATORS[name])
     for name in ('exact', 'first_order'):
-        assert hypergradient([theta], [phi], loss, loss, .1, ESTIMATORS[name]).val_loss >= 0
+        h = hypergradient([theta], [phi], loss, loss, .1, ESTIMATORS[name])
+        # by hand: theta' = 1 - .1 * 2, V = 3 theta'^2, direct 2 theta'^2, second -.1 * 4 * 2 theta'
+        assert h.val_loss == pytest.approx(1.92, rel=.02)
+        total = 1.28 - .64 * (name == 'exact')
+        assert h.total[0].float().tolist() == pytest.approx([total] * 3, rel=.03)
 
 
 @pytest.mark.parametrize('name', ESTIMATORS)

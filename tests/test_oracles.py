@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from interference_nb.adapters import MultilingualLM, load_model
 from interference_nb.data import Corpus, Stream, dev_batches
 from interference_nb.tokenizers import BOS, EOS
-from interference_nb.experiments import SCALES, RunSpec, run, smoke_test_spec
+from interference_nb.experiments import (SCALES, RunSpec, make_batches, open_run, run,
+                                         smoke_test_spec)
 from interference_nb.claims import Claim, holm, judge
 from interference_nb.finetune import (FinetuneConfig, TaskModel, Trainer, evaluate,
                                       evaluate_languages, finetune, predict, tune)
@@ -91,7 +92,8 @@ class Alone:
 
 # ---- the meta step [paper Eq. 3-5, Algorithm 1] ----
 
-@pytest.mark.parametrize('choices', [{}, dict(exclude_own_language=True)])
+@pytest.mark.parametrize('choices', [{}, dict(exclude_own_language=True),
+                                     dict(phi_follows_training_gradient=True)], ids=str)
 def test_meta_step_is_algorithm_1(choices):
     "Line 6: phi_i down the mean of L_val,j(theta', phi_j), each j with its own phi. Then line 7."
     torch.manual_seed(0)
@@ -110,14 +112,17 @@ def test_meta_step_is_algorithm_1(choices):
     # theta' = theta - beta dL_train(theta, phi_i) / dtheta, a function of phi_i too (Eq. 4)
     g = torch.autograd.grad(alone.loss(theta, phi[i], train), theta.values(), create_graph=True)
     moved = {n: p - beta * d for (n, p), d in zip(theta.items(), g, strict=True)}
-    asked = [l for l in LANGS if l != i] if choices else LANGS
+    asked = [l for l in LANGS if l != i] if 'exclude_own_language' in choices else LANGS
     assert {l: len(s.given) for l, s in val.items()} == {l: int(l in asked) for l in LANGS}
     L_val = sum(alone.loss(moved, phi[j], val[j].given[0]) for j in asked) / len(asked)
     g = torch.autograd.grad(L_val, phi[i].values())
     new = {n: (p - lr * d).detach() for (n, p), d in zip(phi[i].items(), g, strict=True)}
-    # line 7: theta down its training gradient at the new phi_i
+    # line 7: theta down its training gradient at the new phi_i; phi_i down its own, if it follows
+    new = leaf(new)
     L_train = alone.loss(theta, new, train)
-    g = torch.autograd.grad(L_train, theta.values())
+    g, own = (torch.autograd.grad(L_train, x.values(), retain_graph=True) for x in (theta, new))
+    rate = lr if 'phi_follows_training_gradient' in choices else 0.
+    new = {n: (p - rate * d).detach() for (n, p), d in zip(new.items(), own, strict=True)}
     now = {n: (p - lr * d).detach() for (n, p), d in zip(theta.items(), g, strict=True)}
 
     assert float(out['val_loss']) == pytest.approx(L_val.item(), rel=1e-6)
@@ -247,7 +252,11 @@ def test_reported_perplexity_is_of_the_test_text(tmp_path, validation):
                 count += len(batch.targets)
             found[split, lang] = math.exp(total / count)
     end = next(row for row in rows if row['kind'] == 'end')
-    for lang in spec.langs:
+    _, _, tokenizer, corpora, _ = open_run(tmp_path/spec.name, 'toy')
+    sampler, _ = make_batches(spec, tokenizer, corpora)
+    for lang in spec.langs:                         # nor does the meta step look at that text
+        split = 'train' if validation == 'train' else 'validation'
+        assert sampler.validation[lang].corpus is corpora[lang][split]
         assert end['ppl'][lang] == pytest.approx(found['test', lang], rel=1e-5)
         for other in ('validation', 'train'):       # else the test could not tell
             assert abs(found[other, lang] / found['test', lang] - 1) > 1e-4

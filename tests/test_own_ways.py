@@ -57,7 +57,9 @@ def test_one_rate_for_all_groups():
         step, params = kind(m, CFG), list(m.parameters())
         step.optimizers['all'] = torch.optim.Adam([dict(params=params[:1], lr=1e-5),
                                                    dict(params=params[1:], lr=1e-2)])
-        if kind is Own: go(m, step)
+        if kind is Own:
+            go(m, step)
+            assert [g['lr'] for g in step.optimizers['all'].param_groups] == [1e-5, 1e-2]
         else:
             with pytest.raises(InputError, match='learning rates of their own'): go(m, step)
 

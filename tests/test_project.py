@@ -46,6 +46,12 @@ def test_readme_is_what_the_landing_page_says():
                        capture_output=True)
     assert r.returncode == 0, r.stdout + r.stderr
 
+def test_the_bottom_line_is_what_the_records_say():
+    "Computed anew, so that a change of the statistics shows on the landing page."
+    from interference_nb.findings import bottom_line
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    for part in bottom_line(ROOT/'records').split('\n\n'): assert part in readme
+
 def test_sidebar_lists_every_notebook(notebooks):
     config = (ROOT / '_quarto.yml').read_text(encoding='utf-8')
     listed = re.findall(r'(?m)^\s+- ([\w/-]+\.ipynb)$', config)

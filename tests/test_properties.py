@@ -243,6 +243,9 @@ def test_the_rate_peaks_once(steps, warmup, schedule):
     assert rates[:warmup] == pytest.approx([.1 * (k + 1) / warmup for k in range(warmup)])
     assert all(a <= b + 1e-12 for a, b in pairwise(rates[:top + 1]))
     assert all(a >= b - 1e-12 for a, b in pairwise(rates[top:]))
+    share = dict(linear=lambda k: (steps - k) / (steps - warmup), constant=lambda k: 1.,
+                 inverse_sqrt=lambda k: min(1., (max(warmup, 1) / (k + 1))**.5))[schedule]
+    assert rates[warmup:] == pytest.approx([.1 * share(k) for k in range(warmup, steps)])
 
 
 # ---- inputs of a task ----

@@ -291,7 +291,7 @@ def test_a_sweep_refuses_records_of_other_settings():
     sweep = capacity.Sweep(treatments=())
     assert not capacity.missing(sweep, RECORDS/'capacity-toy')
     for change, said in ((dict(steps=8000), '4000 steps, not 8000'),
-                         (dict(data='toy:pairs'), 'data')):
+                         (dict(data='toy:pairs'), "data = 'toy' there")):
         with pytest.raises(InputError, match=said):
             capacity.missing(replace(sweep, **change), RECORDS/'capacity-toy')
     with pytest.raises(SystemExit):
