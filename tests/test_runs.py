@@ -245,7 +245,7 @@ def test_a_family_shows_what_its_records_hold(name, tmp_path):
         log = JsonlLog(tmp_path/'reproduce-paper'/own/'record.jsonl')
         for row in [*rows[:-1], dict(kind='done', name=own)]: log.write(**row)
     page = family_page(name, tmp_path)
-    n, made = len(family(name)), len(there['toy'][1])       # the controls came after these records
+    n, made = len(family(name)), len(there['toy'][1])
     assert f'{made} of {n} runs are complete at the scale of the paper.' in page
     assert '**Not run' not in page and 'ppl' in page
 
