@@ -212,7 +212,8 @@ def test_demo_streams_what_it_eats(tmp_path):
     toy, wikipedia = ToySource(0, n_train=1500), Hub.root/'wikimedia/wikipedia'/MAIN
     wikiann = Hub.root/'unimelb-nlp/wikiann'/MAIN
     for lang, spoken in (('en', 'en'), ('sw', 'x3')):
-        rows = [dict(id=os.urandom(10_000).hex(), url='', title='', text=t)     # 30 MB
+        # 60 MB: what is read ahead, 8 MB at a time, is two or three times that
+        rows = [dict(id=os.urandom(20_000).hex(), url='', title='', text=t)
                 for i, t in enumerate(toy.text(spoken))]
         save(wikipedia/f'20231101.{lang}/train-00000-of-00001.parquet', rows, 100)
         for split in ('train', 'validation', 'test'):
@@ -229,7 +230,7 @@ def test_demo_streams_what_it_eats(tmp_path):
     assert rows[0]['precision'] == ('bfloat16' if cpu_has_bfloat16() else 'float32')
     for lang in ('en', 'sw'):
         path = f'20231101.{lang}/train-00000-of-00001.parquet'
-        assert 0 < Hub.sent[path] < .7 * (wikipedia/path).stat().st_size
+        assert 0 < Hub.sent[path] < .6 * (wikipedia/path).stat().st_size
     assert not list((tmp_path/'home').rglob('*20231101*/**/*.arrow'))
 
 def test_a_folder_without_test_text_trains(tmp_path, capsys):
