@@ -510,8 +510,8 @@ def compare_runs(cfg: CompareCommand):  # the command's options
         text = '–' if x is None or x != x else str(x)
         return text if len(text) <= 24 else text[:23] + '…'
     if len(differences):        # the name whole, and again where the table goes on
-        _show(differences.map(short).assign(what=differences['what']).set_index('what')
-              .reset_index())
+        _show(differences.map(short).assign(what=differences['what'])
+              [['what', 'differs', 'first', 'second']])
     if len(found):
         found['difference'] = [f'{b - a:+.2f}' if pd.notna([a, b]).all() else '–'
                                for a, b in zip(found['first'], found['second'], strict=True)]

@@ -125,6 +125,7 @@ def launch(f, *args,  # called as f(*args) in each process, inside `process_grou
         if told.exists(): return            # the same error would come again
         with contextlib.redirect_stdout(out):
             if not gpus: torch.set_num_threads(1)
+            _wait_for_others(Path(home))
             try:
                 with process_group(): f(*args)
             except Exception as e:
@@ -144,6 +145,16 @@ def launch(f, *args,  # called as f(*args) in each process, inside `process_grou
                 said = failure.message
                 told.write_text(failed(rank, said['message'] if isinstance(said, dict) else said))
         if told.exists(): raise InputError(told.read_text())
+
+def _wait_for_others(home):
+    """Return when all processes of this start have been forked.
+
+    The first to connect makes a thread of the launcher look its address up; who is forked in that
+    moment gets a copy of the resolver's lock, taken for ever."""
+    start, rank, world = (os.environ[name] for name in
+                          ('TORCHELASTIC_RESTART_COUNT', 'RANK', 'WORLD_SIZE'))
+    (home/f'{start}-{rank}').touch()
+    while len([*home.glob(f'{start}-*')]) < int(world): time.sleep(.005)
 
 @contextlib.contextmanager
 def signals_kept():

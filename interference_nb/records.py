@@ -349,10 +349,11 @@ def describe(folder,  # of a study
                   if r['kind'] in ('end', 'finetune', 'gates') and 'wall_s' in r)
     some = lambda key: ', '.join(sorted({s[key] for s in starts}))
     seeds = len({s['config']['run']['seed'] for s in starts})
+    days = sorted({s['date'][:10] for s in starts})
     return (f"{len(starts)} run{'s' * (len(starts) > 1)}, {seeds} seed{'s' * (seeds > 1)}; "
             f"training, finetuning and pruning took {seconds / 60:.1f} minutes summed over runs "
             f"(probes and evaluation not counted) on {some('hardware')}; torch {some('torch')}, "
-            f"commit {some('commit')}, {min(s['date'] for s in starts)[:10]}.")
+            f"commit {some('commit')}, {' to '.join(dict.fromkeys((days[0], days[-1])))}.")
 
 # %% ../nbs/07d_records.ipynb #827d7b92
 def made_from(rows: list[dict]) -> dict[str, dict]:  # {part: {what: value}}

@@ -124,10 +124,11 @@ def open_subject(
         return _open_run(model, langs, data, cfg)
     source = open_source(data)
     check_languages(source, langs)
-    try: loss = loss or guess_loss(config := open_config(model, revision, offline))
+    config = open_config(model, revision, offline)
+    try: loss = loss or guess_loss(config)
     except InputError as e: raise InputError(f'{model}: {e}') from e
     check_choice('loss', loss, LOSSES)
-    check_fit(model, open_config(model, revision, offline), loss, cfg)
+    check_fit(model, config, loss, cfg)
     sentences = {l: _some_text(source, l, split, cfg) for l in langs}
     opened, tokenizer, stream = open_language_model(model, langs, loss, revision, offline)
     config = opened.module.config

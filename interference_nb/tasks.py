@@ -6,8 +6,9 @@
 __all__ = ['tagging', 'TASKS', 'BAD_ROWS', 'classifying', 'MAX_ANSWER', 'Feature', 'cut_between_words', 'encode_tags', 'spans',
            'count_spans', 'span_f1', 'scores_by_type', 'TaskSpec', 'total_score', 'check_label', 'clean_tags',
            'linear_head', 'tagging_loss', 'decode_tags', 'score_tags', 'task_spec', 'TaskBatch', 'TaskData',
-           'placed_rows', 'usable_rows', 'read_data', 'FirstPosition', 'encode_pairs', 'clean_label', 'score_label',
-           'windows', 'encode_qa', 'span_loss', 'decode_span', 'normalise_answer', 'word_f1', 'score_qa', 'clean_qa']
+           'no_test_rows', 'placed_rows', 'usable_rows', 'read_data', 'FirstPosition', 'encode_pairs', 'clean_label',
+           'score_label', 'windows', 'encode_qa', 'span_loss', 'decode_span', 'normalise_answer', 'word_f1', 'score_qa',
+           'clean_qa']
 
 # %% ../nbs/06b_tasks.ipynb #6db49d4e
 import math, re, string, unicodedata, zlib
@@ -268,6 +269,10 @@ def _pad(lists: list[list[int]], fill: int) -> np.ndarray:
     return out
 
 # %% ../nbs/06b_tasks.ipynb #68b1970f
+def no_test_rows(spec: TaskSpec, source, lang: str) -> bool:
+    "Say whether a task's test rows are missing, so that other splits stand in (`placed_rows`)."
+    return spec.no_test and not source.count(spec.data, lang, 'test')
+
 def placed_rows(
     spec: TaskSpec,         # the task
     source,                 # a Source
@@ -281,7 +286,7 @@ def placed_rows(
     def rows(split):
         found = source.examples(spec.data, lang, split, **dict(labels=spec.labels) if own else {})
         return [((split, i), row) for i, row in enumerate(found)]
-    if not spec.no_test or source.count(spec.data, lang, 'test'): return rows(split)
+    if not no_test_rows(spec, source, lang): return rows(split)
     if split == 'test': return rows('validation')
     held_out = lambda row: zlib.crc32(str(row.get('context')).encode()) % 10 == 0
     return [(at, row) for at, row in rows('train') if held_out(row) == (split == 'validation')]
@@ -344,7 +349,7 @@ def read_data(
     beyond = int((data.lengths > (trained_len or math.inf)).sum())
     cut = len({f.row for f in data.features if f.cut})
     what, n = 'questions' if spec.no_test else 'pairs', len(data.rows)
-    stands_in = spec.no_test and not source.count(spec.data, lang, 'test')     # as `placed_rows`
+    stands_in = no_test_rows(spec, source, lang)
     read_from = 'validation' if stands_in and split == 'test' else split
     from_training = (read_from in source.set_aside(spec.data, lang)
                      or stands_in and split == 'validation')

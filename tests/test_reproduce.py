@@ -317,6 +317,16 @@ def test_what_has_nothing_to_measure_is_said():
         dict(kind='start', config=config, hardware='CPU'), dict(kind='done', name=spec.name)])
     assert records.describe(RECORDS/'capacity-toy') == 'No run is complete.'
 
+def test_a_study_names_its_first_and_last_day(tmp_path):
+    for name, day in (('a-0', '2026-02-28'), ('b-0', '2026-03-04'), ('c-0', '2026-03-01')):
+        (tmp_path/name).mkdir()
+        start = dict(kind='start', config=dict(run=dict(seed=0)), date=f'{day}T09:00:00',
+                     hardware='CPU', torch='2.13.0', commit='abc', time=0)
+        rows = [start, dict(kind='done', name=name)]
+        (tmp_path/name/'record.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    assert records.describe(tmp_path).endswith('commit abc, 2026-02-28 to 2026-03-04.')
+    assert records.describe(tmp_path, ['c-0']).endswith('commit abc, 2026-03-01.')
+
 def test_another_runs_damaged_record_stops_no_clock(tmp_path):
     "Progress reads the newest record that can be read."
     for name, text in (('a', '{"kind": "eval", "step": 7, "ppl": {"en": 2.0}}\n'), ('b', 'x\ny\n')):

@@ -14,7 +14,7 @@ def afresh(f, *args):
     """Call a module-level function in a new interpreter, one that may fork.
 
     pytest's own process has threads by now (xdist, a browser), and a fork copies the locks that
-    they hold at that moment: four processes once hung in CI before their first message."""
+    they hold at that moment."""
     process = multiprocessing.get_context('spawn').Process(target=f, args=args)
     process.start()
     process.join(LIMIT)
