@@ -269,8 +269,12 @@ def _pad(lists: list[list[int]], fill: int) -> np.ndarray:
     return out
 
 # %% ../nbs/06b_tasks.ipynb #68b1970f
-def no_test_rows(spec: TaskSpec, source, lang: str) -> bool:
-    "Say whether a task's test rows are missing, so that other splits stand in (`placed_rows`)."
+def no_test_rows(
+    spec: TaskSpec,         # the task
+    source,                 # a Source
+    lang: str,              # language code
+) -> bool:                  # True: other splits stand in, as `placed_rows` says
+    "Tell whether a task lacks test rows in a language."
     return spec.no_test and not source.count(spec.data, lang, 'test')
 
 def placed_rows(

@@ -1,6 +1,6 @@
 "One, two and four processes, a full disk, workers left alone: what a notebook cell cannot show."
 import errno, faulthandler, io, os, pickle, resource, shutil, signal, stat, subprocess, sys, time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest
@@ -100,6 +100,26 @@ def everything(toy, home):
 
 def all_worlds(toy, home):
     for world in (1, 2, 4): launch(everything, toy, home, processes=world)
+
+def forks_and_connections(home):
+    "Note when each process was forked, slowly, and when it went to connect."
+    forked, connect = [], distributed.process_group
+    os.register_at_fork(after_in_parent=lambda: time.sleep(.1),
+                        after_in_child=lambda: forked.append(time.monotonic()))
+    @contextmanager
+    def noted():
+        (home/os.environ['RANK']).write_text(f'{forked[-1]} {time.monotonic()}')
+        with connect(): yield
+    distributed.process_group = noted
+    launch(rank_and_world_size, processes=4)
+
+def test_no_process_connects_before_all_are_forked(tmp_path):
+    """A launcher that answers one process while it forks another leaves it with a taken lock of the
+    resolver: one start in a hundred hung."""
+    afresh(forks_and_connections, tmp_path)
+    found = [map(float, (tmp_path/str(rank)).read_text().split()) for rank in range(4)]
+    forked, connected = zip(*found, strict=True)
+    assert max(forked) < min(connected)
 
 @pytest.fixture(scope='module')
 def runs(toy, tmp_path_factory):
