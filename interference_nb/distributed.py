@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['traffic', 'PRELOADED', 'rank_and_world_size', 'Traffic', 'mean_over_processes', 'all_gather', 'process_group',
-           'enough_devices', 'launch', 'signals_kept', 'first_process_first', 'fail_together', 'StopSignals',
-           'cpu_count', 'worker_pool', 'interrupts_ignored', 'in_subprocess', 'parallel_map']
+           'settle_autograd', 'enough_devices', 'launch', 'signals_kept', 'first_process_first', 'fail_together',
+           'StopSignals', 'cpu_count', 'worker_pool', 'interrupts_ignored', 'in_subprocess', 'parallel_map']
 
 # %% ../nbs/01b_distributed.ipynb #c847d4ff
 import collections, contextlib, functools, importlib, io, itertools, multiprocessing, os, pickle
@@ -97,6 +97,13 @@ def process_group():
                             store=dist.PrefixStore(f'life {life}', store))
     yield
     dist.destroy_process_group()    # not after an error: it would wait for those still at work
+
+def settle_autograd():
+    """Let autograd count this machine's devices, where it has no GPU, before anything pretends.
+
+    The compiler's tensors and those of a plan may be on a GPU that is not there. If autograd has
+    counted that one, no process that is forked afterwards can train."""
+    if not torch.cuda.device_count(): torch.zeros(1, requires_grad=True).sum().backward()
 
 def enough_devices(n: int) -> int:  # GPUs of this machine
     "Refuse more processes than there are GPUs, where there are any."
@@ -373,7 +380,8 @@ def parallel_map(function: Callable,  # applied to each item; computes no gradie
                 if len(waiting) > workers: yield waiting.popleft().result()
             while waiting: yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise RuntimeError('a worker process died. Use fewer if memory is short.') from None
+            raise InputError('a worker process died, as when memory is short. Start again; what '
+                             'is whole is kept.') from None
 
 _kept = []              # in a worker of `parallel_map`: the function
 

@@ -455,7 +455,7 @@ def _described(folder):
             raise TypeError(f'langs is {langs!r}, no list of codes')
         cfg = ModelConfig(**upgrade_model(about['model']))
         model = _empty(cfg, tuple(about['langs']), about['variant'])
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise InputError(f'{folder}/config.json does not describe a model that this version knows '
                          f'({e}). Copy it again, or update interference_nb.') from e
     ids = {l: k for k, l in enumerate(model.langs)}

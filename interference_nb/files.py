@@ -8,7 +8,7 @@ __all__ = ['InputError', 'check_ranges', 'check_choice', 'explain_write_errors',
            'file_hash', 'require_package', 'say_once']
 
 # %% ../nbs/00b_files.ipynb #f2a87e30
-import errno, functools, hashlib, importlib, json, os, secrets, shutil, sys
+import errno, functools, hashlib, importlib, json, os, re, secrets, shutil, sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from numbers import Integral, Real
@@ -61,6 +61,14 @@ def remedy_of(e: OSError) -> str:  # a sentence
         case _: what = 'See that the disk is whole and the folder there'
     return f'{what}, and run the same command again; or name another folder.'
 
+def _hold(file) -> bool:
+    "Lock an open file, until it is closed, where its system can; tell whether it is ours."
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError): return False
+    return True
+
 def write_atomically(path: str | Path,                       # replaced if it is there
                      content: str | bytes | Iterable[bytes],  # text is written as UTF-8
                      ) -> Path:                               # the path
@@ -72,6 +80,7 @@ def write_atomically(path: str | Path,                       # replaced if it is
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, 'xb') as f:
+                _hold(f)
                 f.writelines([content] if isinstance(content, bytes) else content)
                 f.flush()
                 os.fsync(f.fileno())
@@ -118,9 +127,15 @@ def run_lock(folder: str | Path,  # made if it is not there
                              'folder with --out.') from None
         except OSError: pass                            # this file system has no locks
         else:
-            for left in path.parent.rglob('*.????????.tmp'): left.unlink(missing_ok=True)
+            for left in path.parent.rglob('*.tmp'): _remove_torn(left)
         yield
     finally: os.close(handle)
+
+def _remove_torn(path):
+    "Remove a file that `write_atomically` began, unless somebody is still writing it."
+    if not re.search(r'\.[0-9a-f]{8}\.tmp$', path.name): return
+    with suppress(OSError), open(path, 'rb') as f:
+        if _hold(f): path.unlink(missing_ok=True)
 
 # %% ../nbs/00b_files.ipynb #fb94aa89
 def read_jsonl(path: str | Path,  # written by `JsonlLog`

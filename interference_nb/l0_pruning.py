@@ -210,11 +210,11 @@ class Gates:
 
     def expected_open_fraction(self) -> float:  # in (0, 1): what the penalty counts
         "Return the expected share of gated weights that are not zero."
-        return float(_expected_share(self.concrete, self.flat(), _gate_weights(self.groups)))
+        return float(_average(self.groups)(self.concrete.open_probability(self.flat())))
 
     def kept_fraction(self) -> float:           # in [0, 1]: positive pi
         "Return the share of gated weights whose log alpha is positive."
-        return float(_gate_weights(self.groups)[self.flat() > 0].sum())
+        return float(_average(self.groups)((self.flat() > 0).float()))
 
     def check(self, model):                     # any nn.Module
         "Raise `InputError` if these are not gates for `model`."
@@ -232,19 +232,29 @@ class Gates:
         tensors, meta = load_checkpoint(path)
         if 'sites' not in meta: raise InputError(f'{path} holds no gates. Write it with save.')
         groups = [GateGroup(**s | dict(shape=tuple(s['shape']))) for s in meta['sites']]
+        if lost := [s.key for s in groups if s.key not in tensors]:
+            raise InputError(f'{path} lacks the gates {lost[0]}. Write it with save.')
         gates = cls({s: tensors[s.key] for s in groups}, HardConcrete(**meta['concrete']),
                     meta['about'])
         if model is not None: gates.check(model)
         return gates
 
-def _gate_weights(groups) -> Tensor:      # [number of gates], sums to 1
-    "Return each gate's share of the gated weights."
-    sizes = torch.cat([torch.full((s.n,), float(s.size)) for s in groups])
-    return sizes / sizes.sum()
-
-def _expected_share(concrete, log_alpha, weights) -> Tensor:
-    "Return the expected share of weights that are not zero: the L0 penalty, between 0 and 1."
-    return (concrete.open_probability(log_alpha) * weights).sum()
+def _average(groups):       # -> function of a value for each gate, [number of gates] -> scalar
+    "Average over all gated weights; where several gates share a weight, their product counts."
+    names = [s.weight for s in groups]
+    total = sum({s.weight: math.prod(s.shape) for s in groups}.values())
+    alone = torch.cat([torch.full((s.n,), s.size / total * (names.count(s.weight) == 1))
+                       for s in groups])
+    several = [[k for k, name in enumerate(names) if name == w] for w in dict.fromkeys(names)]
+    several = [ks for ks in several if len(ks) > 1]
+    def average(values):
+        out = values @ alone.to(values)
+        parts = several and values.split([s.n for s in groups])
+        for ks in several:
+            product = math.prod(groups[k].factor(parts[k]) for k in ks)
+            out = out + product.mean() * math.prod(groups[ks[0]].shape) / total
+        return out
+    return average
 
 # %% ../nbs/03_l0_pruning.ipynb #0cd76682
 @dataclass(frozen=True)
@@ -267,6 +277,7 @@ class PruneConfig:
                      warmup=(0, 10**8), init=(-100., 100.), init_noise=(0., 100.),
                      temperature=(1e-3, 1e3), seeds=(0, 1000))
         check_choice('groups', self.groups, GROUPS)
+        if not self.groups: raise InputError(f'no groups. Use some of {", ".join(GROUPS)}.')
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f'betas are {self.betas}. Give two numbers, at least 0 and below 1.')
         if self.seeds < 2:
@@ -302,7 +313,7 @@ def learn_gates(
     Raises `InputError` for another model's groups and a loss that is not finite or has no gates."""
     _check_groups(model, groups)
     device, sizes = next(model.parameters()).device, [s.n for s in groups]
-    concrete, weights = HardConcrete(cfg.temperature), _gate_weights(groups).to(device)
+    concrete, average = HardConcrete(cfg.temperature), _average(groups)
     rng = torch.Generator().manual_seed(seed)       # the global generator stays as it is
     start = cfg.init + cfg.init_noise * torch.randn(sum(sizes), generator=rng)
     log_alpha = start.to(device).requires_grad_()   # one leaf for all groups
@@ -313,7 +324,7 @@ def learn_gates(
         for k in range(cfg.steps):
             u = torch.rand(sum(sizes), generator=rng).clamp_(1e-6, 1 - 1e-6).to(device)
             z = concrete.sample(log_alpha, u).split(sizes)
-            share = _expected_share(concrete, log_alpha, weights)
+            share = average(concrete.open_probability(log_alpha))
             penalty = cfg.l0 * min(1., (k + 1) / max(cfg.warmup, 1)) * share
             with gated(model, dict(zip(groups, z))):
                 value = loss(k)

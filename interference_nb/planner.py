@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .data import SPLITS, Batch, _find, _key, disk_needed
 from .files import InputError, free_space, size_in_words
 from .transformer import ModelConfig
-from .distributed import in_subprocess, traffic
+from .distributed import in_subprocess, settle_autograd, traffic
 from .pretrain import (BatchSampler, TrainConfig, check_shares, prepare_model,
                                       run_info)
 from .adapters import MultilingualLM
@@ -231,6 +231,7 @@ class _UnitMatrices(TorchFunctionMode):
 def fake_tensors():
     "Return PyTorch's context in which tensors have shapes, types and storages but no numbers."
     from torch._subclasses.fake_tensor import FakeTensorMode
+    settle_autograd()
     return FakeTensorMode()
 
 @contextlib.contextmanager
@@ -322,6 +323,11 @@ class TextSize(NamedTuple):
     copy: float  # of a local copy of the hub's text, if one will be made
     held: float  # of those ids, bytes that are there already
 
+    @property
+    def new(self) -> float:
+        "Return the bytes of ids still to be written; 0 where that is not known."
+        return 0. if self.ids is None else self.ids - self.held
+
 @dataclass(frozen=True)
 class Plan:
     "What a run takes."
@@ -360,7 +366,7 @@ class Plan:
     @property
     def disk(self) -> float:
         "Return the bytes still to be written."
-        return (self.text.ids or 0) - self.text.held + self.text.copy + self.checkpoint
+        return self.text.new + self.text.copy + self.checkpoint
 
     def problems(self) -> list[str]:
         "Say what is too small, and what would help."
@@ -589,9 +595,9 @@ def _total_disk(plans: list[Plan]) -> tuple[float, float, float]:  # ids, checkp
     "Add up what runs leave on a disk: shared text once, one checkpoint each, the last one twice."
     of = {id(p.spec): p for p in plans}
     first = [of[id(same[0])] for same in sharing_data(p.spec for p in plans)]
-    text, held = sum(p.text.ids or 0 for p in first), sum(p.text.held for p in first)
+    text, new = sum(p.text.ids or 0 for p in first), sum(p.text.new for p in first)
     kept = sum(p.checkpoint for p in plans) / 2
-    return text, kept, text - held + kept + max((p.checkpoint for p in plans), default=0) / 2
+    return text, kept, new + kept + max((p.checkpoint for p in plans), default=0) / 2
 
 # %% ../nbs/07c_planner.ipynb #ef166a8c
 def plan_finetuning(specs: list[RunSpec],  # pretrained already
@@ -655,6 +661,7 @@ def plan_missing(groups: dict[str, list[RunSpec]],  # {name of a line: its runs}
     "Plan what is missing of groups of runs. Raises `InputError` for a record of other settings."
     from interference_nb.records import read_rows
     runs = {s.name: s for some in groups.values() for s in some}
+    if not runs: raise InputError('no runs to plan. Name some.')
     rows = {name: check_rows(s, read_rows(folder, name), Path(folder)/name)
             for name, s in runs.items()}
     done = [name for name, s in runs.items() if holds_all(s, rows[name])]
@@ -665,9 +672,11 @@ def plan_missing(groups: dict[str, list[RunSpec]],  # {name of a line: its runs}
     def line(name, specs):
         todo = [s for s in specs if s.name in left]
         hours = sum(left[s.name] for s in todo) * seconds / 3600
+        longest = max((left[s.name] for s in todo), default=0) * seconds / 3600
         steps = sum(s.train.steps for s in todo if not SYSTEMS[s.system].hub)
         return [name, f'{len(specs)}', f'{len(specs) - len(todo)}', f'{len(todo)}', f'{steps:,}',
-                f'{hours:,.1f}', f'{hours / workers:,.1f}', f'{disk(todo, workers) / 1e9:,.2f}']
+                f'{hours:,.1f}', f'{max(hours / workers, longest):,.1f}',
+                f'{disk(todo, workers) / 1e9:,.2f}']
     how = 'as finished runs took here' if measured else 'timed just now'
     note = (f'A plain step takes {seconds * 1000:,.1f} ms, {how}; probes, gates and finetuning '
             f'counted in such steps. GB: checkpoints, and those of the trials of {workers} runs '
@@ -682,5 +691,5 @@ def _pace(finished: Iterable[tuple[RunSpec, list[dict]]]) -> float | None:  # No
     for spec, rows in finished:
         if machine(rows[0]['hardware']) != here: continue
         seconds += sum(r['wall_s'] for r in rows if r['kind'] in ('end', 'finetune', 'gates'))
-        work += cost(spec)
+        work += cost(replace(spec, probe=None))     # the clock of `end` leaves probes out
     return seconds / work if work else None

@@ -23,7 +23,8 @@ from .files import (InputError, JsonlLog, check_choice, check_ranges,
                                    load_checkpoint, read_jsonl, require_package, save_checkpoint)
 from .transformer import upgrade_model
 from .distributed import (StopSignals, all_gather, fail_together,
-                                         mean_over_processes, rank_and_world_size, traffic)
+                                         mean_over_processes, rank_and_world_size, settle_autograd,
+                                         traffic)
 
 # %% ../nbs/01a_pretrain.ipynb #891f82a8
 SCHEDULES = 'inverse_sqrt', 'linear', 'constant'        # of the learning rate
@@ -506,6 +507,7 @@ def prepare_model(model,  # has `parameters` and `loss(batch)`
     if cfg.compile and not hasattr(model, 'blocks'):
         raise InputError('this model has no blocks to compile. Switch compile off.')
     if cfg.compile:
+        settle_autograd()
         torch._dynamo.config.cache_size_limit = 256     # graphs: each language has several
         for block in model.blocks: block.compile()
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .adapters import MultilingualLM
+from .data import explain_row
 from .files import InputError, say_once
 from .folders import find_files, read_rows
 from .pretrain import evaluating
@@ -35,21 +36,25 @@ def sentence_vectors(
     layer: int | None = None,   # counted from 0; None: the middle one
     size: int = 64,             # sentences a batch
 ) -> Tensor:                    # [n,D]
-    "Average a layer's hidden states over each sentence; what is too long is cut."
+    "Average a layer's hidden states over each sentence; what is too long is cut, and counted."
     layer = (len(model.blocks) - 1) // 2 if layer is None else layer
     if not 0 <= layer < len(model.blocks):
         raise InputError(f'layer {layer} of {len(model.blocks)}. Use 0 to {len(model.blocks) - 1}.')
-    device, kept, found = next(model.parameters()).device, [], []
+    device, room = next(model.parameters()).device, model.cfg.max_len - 2
+    kept, found, cut = [], [], 0
     hook = model.blocks[layer].register_forward_hook(lambda m, args, out: kept.append(out))
     with hook, evaluating(model):
         for start in range(0, len(lines), size):
-            ids = [[BOS, *tokenizer.encode(line)[:model.cfg.max_len - 2], EOS]
-                   for line in lines[start:start + size]]
+            whole = [tokenizer.encode(line) for line in lines[start:start + size]]
+            cut += sum(len(pieces) > room for pieces in whole)
+            ids = [[BOS, *pieces[:room], EOS] for pieces in whole]
             T = max(map(len, ids))
             tokens = torch.tensor([i + [PAD] * (T - len(i)) for i in ids], device=device)
             model(tokens, lang, tokens == PAD)
             inner = (tokens > PAD).unsqueeze(-1)            # pieces, not borders
             found.append((kept.pop() * inner).sum(1) / inner.sum(1).clamp(min=1))
+    if cut: say_once(f'{cut:,} of {len(lines):,} sentences in {lang} are longer than the '
+                     f'{model.cfg.max_len} tokens that the model takes, and cut.')
     return torch.cat(found).float()
 
 # %% ../nbs/06c_retrieval.ipynb #b15d0dee
@@ -60,6 +65,8 @@ def parallel_lines(
     within: str = 'NTREX',      # a folder's documents count whose url holds this
 ) -> dict[str, list[str]]:      # {language: lines}, line i of one translating line i of the other
     "Find lines that say the same in two languages. Raises `InputError` where there are none."
+    if n < 1: raise InputError(f'n is {n}. Ask for one line or more.')
+    if len(set(langs)) != 2: raise InputError(f'{", ".join(langs)}: name two languages.')
     if hasattr(source, 'parallel'): return source.parallel(langs, n)
     documents = [_by_part(source, lang, within) for lang in langs]
     found, uneven = {lang: [] for lang in langs}, 0
@@ -68,8 +75,10 @@ def parallel_lines(
         if len(pair[0]) != len(pair[1]): uneven += 1
         else:
             for lang, lines in zip(langs, pair, strict=True): found[lang] += lines
-    if uneven: say_once(f"Left out in {' and '.join(langs)}: {uneven} document{'s' * (uneven > 1)} "
-                        'with more lines in one language than in the other.')
+    single = len(documents[0].keys() ^ documents[1].keys())
+    for k, why in ((uneven, 'with more lines in one language than in the other'),
+                   (single, 'in one of the languages only')):
+        if k: say_once(f"Left out in {' and '.join(langs)}: {k} document{'s' * (k > 1)} {why}.")
     if not found[langs[0]]:
         raise InputError(f"{source.name} has no parallel lines of {' and '.join(langs)}. Text rows "
                          f"need a column 'url' that holds {within!r} and whose part after # "
@@ -81,11 +90,18 @@ def _by_part(source, lang: str, within: str) -> dict[str, str]:      # {part of 
     files = find_files(source.path, 'text', lang) if hasattr(source, 'path') else {}
     found = {}
     for path in chain(*files.values()):
-        for _, row in read_rows(path, 'text', lang, ('url',)):
-            url, text = str(row.get('url')), row.get('text')
-            if text and within in url and '#' in url:
-                found[url.split('#', 1)[1]] = text.rstrip('\n')
-    return found
+        for place, row in read_rows(path, 'text', lang, ('url',)):
+            url = str(row.get('url'))
+            if within not in url or '#' not in url: continue
+            if why := explain_row('text', row):
+                say_once(f'{path}, {place} is left out: {why}')
+                continue
+            part = url.split('#', 1)[1]
+            if part in found:
+                raise InputError(f'{path}, {place}: two documents of {lang} are called {part!r}. '
+                                 "Give each a name of its own after the # of its 'url'.")
+            found[part] = row['text'].rstrip('\n')
+    return {part: text for part, text in found.items() if text}
 
 # %% ../nbs/06c_retrieval.ipynb #aefeff79
 def retrieval(

@@ -11,12 +11,14 @@ __all__ = ['TOPICS', 'WORDS', 'SUFFIXES', 'WORLD_SIZES', 'TOY_LANGUAGES', 'SMALL
 
 # %% ../nbs/00a_toy_languages.ipynb #82997d0d
 import hashlib
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from zlib import crc32
 
@@ -26,7 +28,7 @@ from .folders import FolderSource
 from .data import (SPLITS, TASK_COLUMNS, UPOS_LABELS, HubSource,
                                   Source, check_languages)
 from .tokenizers import WordTokenizer
-from .files import InputError, check_choice
+from .files import InputError, check_choice, check_ranges
 
 # %% ../nbs/00a_toy_languages.ipynb #b699b8d4
 TOPICS = {  # nouns; verbs, with their type behind the slash; adjectives
@@ -659,6 +661,10 @@ class ToySource(Source):
                  max_pieces: int = 20,  # stems, suffixes and borders that a sentence may have
                 ):
         if sizes: check_languages(self, sizes)
+        counts = dict(seed=seed, n_train=n_train, n_dev=n_dev, n_labelled=n_labelled, n_eval=n_eval)
+        counts |= {f'sizes of {x}': n for x, n in (sizes or {}).items()}
+        check_ranges(SimpleNamespace(max_pieces=max_pieces, **counts), max_pieces=(6, math.inf),
+                     **dict.fromkeys(counts, (0, math.inf)))
         self.world, self.seed, self.pairs, self.max_pieces = World(world), seed, pairs, max_pieces
         self.sizes = dict.fromkeys(self.languages, n_train) | (sizes or {})
         self.n_dev, self.n_labelled, self.n_eval = n_dev, n_labelled, n_eval
@@ -697,7 +703,7 @@ class ToySource(Source):
 
     def parallel(self,
                  langs: list[str],      # codes
-                 n: int = 400,          # sentences, at most as many as the split has
+                 n: int = 400,          # sentences
                  split: str = 'test',   # or 'validation'
                 ) -> dict[str, list[str]]: # {language: sentences}
         "Return the same sentences in several languages. Raises `InputError` for 'train'."

@@ -1,5 +1,5 @@
 "A run is killed, stopped, restarted: it ends as an uncut run does, bit for bit."
-import os, random, signal, subprocess, sys, time
+import os, random, signal, subprocess, sys, time, traceback
 from dataclasses import replace
 from pathlib import Path
 import pytest
@@ -44,6 +44,7 @@ def forked(*args, before=calm) -> int:  # process id
         os._exit(0)
     except SystemExit as e: os._exit(e.code)
     except KeyboardInterrupt: os._exit(77)
+    except BaseException: traceback.print_exc()
     finally: os._exit(1)
 
 def left(folder):
@@ -194,7 +195,8 @@ def test_second_signal_acts_at_once(home, tmp_path):
         while True: time.sleep(.01)
     r, w = os.pipe()
     pid = forked(home, tmp_path, hang)
-    os.read(r, 1)
+    os.close(w)                         # a child that dies closes the other end: no wait for ever
+    assert os.read(r, 1)
     os.kill(pid, signal.SIGTERM)
     time.sleep(1.2)
     os.kill(pid, signal.SIGTERM)

@@ -1,5 +1,6 @@
 "People's own files: which content a run was made from, labels by name, rows that cannot be used."
 import json
+import re
 import time
 from dataclasses import replace
 
@@ -22,9 +23,10 @@ from interference_nb.folders import FolderSource
 from interference_nb.gradient_probes import conflict
 from interference_nb.pretrain import TrainConfig
 from interference_nb.reproduce import STUDIES
-from interference_nb.retrieval import parallel_lines
+from interference_nb.retrieval import parallel_lines, retrieval, sentence_vectors
 from interference_nb.tasks import read_data
 from interference_nb.tokenizers import UNK, WordTokenizer, load_tokenizer
+from interference_nb.toy_languages import ToySource, toy_tokenizer
 from interference_nb.transformer import ModelConfig
 
 LINES = {'zh-yue': ['今日落雨。我唔去。', '佢話好。', '落完雨喇。我哋去啦。'],
@@ -578,3 +580,40 @@ def test_a_foreign_vocabulary_is_refused_for_what_it_is(tmp_path):
                                              model_prefix=str(tmp_path/'m'), minloglevel=2)
     with pytest.raises(InputError, match='m.model: .*first ids are not'):
         load_tokenizer(tmp_path/'m.model')
+
+
+def test_documents_that_cannot_be_paired_are_told(tmp_path, capsys):
+    "Only in one language, or unreadable; two of one name are refused."
+    def rows(*parts): return ''.join(json.dumps(r) + '\n' for r in parts)
+    for lang, extra in (('zh-yue', dict(url='NTREX#2', text='c')),
+                        ('sr-Latn', dict(url='NTREX#3', text=5))):
+        write(tmp_path/f'text/{lang}/train.jsonl', rows(dict(url='NTREX#1', text='a'), extra))
+    found = parallel_lines(FolderSource(tmp_path), ('zh-yue', 'sr-Latn'))
+    assert found == {'zh-yue': ['a'], 'sr-Latn': ['a']}
+    said = capsys.readouterr().err
+    assert '1 document in one of the languages only' in said
+    assert re.search('train.jsonl, line 2 is left out: .*text', said)
+    write(tmp_path/'text/zh-yue/train.jsonl', rows(dict(url='a/NTREX#1', text='a'),
+                                                   dict(url='b/NTREX#1', text='b')))
+    with pytest.raises(InputError, match="line 2: two documents of zh-yue are called '1'"):
+        parallel_lines(FolderSource(tmp_path), ('zh-yue', 'sr-Latn'))
+
+
+def test_lines_to_retrieve_are_of_two_languages_and_whole(capsys):
+    source = ToySource(n_train=60, n_dev=20)
+    tok = toy_tokenizer(source, ('en', 'ar'))
+    model = MultilingualLM(ModelConfig.toy(tok.vocab_size, max_len=8, dim=8, n_layers=1,
+                                           ffn_dim=16), ('en', 'ar'), 'joint')
+    for wrong, says in ((dict(n=0), 'n is 0'), (dict(langs=('en', 'en')), 'two languages')):
+        with pytest.raises(InputError, match=says): retrieval(model, source, tok, **wrong)
+    lines = list(source.text('en'))[:20]
+    long = sum(len(tok.encode(line)) > 6 for line in lines)
+    assert len(sentence_vectors(model, lines, tok, 'en')) == 20 and 0 < long < 20
+    assert f'{long} of 20 sentences in en are longer than the 8 tokens' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('wrong', [dict(seed=-1), dict(n_train=-1), dict(max_pieces=4),
+                                   dict(n_eval=2.5), dict(sizes={'en': -5})])
+def test_toy_languages_refuse_numbers_that_make_no_text(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong)).replace('sizes', 'sizes of en')):
+        ToySource(**wrong)

@@ -10,6 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from interference_nb.adapters import VARIANTS, Adapter, MultilingualLM
 from interference_nb.data import Batch, train_tokenizer
+from interference_nb.files import InputError
 from interference_nb.finetune import FinetuneConfig, TaskModel, Trainer
 from interference_nb.gradient_probes import (CombinedStep, GradientProbe, ProbeConfig, cosines,
                                              disattenuated_cosine, pcgrad)
@@ -382,3 +383,34 @@ def test_a_pair_is_judged_by_its_first_position():
     head = task_spec('nli').head(8, task_spec('nli'))
     hidden = torch.randn(2, 5, 8)
     torch.testing.assert_close(head(hidden), hidden[:, 0] @ head.weight.T + head.bias)
+
+
+def test_weights_of_two_gates_are_open_if_both_are():
+    "Heads and values gate the same columns; rows and neurons cross."
+    model = model_of('joint')
+    def share(names, open_):
+        groups = gate_groups(model, names)
+        gates = Gates({g: torch.full((g.n,), 10. if open_(g) else -10.) for g in groups})
+        return gates.kept_fraction(), gates.expected_open_fraction()
+    closed = share(('heads', 'values'), lambda g: g.n != model.cfg.n_heads)
+    assert closed == (0, pytest.approx(0, abs=1e-3))
+    rng = torch.Generator().manual_seed(0)
+    groups = gate_groups(model, ('neurons', 'rows'))
+    gates = Gates({g: torch.randn(g.n, generator=rng) for g in groups})
+    p, params = HardConcrete().open_probability, dict(model.named_parameters())
+    kept, expected = ({n: torch.ones_like(params[n]) for n in {g.weight for g in groups}}
+                      for _ in range(2))
+    for g, a in gates.log_alpha.items():
+        for i in range(g.n):
+            part = [slice(None)] * 2
+            part[g.dim] = slice(i * g.shape[g.dim] // g.n, (i + 1) * g.shape[g.dim] // g.n)
+            kept[g.weight][tuple(part)] *= float(a[i] > 0)
+            expected[g.weight][tuple(part)] *= p(a[i])
+    for weights, found in ((kept, gates.kept_fraction()),
+                           (expected, gates.expected_open_fraction())):
+        assert found == pytest.approx(float(torch.cat([w.flatten() for w in weights.values()]
+                                                      ).mean()), rel=1e-5)
+
+
+def test_no_groups_are_refused():
+    with pytest.raises(InputError, match='no groups. Use some of heads'): PruneConfig(groups=())

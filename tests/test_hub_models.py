@@ -9,7 +9,8 @@ from interference_nb.data import Stream, prepare_corpus
 from interference_nb.tokenizers import BOS, EOS, MASK, PAD
 from interference_nb.distributed import launch, mean_over_processes
 from interference_nb.files import InputError, read_jsonl
-from interference_nb.hub_models import AnyModel, TextStream, hf_loss, requirements
+from interference_nb.hub_models import (AnyModel, CausalStream, HubEncoder, HubTokenizer,
+                                        TextStream, hf_loss, requirements)
 from interference_nb.gradient_probes import CombinedStep, GradientProbe, ProbeConfig
 from interference_nb.l0_pruning import PruneConfig, columns, gated, learn_gates, rows
 from interference_nb.meta_adapters import MetaStep, exact, finite_difference, hypergradient
@@ -278,3 +279,67 @@ def test_tied_weights_are_saved_once_and_come_back():
     bert.load_state_dict(state)
     assert all(torch.equal(t, state[n]) for n, t in bert.state_dict().items())
     assert bert.module.cls.predictions.decoder.weight is bert.module.get_input_embeddings().weight
+
+
+def byte_level(lines, size=300):
+    "A tokenizer like RoBERTa's: the blank before a word belongs to it."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(lines, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=['<s>', '<pad>', '</s>', '<unk>', '<mask>'],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token='<pad>', unk_token='<unk>', cls_token='<s>',
+        sep_token='</s>', mask_token='<mask>')
+
+
+def test_words_are_cut_as_in_their_sentence():
+    "Byte-level pieces hold the blank before a word; a word alone is another one."
+    lines = ['the old king reigns in the castle', 'kings of old reign the old way']
+    hub = byte_level(lines, 320)
+    tok = HubTokenizer(hub)
+    for line in lines:
+        ids = hub(line, add_special_tokens=False)['input_ids']
+        assert tok.encode(line) == ids == tok.encode_words(line.split())[0]
+        places = [line[a:b] for a, b in tok.encode_offsets(line)[1]]
+        assert ''.join(places) == line.replace(' ', '')
+
+
+def test_a_padded_vocabulary_is_taken_and_a_larger_one_refused(capsys):
+    tok = HubTokenizer(byte_level(['the old king']))
+    def encoder(size): return HubEncoder(transformers.BertModel(transformers.BertConfig(
+        vocab_size=size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, pad_token_id=1)), tok)
+    assert encoder(tok.vocab_size + 5).cfg.vocab_size == tok.vocab_size
+    assert 'has 5 embeddings that its tokenizer does not use' in capsys.readouterr().err
+    with pytest.raises(InputError, match='the vocabulary has'): encoder(tok.vocab_size - 1)
+
+
+def test_rows_are_no_longer_than_the_positions_of_a_model():
+    "RoBERTa keeps the first positions for padding."
+    hub = byte_level(['the old king'])
+    config = transformers.RobertaConfig(
+        vocab_size=len(hub), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=34, pad_token_id=1)
+    encoder = HubEncoder(transformers.RobertaModel(config), HubTokenizer(hub))
+    assert encoder.cfg.max_len == 32
+    encoder(torch.full((1, 32), 5), 'en')
+    model = AnyModel(transformers.RobertaForMaskedLM(config), hf_loss, ('en',))
+    long = TextStream(hub, ['the old king ' * 20], 'en', 1, 60).batch(0)
+    with pytest.raises(InputError, match='the model has places for 32'): model.loss(long)
+
+
+def test_sentences_without_anything_to_predict_are_left_out(capsys):
+    source = ToySource(n_train=20, n_dev=5)
+    tok = hub_like({'en': list(source.text('en'))})
+    bare = tok('the', add_special_tokens=False)['input_ids']
+    assert len(bare) == 1                                       # this kind adds no borders
+    stream = CausalStream(tok, ['the', 'the old king'], 'en', 4, T)
+    assert len(stream.rows) == 1 and "1 of 2 sentences in 'en'" in capsys.readouterr().err
+    assert (stream.batch(0).tokens.shape[1]) == 3
+    with pytest.raises(InputError, match="no sentence in 'en' has a token to predict"):
+        CausalStream(tok, ['the', ''], 'en', 4, T)
+    with pytest.raises(InputError, match='seed is -1'):
+        CausalStream(tok, ['the old king'], 'en', 4, T, seed=-1)

@@ -358,3 +358,27 @@ def test_text_of_another_vocabulary_is_not_there_yet(tmp_path):
     own = {e for e in place.glob('*/*.ids')}
     assert len(own) == 12
     assert 0 < planner.text_size(TOY, tmp_path).held < sum(e.stat().st_size for e in own)
+
+
+def test_a_plan_that_knows_no_size_still_counts_what_it_does(tmp_path):
+    plan = replace(plan_run(TOY, folder=tmp_path), text=planner.TextSize(None, 0., 5e9))
+    assert plan.disk == plan.checkpoint
+    assert replace(plan, free=plan.checkpoint - 1).problems()
+
+
+def test_one_run_is_not_shared_by_workers(tmp_path):
+    "Nor are there plans of no runs."
+    header, lines, _ = planner.plan_missing({'one': [replace(TOY, tasks=())]}, tmp_path, 8)
+    one = dict(zip(header, lines[0]))
+    assert one['by 8 workers'] == one['hours']
+    with pytest.raises(InputError, match='no runs'): planner.plan_missing({}, tmp_path)
+
+
+def test_probes_do_not_make_a_machine_look_fast():
+    "The time of a record leaves probes out; so does the work that it is divided by."
+    from interference_nb.gradient_probes import ProbeConfig
+    plain = replace(TOY, tasks=())
+    rows = [dict(kind='start', hardware=planner.run_info()['hardware']),
+            dict(kind='end', wall_s=30.)]
+    pace = [planner._pace([(s, rows)]) for s in (plain, replace(plain, probe=ProbeConfig()))]
+    assert pace[0] == pace[1] == pytest.approx(30 / plain.train.steps)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 import pytest
 import torch
-from interference_nb import distributed, pretrain
+from interference_nb import distributed, planner, pretrain
 from interference_nb.adapters import MultilingualLM
 from interference_nb.data import Stream, dev_batches, prepare_corpus
 from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_jsonl, save_checkpoint
@@ -100,6 +100,31 @@ def everything(toy, home):
 
 def all_worlds(toy, home):
     for world in (1, 2, 4): launch(everything, toy, home, processes=world)
+
+def forks_after_a_gpu_that_is_not_there(compiled):
+    "What the compiler's tracing does, without its minutes: a gradient among fake tensors."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    if compiled:
+        model = MaskedLM(ModelConfig.toy(60, dim=8, n_layers=1, ffn_dim=16))
+        pretrain.prepare_model(model, TrainConfig.toy(compile=True))
+        mode = FakeTensorMode()
+    else: mode = planner.fake_tensors()
+    def gradient(): torch.ones(2, requires_grad=True).sum().backward()
+    with mode:
+        torch.ones(2, device='cuda')
+        gradient()
+    if not (pid := os.fork()):
+        try:
+            gradient()
+            os._exit(0)
+        finally: os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is there')
+@pytest.mark.parametrize('compiled', [True, False])
+def test_processes_forked_after_the_compiler_or_a_plan_can_train(compiled):
+    "PyTorch 2.15 built for CUDA counts the GPU that its tracing pretends, and refuses afterwards."
+    afresh(forks_after_a_gpu_that_is_not_there, compiled)
 
 def forks_and_connections(home):
     "Note when each process was forked, slowly, and when it went to connect."

@@ -297,6 +297,14 @@ def test_a_sweep_refuses_records_of_other_settings():
     with pytest.raises(SystemExit):
         main(['capacity', '--write-only', '--steps', '8000', '--out', str(RECORDS/'capacity-toy')])
 
+def test_a_copy_beside_the_widths_of_a_sweep_is_left_out(tmp_path, capsys):
+    for name in ('width-16', 'width-16-old', 'width-new'):
+        shutil.copytree(RECORDS/'capacity-toy/width-16', tmp_path/name)
+    assert [w for w, _ in capacity.widths_in(tmp_path)] == [16]
+    assert capsys.readouterr().err.count('is left out: its name is not that of a width') == 2
+    losses = capacity.sweep_losses(tmp_path)
+    assert not losses.duplicated(['width', 'model', 'system', 'lang', 'seed', 'batches']).any()
+
 def test_a_pair_of_unfinished_runs_hides_no_other(tmp_path):
     "Gates of the pairs that are complete are drawn."
     shutil.copytree(RECORDS/'reproduce-toy', tmp_path/'toy')

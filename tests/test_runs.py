@@ -12,7 +12,8 @@ from interference_nb.folders import FolderSource
 from interference_nb.data import (HubSource, check_room, disk_needed, prepare_corpus,
                                   train_tokenizer)
 from interference_nb.tokenizers import WordTokenizer
-from interference_nb.files import InputError, JsonlLog, load_checkpoint, read_jsonl, run_lock
+from interference_nb.files import (InputError, JsonlLog, load_checkpoint, read_jsonl, run_lock,
+                                   write_atomically)
 from interference_nb.records import read_rows
 from interference_nb.distributed import launch, rank_and_world_size
 from interference_nb.experiments import (SCALES, Scale, load_run_data, plan, pretrain_all, ready,
@@ -299,3 +300,18 @@ def test_commands_for_several_processes_start_again_when_one_dies():
             assert '--max-restarts 3' in line, f'{path.name}: {line}'
             found += 1
     assert found > 8
+
+
+def test_a_lock_clears_away_what_a_killed_write_left_and_nothing_else(tmp_path):
+    "Not a user's own file of such a name, nor what another process is writing at this moment."
+    for name in ('notes/thesis.chapter1.tmp', 'run/record.jsonl.0a1b2c3d.tmp'):
+        (tmp_path/name).parent.mkdir()
+        (tmp_path/name).write_text('mine')
+    def slowly():
+        yield b'one '
+        with run_lock(tmp_path): pass
+        yield b'two'
+    write_atomically(tmp_path/'run/file', slowly())
+    assert (tmp_path/'run/file').read_text() == 'one two'
+    left = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*.tmp')]
+    assert left == ['notes/thesis.chapter1.tmp']
