@@ -141,10 +141,10 @@ def open_subject(
     room = length - tokenizer.num_special_tokens_to_add()       # but for the borders
     streams, pieces = {}, {}
     for l, own in sentences.items():
-        streams[l] = stream(tokenizer, own, l, cfg.rows, length, cfg.seed, cfg.mask_prob)
         ids = tokenizer(own, add_special_tokens=False, verbose=False)['input_ids']
         pieces[l] = sum(map(len, ids)) / sum(map(len, own))
         notes += _unknown_pieces(model, l, ids, tokenizer.unk_token_id)
+        streams[l] = stream(tokenizer, own, l, cfg.rows, length, cfg.seed, cfg.mask_prob)
         notes += _notes_on_text(l, len(own), sum(len(i) > room for i in ids), length, cfg)
     shared = opened.theta
     if hasattr(config, 'languages'):

@@ -67,6 +67,15 @@ def prop(*names): return tuple(f'{PROPERTIES}::{n}' for n in names)
 def report(*names): return tuple(f'tests/test_report.py::{n}' for n in names)
 
 
+def runs(*names): return tuple(f'tests/test_runs.py::{n}' for n in names)
+
+
+def hub_models(*names): return tuple(f'tests/test_hub_models.py::{n}' for n in names)
+
+
+def planner(*names): return tuple(f'tests/test_planner.py::{n}' for n in names)
+
+
 def own_ways(*names): return tuple(f'tests/test_own_ways.py::{n}' for n in names)
 
 
@@ -81,6 +90,28 @@ XMOD = report('test_adapters_of_one_language_are_not_compared')
 
 
 EDITS = (
+    # ---- files, processes, plans, other people's models ----
+    Edit('00b_files', 'if _hold(f): path.unlink', 'path.unlink',
+         'a lock removes what another process is writing',
+         runs('test_a_lock_clears_away_what_a_killed_write_left_and_nothing_else')),
+    Edit('01b_distributed', '_wait_for_others(Path(home))', 'pass',
+         'a process connects while another is forked',
+         ('tests/test_processes.py::test_no_process_connects_before_all_are_forked',)),
+    Edit('05a_hub_models', 'self._word(w, not k)', 'self._word(w)',
+         'every word is cut as the first of its sentence',
+         hub_models('test_words_are_cut_as_in_their_sentence')),
+    Edit('05a_hub_models', 'if table.padding_idx is None', 'if True',
+         'positions kept for padding are counted as room',
+         hub_models('test_rows_are_no_longer_than_the_positions_of_a_model')),
+    Edit('06c_retrieval', 'if part in found:', 'if False:',
+         'of two documents of one name one is lost',
+         ('tests/test_folders.py::test_documents_that_cannot_be_paired_are_told',)),
+    Edit('07c_planner', 'max(hours / workers, longest)', 'hours / workers',
+         'one run is shared by all workers', planner('test_one_run_is_not_shared_by_workers')),
+    Edit('07c_planner', 'cost(replace(spec, probe=None))', 'cost(spec)',
+         'probes count as work that took no time',
+         planner('test_probes_do_not_make_a_machine_look_fast')),
+
     # ---- data ----
     Edit('00_data', 'p = (L / L.sum()) ** (1 / T)', 'p = (L / L.sum()) ** T',
          'the temperature the wrong way round', prop('test_temperature_flattens_the_sizes')),
@@ -185,8 +216,10 @@ EDITS = (
          "gates of one language only are all of that language's", GATES),
     Edit('03_l0_pruning', 'p.ndim == 2 and m not in own', 'p.ndim == 2',
          "gates on a language's own weights", GATES),
-    Edit('03_l0_pruning', 'torch.full((s.n,), float(s.size))', 'torch.ones(s.n)',
+    Edit('03_l0_pruning', 's.size / total * (names.count', '1 / len(names) / s.n * (names.count',
          'a gate over many weights counts as one over few', GATES),
+    Edit('03_l0_pruning', 'if len(ks) > 1]', 'if len(ks) > 9]',
+         'weights of several gates are passed over', GATES),
     Edit('03_l0_pruning', 'for m, gs in gates.items() if m != l for g in gs',
          'for m, gs in gates.items() for g in gs', "a language's own gates among the others'",
          GATES),
