@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sweep', 'sweep_runs', 'folder_of', 'missing', 'run_sweep', 'widths_in', 'sweep_losses', 'interference', 'at_the_end',
-           'bottom_line', 'sweep_table', 'sweep_page', 'write_sweep']
+           'bottom_line', 'against_joint', 'treatment_line', 'sweep_table', 'sweep_page', 'write_sweep']
 
 # %% ../nbs/07g_capacity.ipynb #1fbb06b3
 import re
@@ -184,6 +184,32 @@ def bottom_line(gaps: pd.DataFrame,  # of `interference`
             f'seed{"s" * (n > 1)} or more).')
 
 # %% ../nbs/07g_capacity.ipynb #35c379ad
+def against_joint(gaps: pd.DataFrame,  # of `interference`
+                  ) -> pd.DataFrame:  # a line for system, partner, width: seeds, nats, low, high
+    "Subtract joint from each treatment, seed by seed, after the most batches."
+    ends = gaps[gaps['batches'] == gaps['batches'].max()]
+    wide = ends.pivot(index=['partner', 'width', 'seed'], columns='system', values='nats')
+    lines = []
+    for system in (s for s in wide if s != 'joint' and 'joint' in wide):
+        both = (wide[system] - wide['joint']).dropna()
+        for key, same in both.groupby(level=['partner', 'width']):
+            d = difference(same)
+            lines.append((system, *key, d.n, d.delta, d.low, d.high))
+    return pd.DataFrame(lines, columns=['system', 'partner', 'width', 'seeds', 'nats', 'low',
+                                        'high'])
+
+def treatment_line(gaps: pd.DataFrame,  # of `interference`
+                   ) -> str:  # a sentence for each treatment; empty if none was run
+    "Count the cells in which a treatment lowers, or raises, what a second language costs."
+    out = []
+    for system, own in against_joint(gaps).groupby('system'):
+        lower, higher = (own['high'] < 0).sum(), (own['low'] > 0).sum()
+        out.append(f'`{system}` lowers held-out loss against joint in {lower} of {len(own)} cells, '
+                   f'raises it in {higher}; in {len(own) - lower - higher} nothing is decided '
+                   f'({own["nats"].min():+.3f} to {own["nats"].max():+.3f} nats).')
+    if out: out.append('Exploratory: 95% intervals, not corrected for the number of cells.')
+    return ' '.join(out)
+
 def sweep_table(gaps: pd.DataFrame,  # of `interference`
                 sweep: Sweep,  # what was asked for
                 ) -> pd.DataFrame:  # text; a line for each partner and system, a column for a width
@@ -208,9 +234,9 @@ def sweep_page(folder,  # of a sweep's records
              f'Held-out loss minus that of mono, nats, at {gaps["batches"].max():,} batches of '
              'each language; mean of the two languages, 95% interval over n seeds. Above '
              'zero: worse than alone. A meta step takes 5 to 6 passes; its batches count as one.',
-             markdown(sweep_table(gaps, sweep), 'left'),
+             markdown(sweep_table(gaps, sweep), 'left'), treatment_line(gaps),
              '## Where this comes from', *(f'{h.name}: {describe(h)}' for h in homes)]
-    return '\n\n'.join(parts) + '\n'
+    return '\n\n'.join(filter(None, parts)) + '\n'
 
 def write_sweep(folder,  # of a sweep's records
                 sweep: Sweep | None = None,  # what was asked for

@@ -3,6 +3,7 @@ import csv, errno, json, re, shutil
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
+import pandas as pd
 import pytest
 from interference_nb import capacity, files, planner, records, reproduce
 from interference_nb.cli import main
@@ -296,6 +297,24 @@ def test_a_sweep_refuses_records_of_other_settings():
             capacity.missing(replace(sweep, **change), RECORDS/'capacity-toy')
     with pytest.raises(SystemExit):
         main(['capacity', '--write-only', '--steps', '8000', '--out', str(RECORDS/'capacity-toy')])
+
+def test_treatments_are_compared_with_joint_seed_by_seed():
+    "What seeds have in common cancels; a cell without both is not counted."
+    rows = [(8, p, system, seed, b, seed + of[system] + (b < 20) * 9)
+            for p in ('x3', 'ar') for seed in range(3) for b in (10, 20)
+            for of in ({'joint': 0., 'adpt': -.1 - seed / 100, 'share_adpt': .01 * (-1) ** seed},)
+            for system in of if (p, system) != ('ar', 'share_adpt')]
+    gaps = pd.DataFrame(rows, columns=['width', 'partner', 'system', 'seed', 'batches', 'nats'])
+    found = capacity.against_joint(gaps).set_index(['system', 'partner'])
+    assert found.loc[('adpt', 'x3'), 'nats'] == pytest.approx(-.11)
+    assert [*found.index] == [('adpt', 'ar'), ('adpt', 'x3'), ('share_adpt', 'x3')]
+    assert (found['seeds'] == 3).all()
+    assert capacity.treatment_line(gaps) == (
+        '`adpt` lowers held-out loss against joint in 2 of 2 cells, raises it in 0; in 0 nothing '
+        'is decided (-0.110 to -0.110 nats). `share_adpt` lowers held-out loss against joint in 0 '
+        'of 1 cells, raises it in 0; in 1 nothing is decided (+0.003 to +0.003 nats). '
+        'Exploratory: 95% intervals, not corrected for the number of cells.')
+    assert not capacity.treatment_line(gaps[gaps['system'] == 'joint'])
 
 def test_a_copy_beside_the_widths_of_a_sweep_is_left_out(tmp_path, capsys):
     for name in ('width-16', 'width-16-old', 'width-new'):
