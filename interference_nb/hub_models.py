@@ -447,7 +447,8 @@ class HubEncoder(nn.Module):
         if getattr(config, 'is_encoder_decoder', False) or not hasattr(config, 'hidden_size'):
             raise InputError(f'{type(module).__name__} is no encoder of text. Use XLM, or a model '
                              'made as it is: BERT, XLM-R.')
-        if tokenizer.vocab_size > config.vocab_size:
+        spare = config.vocab_size - tokenizer.vocab_size            # some models round theirs up
+        if not 0 <= spare <= max(64, config.vocab_size // 100):
             raise InputError(f'the vocabulary has {tokenizer.vocab_size} pieces, the model '
                              f'{config.vocab_size}. Use the one that it was pretrained with.')
         if config.pad_token_id not in (None, tokenizer.pad):
@@ -456,7 +457,7 @@ class HubEncoder(nn.Module):
         self.langs = tuple(getattr(config, 'lang2id', None) or ())      # none: it takes any
         longest = min(getattr(config, 'max_position_embeddings', math.inf), longest_row(module),
                       tokenizer.hub.model_max_length)
-        if spare := config.vocab_size - tokenizer.vocab_size:
+        if spare:
             say_once(f'{type(module).__name__} has {spare:,} embeddings that its tokenizer does '
                      'not use. If it is not its own tokenizer, scores mean nothing.')
         self.cfg = SimpleNamespace(dim=config.hidden_size, max_len=longest, positions='learned',

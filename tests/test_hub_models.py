@@ -307,14 +307,15 @@ def test_words_are_cut_as_in_their_sentence():
         assert ''.join(places) == line.replace(' ', '')
 
 
-def test_a_padded_vocabulary_is_taken_and_a_larger_one_refused(capsys):
+def test_a_padded_vocabulary_is_taken_and_another_one_refused(capsys):
     tok = HubTokenizer(byte_level(['the old king']))
     def encoder(size): return HubEncoder(transformers.BertModel(transformers.BertConfig(
         vocab_size=size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16, pad_token_id=1)), tok)
     assert encoder(tok.vocab_size + 5).cfg.vocab_size == tok.vocab_size
     assert 'has 5 embeddings that its tokenizer does not use' in capsys.readouterr().err
-    with pytest.raises(InputError, match='the vocabulary has'): encoder(tok.vocab_size - 1)
+    for size in (tok.vocab_size - 1, tok.vocab_size + 65):
+        with pytest.raises(InputError, match='the vocabulary has'): encoder(size)
 
 
 def test_rows_are_no_longer_than_the_positions_of_a_model():
