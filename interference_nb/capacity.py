@@ -185,18 +185,11 @@ def bottom_line(gaps: pd.DataFrame,  # of `interference`
 
 # %% ../nbs/07g_capacity.ipynb #35c379ad
 def against_joint(gaps: pd.DataFrame,  # of `interference`
-                  ) -> pd.DataFrame:  # a line for system, partner, width: seeds, nats, low, high
+                  ) -> pd.DataFrame:  # as `at_the_end`, of the treatments
     "Subtract joint from each treatment, seed by seed, after the most batches."
-    ends = gaps[gaps['batches'] == gaps['batches'].max()]
-    wide = ends.pivot(index=['partner', 'width', 'seed'], columns='system', values='nats')
-    lines = []
-    for system in (s for s in wide if s != 'joint' and 'joint' in wide):
-        both = (wide[system] - wide['joint']).dropna()
-        for key, same in both.groupby(level=['partner', 'width']):
-            d = difference(same)
-            lines.append((system, *key, d.n, d.delta, d.low, d.high))
-    return pd.DataFrame(lines, columns=['system', 'partner', 'width', 'seeds', 'nats', 'low',
-                                        'high'])
+    same, joint = ['width', 'partner', 'seed', 'batches'], gaps['system'] == 'joint'
+    both = gaps[~joint].merge(gaps[joint][[*same, 'nats']], on=same, suffixes=('', '_joint'))
+    return at_the_end(both.assign(nats=both['nats'] - both['nats_joint']))
 
 def treatment_line(gaps: pd.DataFrame,  # of `interference`
                    ) -> str:  # a sentence for each treatment; empty if none was run

@@ -140,7 +140,7 @@ def forks_and_connections(home):
 
 def test_no_process_connects_before_all_are_forked(tmp_path):
     """A launcher that answers one process while it forks another leaves it with a taken lock of the
-    resolver: one start in a hundred hung."""
+    resolver, and the start hangs."""
     afresh(forks_and_connections, tmp_path)
     found = [map(float, (tmp_path/str(rank)).read_text().split()) for rank in range(4)]
     forked, connected = zip(*found, strict=True)
