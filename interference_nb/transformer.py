@@ -139,7 +139,7 @@ def attend(
     if bias is not None:            # one mask of numbers does both
         bias = bias[None].to(q.dtype)
         mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(q.dtype).min)
-    if p and not q.is_cuda:
+    if not q.is_cuda and (p or bias is not None and bias.requires_grad):
         scores = q / math.sqrt(d) @ k.transpose(-1, -2)     # [B,H,T,T]
         if bias is not None: scores = scores + mask
         elif mask is not None: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
