@@ -566,8 +566,8 @@ def check_inputs(spec: RunSpec, rows: list[dict], home: Path):  # a run, its rec
                       f'{n} has other content' for n in sorted(then | now)
                       if then.get(n) != now.get(n)]:
             raise InputError(f'{home} was made from other data than {spec.data}: '
-                             f'{", ".join(differ[:6])}. Name another folder with --out, or the '
-                             'data that it was made from with --data.')
+                             f'{", ".join(differ[:6])}. With --data, name the data that '
+                             'it was made from, or start another folder.')
     found = [r for r in rows if r['kind'] in FINETUNED and r['task'] in spec.tasks]
     jobs = finetuning_jobs(spec, source or open_source(spec.data)) if found else {}
     for r in found:
@@ -576,8 +576,8 @@ def check_inputs(spec: RunSpec, rows: list[dict], home: Path):  # a run, its rec
         if {*then} != {*now}:
             raise InputError(f'{home} has {r["task"]}, trained in {r["train_lang"]}, tested in '
                              f'{", ".join(then)}; {spec.data} now has rows to test in '
-                             f'{", ".join(now)}. Name another folder with --out, or the data that '
-                             'it was made from with --data.')
+                             f'{", ".join(now)}. With --data, name the data that it was made '
+                             'from, or start another folder.')
 
 def matching_row(rows: list[dict],  # of a record
                  job: tuple[str, str] | None = None,  # task, language finetuned on

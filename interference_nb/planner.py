@@ -605,8 +605,12 @@ def plan_finetuning(specs: list[RunSpec],  # pretrained already
                     seconds: float | None = None,  # as for `plan_family`
                     folder='runs',  # of the experiment
                     ) -> str:  # a table for the terminal
-    "Plan the gates and the finetuning of runs."
-    spec = next(s for s in specs if not SYSTEMS[s.system].hub)
+    "Plan the gates and the finetuning of runs. Raises `InputError` if our models have none."
+    ours = [s for s in specs if not SYSTEMS[s.system].hub and (s.tasks or s.prune)]
+    if not ours:
+        raise InputError('nothing to plan: none of these runs tunes or prunes a model of our own. '
+                         'Add a system such as joint, and tasks.')
+    spec = ours[0]
     scale = replace(spec.scale, train=replace(spec.train, precision='float32'))     # as both run
     spec = replace(spec, system='joint', langs=spec.pair, scale=scale)
     plan, scale = plan_run(spec, 1, seconds, folder), spec.scale

@@ -205,6 +205,12 @@ def test_a_family_is_planned_as_a_whole(monkeypatch):
         f'{work:,.0f}', f'{work:,.1f}', f'{work / 2:,.1f}']
 
 
+@pytest.mark.parametrize('specs', [[], [replace(TOY, tasks=())], [replace(TOY, system='xlm')]])
+def test_a_plan_of_no_finetuning_is_refused(specs):
+    with pytest.raises(InputError, match='nothing to plan.*Add a system'):
+        planner.plan_finetuning(specs, folder='nowhere')
+
+
 def test_toy_plan_needs_no_gpu_and_little(tmp_path):
     plan = plan_run(TOY, seconds=.2, folder=tmp_path/'not'/'there')
     assert 0 < plan.hours < 1 and not plan.problems()
