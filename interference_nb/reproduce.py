@@ -728,8 +728,9 @@ LEGENDS = {
              'sentences. A column has a bold row only if every row has been run and one of them '
              'is clearly the best.',
     'matched': 'Not in the paper: joint2x takes twice the steps, so that a language gets as many '
-               'batches as in mono, averaged over its languages (where corpora differ in size, the '
-               'larger one gets more, T = 5); joint6x takes as many passes as meta_adpt.',
+               'batches as in mono{}; joint6x takes as many passes as meta_adpt.',
+    'sampled': ', averaged over its languages (where corpora differ in size, the larger one gets '
+               'more, T = 5)',
     'verdicts': 'Exploratory: not corrected for the number of statements; the main statements of '
                 'the paper are judged together under Findings. A statement is supported if the '
                 '95% interval of the paired difference over seeds lies on its side of zero, '
@@ -761,8 +762,10 @@ def parts_of_page(e: Evidence, rows: pd.DataFrame,  # of `summarise_cells`
         differences = difference_table(rows, title)
         if len(differences): parts.append(markdown(differences))
     if len(rows) and (rows['task'] != 'ppl').any():
-        matched = LEGENDS['matched'] if 'joint6x' in exhibit.rows else ''
-        parts += [LEGENDS['cells'], untested(rows), matched, power_note(rows)]
+        turns = e.study.scale.train.language_order == 'round_robin'
+        matched = LEGENDS['matched'].format('' if turns else LEGENDS['sampled'])
+        parts += [LEGENDS['cells'], untested(rows), matched if 'joint6x' in exhibit.rows else '',
+                  power_note(rows)]
     parts += [LEGENDS.get(exhibit.name, ''), '## What the paper says', exhibit.paper]
     if len(found): parts.append(counts_of(found))
     if (found['n'] > 0).any():
