@@ -37,7 +37,7 @@ from .pretrain import (BatchSampler, JointStep, Precision, TrainConfig, check_sh
                                       train)
 from .baselines import held_out_report
 from .adapters import MultilingualLM, load_model
-from .l0_pruning import Gates, PruneConfig, prune_study
+from .l0_pruning import PruneConfig, kept_gates, prune_study
 from .gradient_probes import (CombinedStep, GradientProbe, ProbeConfig,
                                              check_pairs)
 from .meta_adapters import MetaConfig, MetaStep, upgrade_meta
@@ -497,19 +497,13 @@ def prune_model(model: MultilingualLM,  # pretrained
         own = Stream(s.corpus, cfg.batch_size, s.seq_len, s.seed, s.vocab_size, s.mask_prob,
                      'prune')
         return lambda k: model.loss(own.batch(k).to(sampler.device))
-    path = lambda lang, seed: Path(folder)/f'{lang}-{seed}.safetensors'
-    about = json.loads(json.dumps(dict(config=asdict(cfg), model=weights_hash(model)[:12])))
-    def done(lang, seed):
-        if not path(lang, seed).exists(): return None
-        gates = Gates.load(path(lang, seed))
-        return gates if gates.about | about == gates.about else None
-    def keep(lang, seed, gates):
-        gates.about |= about
-        gates.save(path(lang, seed))
+    about = dict(config=asdict(cfg), model=weights_hash(model)[:12])
+    get = lambda lang, seed, learn: kept_gates(Path(folder)/f'{lang}-{seed}.safetensors', about,
+                                               learn)
     start = time.perf_counter()
     study = prune_study(model, {l: loss_of(l) for l in sampler.langs},
                         lambda lang: perplexity(model, dev[lang]), cfg,
-                        progress=progress, done=done, keep=keep)
+                        progress=progress, get=get)
     return study | dict(wall_s=round(time.perf_counter() - start, 3))
 
 def complete(spec: RunSpec, home: Path) -> list[dict] | None:  # a run, its folder

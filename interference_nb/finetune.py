@@ -163,12 +163,18 @@ def finetuned(
     changes = [f'{k}={v}' for k, v in best.items() if k not in ('best_epoch', 'dev', 'wall_s')]
     at = Path(folder)/(','.join(changes) or 'trial')/'best.safetensors'
     with torch.random.fork_rng([]): tuned = TaskModel(model, spec)
-    weights, _ = load_checkpoint(at, tuned.device)
+    weights = _best_weights(at, tuned.device)
     try: tuned.load_state_dict(weights)
     except RuntimeError as e:
         raise InputError(f'{at} does not fit the run ({str(e).splitlines()[-1].strip()}). '
                          'Finetune once more.') from e
     return tuned, FinetuneConfig(**rows[-1]['finetune'])
+
+def _best_weights(path: Path, device) -> dict[str, Tensor]:
+    "Read the weights of a trial's best epoch."
+    if path.exists(): return load_checkpoint(path, device)[0]
+    raise InputError(f'{path} is gone, and the tuned weights with it. Delete {path.parent} and '
+                     'finetune again.')
 
 # %% ../nbs/06_finetune.ipynb #2a9adc02
 def make_optimizer(
@@ -264,7 +270,7 @@ class Trainer:
             same_config(self.config, meta['config'], self.folder)
             restore_training_state(self.model, self, state)
             self.history = meta['history']
-            self.best, _ = load_checkpoint(self.folder/'best.safetensors', self.model.device)
+            self.best = _best_weights(self.folder/'best.safetensors', self.model.device)
         n = len(self.history)
         self.record = JsonlLog(self.folder/'record.jsonl',
                                lambda row: n and row.get('epoch', 0) <= n)
@@ -450,7 +456,7 @@ def finetune(
             if score > top: best, top = (job, row, weights, notes), score   # the earlier of equals
         (cfg, home), row, weights, notes = best
         with torch.random.fork_rng([]): tuned = TaskModel(model, spec)
-        if home: weights, _ = load_checkpoint(home/'best.safetensors', tuned.device)
+        if home: weights = _best_weights(home/'best.safetensors', tuned.device)
     tuned.load_state_dict(weights)
     notes |= {f'test/{l}': d.notes for l, d in tests.items() if d.notes}
     return dict(task=spec.name, train_lang=train_lang, **evaluate_languages(tuned, tests),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMBINERS', 'disattenuated_cosine', 'eulerian_pair_order', 'gradients_into', 'gram', 'cosines', 'check_pairs',
            'ProbeConfig', 'GradientProbe', 'split_pairs', 'conflict', 'pcgrad', 'vaccine', 'Mean', 'PCGrad',
-           'GradientVaccine', 'CombinedStep', 'inner_products', 'halves', 'corrected_cosines', 'compare_rounds']
+           'GradientVaccine', 'CombinedStep', 'shares_of', 'inner_products', 'halves', 'corrected_cosines',
+           'compare_rounds']
 
 # %% ../nbs/04_gradient_probes.ipynb #8c70f394
 import math, tempfile
@@ -381,6 +382,18 @@ class CombinedStep(JointStep):
         return dict(name='combined', combiner=self.name)
 
 # %% ../nbs/04_gradient_probes.ipynb #6dc38eea
+def shares_of(
+    sizes: dict[str, int],  # {name: numbers in a tensor}
+    parts: int,             # shares asked for, 1 or more
+) -> list[list[str]]:       # at most as many as there are tensors, none of them empty
+    "Deal whole tensors into shares of about the same size."
+    shares, held = [[] for _ in range(min(parts, len(sizes)))], [(0, 0)] * min(parts, len(sizes))
+    for name in sorted(sizes, key=sizes.get, reverse=True):
+        least = held.index(min(held))
+        shares[least].append(name)
+        held[least] = held[least][0] + sizes[name], len(shares[least])
+    return shares
+
 def inner_products(
     params: dict[str, Tensor],      # {name: leaf}; their `.grad`s are left as they are
     draw: Callable[[str, int], Sequence[Callable[[], Tensor]]],     # (language, half) -> losses
@@ -388,13 +401,14 @@ def inner_products(
     folder: str | Path | None = None,   # where a temporary file takes 2 K gradients; None: /tmp
     groups: Callable[[str], tuple[str, ...]] = parameter_groups,   # parameter's name -> its groups
     average: Callable[[list], list] = list,     # mean over processes; the identity for one
-    parts: int = 1,                 # shares of the tensors taken in turn: 1 / parts of the memory
+    parts: int = 1,                 # shares of the tensors (`shares_of`) held one after another
 ) -> dict[str, np.ndarray]:         # {group: [2K,2K] float64}, rows 2 i and 2 i + 1 of language i
     "Multiply two gradients of each language with all others, by 2 K gradients in all."
     params = {n: p for n, p in params.items() if p.requires_grad}
     if not params: raise InputError('no parameter to compare gradients of: none needs a gradient.')
-    found, order = {}, [(l, half) for l in langs for half in (0, 1)]
-    for names in np.array_split(list(params), min(parts, len(params))):
+    order = [(l, half) for l in langs for half in (0, 1)]
+    found = dict.fromkeys((g for n in params for g in groups(n)), 0)    # in the order of the model
+    for names in shares_of({n: p.numel() for n, p in params.items()}, parts):
         leaves = [params[n] for n in names]
         sizes = [p.numel() for p in leaves]
         flat = leaves[0].detach().new_empty(sum(sizes))         # all that is held
@@ -405,7 +419,7 @@ def inner_products(
                 average([flat])
                 file.write(flat.float().cpu().numpy())
             for name, product in zip(names, _products(file, len(order), sizes)):
-                for g in groups(str(name)): found[g] = found.get(g, 0) + product
+                for g in groups(name): found[g] = found[g] + product
     return found
 
 def _products(file, n, sizes, block=2**16):     # a file of n rows -> [n,n] float64 for each size

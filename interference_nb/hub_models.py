@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import frozen
@@ -117,7 +118,11 @@ class AnyModel(nn.Module):
                         strict: bool = True,  # False: names may be missing, or too many
                         **kwargs):
         "Load what `state_dict` returned. Raises `InputError` for another model's weights."
-        missing, extra = super().load_state_dict(state_dict, strict=False, **kwargs)
+        try: missing, extra = super().load_state_dict(state_dict, strict=False, **kwargs)
+        except RuntimeError as e:       # of another shape
+            raise InputError('these are weights of another model '
+                             f'({str(e).splitlines()[-1].strip()}). Build the model that they come '
+                             'from.') from e
         missing = [n for n in self.state_dict() if n in missing]
         if strict and (missing or extra):
             names = ', '.join([*missing, *extra][:4])
@@ -277,6 +282,8 @@ def _open(name, kind, revision, offline):
     if lost:
         raise InputError(f'the weights of {name} lack {lost[0]} and {len(lost) - 1} more. '
                          'Are they of another model, or of one without a language modeling head?')
+    state = module.state_dict()         # a pooler that is not there is drawn anew each time
+    for n in found['missing_keys']: state[n].zero_()
     return module, tokenizer
 
 def _refusal(name, e):
@@ -308,7 +315,8 @@ def guess_loss(
 ) -> str:           # 'masked' or 'causal'
     "Tell from a model's architecture what it predicts. Raises `InputError` where it says neither."
     said = (getattr(config, 'architectures', None) or ['no architecture'])[0]
-    if re.search('MaskedLM$|PreTraining$|XLMWithLMHead|FlaubertWithLMHead', said): return 'masked'
+    if re.search('MaskedLM$|PreTraining$|XLMWithLMHead|FlaubertWithLMHead', said):
+        return 'causal' if getattr(config, 'causal', False) else 'masked'
     if re.search('CausalLM$|LMHeadModel$', said): return 'causal'
     other = '' if config.is_encoder_decoder else ', or say --loss masked or causal'
     raise InputError(f'its config names {said}, which has no language modeling head that predicts '
@@ -347,7 +355,20 @@ def open_language_model(
     if loss == 'causal' and _reads_ahead(model):
         raise InputError(f'{name} sees the words that it would have to predict. Use --loss masked; '
                          'or, if it was trained as a decoder, say is_decoder in its config.json.')
+    if loss == 'causal' and not _predicts_next(model):
+        raise InputError(f'{name} compares each token with itself, not with the next one, so its '
+                         f'causal loss ({type(module).__name__}) says nothing. Use --loss masked, '
+                         'or another model.')
     return model, tokenizer, stream
+
+@torch.no_grad()
+def _predicts_next(model):
+    "Tell whether a causal model's own loss is that of each row's next tokens."
+    tokens = torch.tensor([[3, 5, 6, 7]]) % model.module.config.vocab_size
+    more = language_inputs(model.module.config, model.langs[0], tokens)
+    with evaluating(model): out = model.module(input_ids=tokens, labels=tokens, **more)
+    next_ones = F.cross_entropy(out.logits[0, :-1].float(), tokens[0, 1:])
+    return math.isclose(out.loss, next_ones, rel_tol=1e-3)
 
 @torch.no_grad()
 def _reads_ahead(model):

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'HardConcrete', 'GateGroup', 'rows', 'columns', 'gate_groups', 'gated', 'Gates', 'PruneConfig',
-           'learn_gates', 'gate_cosines', 'similarity', 'mean_gates', 'partition_gates', 'prune_study']
+           'learn_gates', 'kept_gates', 'gate_cosines', 'similarity', 'mean_gates', 'partition_gates', 'prune_study']
 
 # %% ../nbs/03_l0_pruning.ipynb #511ad20c
-import math, re
+import json, math, re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import combinations
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -341,6 +343,21 @@ def learn_gates(
                  dict(config=asdict(cfg), seed=seed, course=course))
 
 # %% ../nbs/03_l0_pruning.ipynb #b6b457d2
+def kept_gates(
+    path,                       # of a file; None: nothing is kept
+    about: dict,                # plain values that the gates depend on
+    learn: Callable[[], Gates], # learns them
+) -> Gates:                     # with these values in `about`
+    "Load gates that a file keeps of the same settings; else learn them, and keep them there."
+    about = json.loads(json.dumps(about))
+    if path and Path(path).exists():
+        gates = Gates.load(path)
+        if gates.about | about == gates.about: return gates
+    gates = learn()
+    gates.about |= about
+    if path: gates.save(path)
+    return gates
+
 def _check_loss(value, log_alpha):
     "Raise `InputError` for a loss that the gates cannot change."
     grad = torch.autograd.grad(value, log_alpha, retain_graph=True, allow_unused=True)[0] \
@@ -428,8 +445,8 @@ def prune_study(
     cfg: PruneConfig = PruneConfig(),               # of each pruning; how many seeds
     groups: Sequence[GateGroup] | None = None,      # None: `cfg.groups`
     progress: bool = False,                         # show text bars
-    done: Callable[[str, int], Gates | None] = lambda lang, seed: None,     # of an earlier run
-    keep: Callable[[str, int, Gates], None] = lambda lang, seed, gates: None,   # store a result
+    # gates of a language and seed; may keep what `learn` returns, or know it already
+    get: Callable[[str, int, Callable], Gates] = lambda lang, seed, learn: learn(),
 ) -> dict:                                          # plain values, for a record
     "Prune for each language, several times, and compare [paper Fig. 4]; needs two languages."
     langs = list(losses)
@@ -440,13 +457,10 @@ def prune_study(
     gates = {l: [] for l in langs}
     for i, l in enumerate(langs):
         for s in range(cfg.seeds):          # every pruning has its own batches and its own noise
-            found = done(l, s)
-            if found is None:
-                batch = lambda k, l=l, s=s: losses[l](s * cfg.steps + k)
-                found = learn_gates(model, batch, groups, cfg, s * len(langs) + i, progress)
-                keep(l, s, found)
-            found.check(model)
-            gates[l].append(found)
+            batch = lambda k, l=l, s=s: losses[l](s * cfg.steps + k)
+            learn = partial(learn_gates, model, batch, groups, cfg, s * len(langs) + i, progress)
+            gates[l].append(get(l, s, learn))
+            gates[l][-1].check(model)
     means = {l: mean_gates(g) for l, g in gates.items()}
     return dict(config=asdict(cfg), sites=[asdict(g) | g.place._asdict() for g in groups],
                 kept={l: [g.kept_fraction() for g in gs] for l, gs in gates.items()},

@@ -20,16 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import UNKNOWN, check_languages, split_sentences
+from .data import SPLITS, UNKNOWN, check_languages, split_sentences
 from .distributed import mean_over_processes, rank_and_world_size
 from .experiments import device, make_batches, open_run
 from .files import (InputError, JsonlLog, check_choice, check_ranges, free_space,
                                    require_package, run_lock, size_in_words, weights_hash,
                                    write_atomically)
-from .gradient_probes import compare_rounds, halves, inner_products
+from .gradient_probes import compare_rounds, halves, inner_products, shares_of
 from .hub_models import LOSSES, guess_loss, open_config, open_language_model
-from .l0_pruning import (PruneConfig, learn_gates, mean_gates, partition_gates, rows,
-                                        similarity)
+from .l0_pruning import (PruneConfig, kept_gates, learn_gates, mean_gates,
+                                        partition_gates, rows, similarity)
 from .planner import memory_of
 from .pretrain import evaluating, progress_bar, run_info, same_config
 from .toy_languages import open_source
@@ -44,7 +44,7 @@ class ReportConfig:
     length: int = 128  # tokens of a sentence at most; the rest is cut off
     mask_prob: float = .15  # share of a masked model's tokens to predict
     probe: str = ''  # regular expression: parameters to compare; all that languages share if empty
-    parts: int = 1  # probe the parameters in so many turns, for 1 / parts of the memory and disk
+    parts: int = 1  # probe whole tensors in so many turns, for as much less memory and disk
     gates: tuple[str, ...] = ()  # languages to learn gates for: which rows of weights they need
     gate_steps: int = 200  # of each of a language's two prunings
     seed: int = 0  # of masks, order and gates
@@ -107,6 +107,7 @@ def open_subject(
 ) -> Subject:                       # on the GPU if there is one
     "Open a model and text of its languages. Raises `InputError` if something is missing."
     cfg, langs = cfg or ReportConfig(), tuple(langs)
+    check_choice('split', split, SPLITS)
     if twice := [l for l in langs if langs.count(l) > 1]:
         raise InputError(f'{twice[0]} is named twice. Name each language once.')
     ours = (Path(model)/'record.jsonl').exists()
@@ -143,9 +144,15 @@ def open_subject(
     for l, own in sentences.items():
         ids = tokenizer(own, add_special_tokens=False, verbose=False)['input_ids']
         pieces[l] = sum(map(len, ids)) / sum(map(len, own))
+        if (top := max(map(max, filter(None, ids)), default=0)) >= config.vocab_size:
+            raise InputError(f'{model}: its tokenizer gives token id {top} in {l!r}, but the model '
+                             f'knows {config.vocab_size} subwords. Use the tokenizer that it was '
+                             'trained with.')
         notes += _unknown_pieces(model, l, ids, tokenizer.unk_token_id)
         streams[l] = stream(tokenizer, own, l, cfg.rows, length, cfg.seed, cfg.mask_prob)
-        notes += _notes_on_text(l, len(own), sum(len(i) > room for i in ids), length, cfg)
+        notes += _notes_on_text(l, streams[l].n_rows, sum(len(i) > room for i in ids), length, cfg)
+        notes += _notes_on_reading(l, source.skipped.get((l, split), ()), len(own),
+                                   len(own) - streams[l].n_rows)
     shared = opened.theta
     if hasattr(config, 'languages'):
         shared = {n: p for n, p in shared.items() if 'adapter_modules' not in n}
@@ -207,6 +214,13 @@ def _notes_on_text(lang, there, cut, length, cfg, rows=None):
                f'{need / there:.1f} times, so its intervals are too narrow.')
     if cut: yield f'{lang}: {cut} of {there} sentences were cut to {length} tokens.'
 
+def _notes_on_reading(lang, skipped, read, unused):
+    "Say what of a text never became a row."
+    if skipped:
+        yield (f'{lang}: {len(skipped):,} rows of the source hold no text and are left out: '
+               f'{"; ".join(skipped[:3])}.')
+    if unused: yield f'{lang}: {unused:,} of {read:,} sentences have nothing to predict, left out.'
+
 # %% ../nbs/08c_report.ipynb #de72140e
 def check_fit(
     name,               # of the model
@@ -225,7 +239,8 @@ def check_fit(
                          f'Name {other}another model.') from e
     params = {n: p.numel() for n, p in module.named_parameters()}
     weights = 4 * sum(params.values())
-    gradient = 4 * sum(n for name, n in params.items() if re.search(cfg.probe, name)) // cfg.parts
+    probed = {name: n for name, n in params.items() if re.search(cfg.probe, name)}
+    gradient = 4 * sum(probed[name] for name in _largest_share(probed, cfg))
     if free is None: free, whose = memory_of(device(), rank_and_world_size()[1])
     if weights + gradient <= free: return weights + gradient
     raise InputError(
@@ -241,8 +256,9 @@ def plan(
     folder,             # where temporary gradients go
 ) -> str:               # what it will take
     "Say what the measurement takes, after one pass. Raises `InputError` if the disk is too small."
-    K, leaves = len(subject.langs), list(subject.theta.values())
-    flat = 4 * subject.size / cfg.parts
+    K, sizes = len(subject.langs), {n: p.numel() for n, p in subject.theta.items()}
+    leaves = [subject.theta[n] for n in _largest_share(sizes, cfg)]
+    flat = 4 * sum(p.numel() for p in leaves)
     for _ in range(2):                                          # the first one warms up
         start, own = time.perf_counter(), time.process_time()
         with evaluating(subject.model):
@@ -255,18 +271,27 @@ def plan(
                          'Look at the model and its text.')
     peak = (torch.cuda.max_memory_allocated() if device() == 'cuda' else
             1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    passes, disk = K * cfg.rounds * cfg.batches * cfg.parts, 2 * K * flat
+    passes, more = K * cfg.rounds * cfg.batches * _turns(subject, cfg), 2 * cfg.gate_steps
+    more, disk = more * len(cfg.gates), 2 * K * flat    # passes for gates, of one process
     if disk > (free := free_space(folder)):
         raise InputError(f'{K} languages take {size_in_words(disk)} of temporary gradients in '
                          f'{folder}, where {size_in_words(free)} are free. Name another folder '
                          'with --out, or take --parts 4.')
     world = rank_and_world_size()[1]
-    return (f'{K} languages, {cfg.rounds} rounds of {cfg.batches} batches each: {passes:,} passes, '
-            f'about {passes * s / 60 / world:.1f} minutes at {s:.2g} s a pass'
+    gates = f', gates of {len(cfg.gates)} of them' * bool(cfg.gates)
+    return (f'{K} languages, {cfg.rounds} rounds of {cfg.batches} batches each{gates}: '
+            f'{passes + more:,} passes, about {(passes / world + more) * s / 60:.1f} minutes at '
+            f'{s:.2g} s a pass'
             f'{f" in {world} processes" * (world > 1)}. Memory: {size_in_words(peak)} after a '
             f'pass, and {size_in_words(flat)} for a gradient; temporary space on disk: '
             f'{size_in_words(disk)}.' + ' Other programs use the cores, and threads wait for '
             'one another: OMP_NUM_THREADS=1 may be faster.' * waits)
+
+def _largest_share(sizes, cfg):
+    "Name the tensors of which the most numbers are held at once."
+    return max(shares_of(sizes, cfg.parts), key=lambda own: sum(sizes[n] for n in own), default=[])
+
+def _turns(subject, cfg): return min(cfg.parts, len(subject.theta))
 
 def _check_shares(cfg):
     "Raise `InputError` for batches that do not divide among the processes."
@@ -292,7 +317,12 @@ def measure(
         unnamed = lambda about: {k: v for k, v in about.items() if k != 'model'}    # weights tell
         same_config(unnamed(about), unnamed(log.rows[0]['config']), path, ())
         _same_inputs(subject.inputs, log.rows[0].get('inputs', subject.inputs), path)
-    else: log.write('start', config=about, inputs=subject.inputs)
+        first = log.rows[0].get('rounds', cfg.rounds)
+        if first < cfg.rounds and not subject.own:      # more text is drawn in another order
+            subject.notes.append(f'The first {first} rounds were planned before the others: these '
+                                 'draw anew from the text of those, so intervals are somewhat too '
+                                 'narrow. Another folder with --out has all rounds apart.')
+    else: log.write('start', config=about, inputs=subject.inputs, rounds=cfg.rounds)
     done = torch.tensor(float(len(log.rows) - 1) if not rank else 0.)
     done = round(mean_over_processes([done])[0].item() * world)
     with evaluating(subject.model), progress_bar(cfg.rounds, done, progress) as bar:
@@ -311,10 +341,11 @@ def _round(subject, cfg, r, folder):
     "Measure one round: mean losses, and inner products and cosines by group."
     rank, world = rank_and_world_size()
     n, where, values = cfg.batches // 2, device(), {l: [] for l in subject.langs}
+    turns = _turns(subject, cfg)            # each runs every batch again
     def draw(lang, half):
         def loss(i):
             value = subject.model.loss(subject.streams[lang].batch(i).to(where))
-            values[lang].append(value.detach() * world / cfg.batches / cfg.parts)
+            values[lang].append(value.detach() * world / cfg.batches / turns)
             return value * (world / n)                  # the mean of a half, over all processes
         first = (2 * r + half) * n
         return [lambda i=i: loss(i) for i in range(first + rank, first + n, world)]
@@ -452,17 +483,22 @@ def _interval(p):       # 'x [low, high]'
 def compare_gates(
     subject: Subject,       # what to prune; it stays as it is
     cfg: ReportConfig,      # which languages, how many steps
+    folder=None,            # keeps the gates of each pruning; None: nothing
     progress: bool = False, # show a bar
 ) -> dict:                  # by layer: shares of rows; similarity within and across languages
     "Learn which rows of the shared matrices each language needs. Raises `InputError` for others."
     langs, groups = cfg.gates, _gate_groups(subject, cfg)
     prune, found = PruneConfig(steps=cfg.gate_steps, warmup=cfg.gate_steps // 4), {}
-    for l in langs:
+    for i, l in enumerate(langs):
         stream = subject.streams[l].independent_stream('gates')
-        found[l] = [learn_gates(
-            subject.model, lambda k, s=s, stream=stream: subject.model.loss(
-                stream.batch(s * cfg.gate_steps + k).to(device())),
-            groups, prune, cfg.seed + s, progress) for s in (0, 1)]
+        def learn(s, i=i, stream=stream):   # every pruning has its own batches and its own noise
+            batch = lambda k: stream.batch(s * cfg.gate_steps + k).to(device())
+            return learn_gates(subject.model, lambda k: subject.model.loss(batch(k)), groups, prune,
+                               cfg.seed + s * len(langs) + i, progress)
+        about = dict(report=dict(prune=asdict(prune), seed=cfg.seed, languages=list(langs),
+                                 text=[l, stream.n_rows], inputs=subject.inputs))
+        found[l] = [kept_gates(folder and Path(folder)/f'gates-{l}-{s}.safetensors', about,
+                               lambda s=s: learn(s)) for s in (0, 1)]
     classes = partition_gates({l: mean_gates(g) for l, g in found.items()})
     layers = sorted({g.place.layer for g in groups})
     share = lambda masks, layer: float(torch.cat([m for g, m in masks.items()
@@ -683,7 +719,7 @@ def make_report(
         if dry_run: return out/'report.html'
         measured = measure(subject, cfg, out, progress)
         if not first: return out/'report.html'
-        gates = compare_gates(subject, cfg, progress) if cfg.gates else None
+        gates = compare_gates(subject, cfg, out, progress) if cfg.gates else None
         return write_report(findings(measured, subject, gates), out)
 
 @contextmanager

@@ -380,6 +380,15 @@ def test_a_record_behind_its_checkpoint_is_refused(tmp_path):
         with pytest.raises(InputError, match='lacks epochs of its checkpoint'): ask()
 
 
+def test_tuned_weights_that_are_gone_are_to_be_tuned_again(tmp_path):
+    "Not pretrained again, as was said once."
+    model, tok, source = toy_model()
+    ask = lambda: finetune(model, tok, 'ner', source, 'en', ['en'], CFG, folder=tmp_path)
+    ask()
+    (tmp_path/'trial/best.safetensors').unlink()
+    with pytest.raises(InputError, match='trial and finetune again'): ask()
+
+
 def test_the_best_trials_notes_are_kept():
     model, tok, source = toy_model()
     ask = lambda cfg, grid=None: finetune(model, tok, 'pos', source, 'en', ['en'], cfg, grid,

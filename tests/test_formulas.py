@@ -214,9 +214,12 @@ def test_each_pruning_has_its_own_batches_and_noise():
     kept = {}
     def loss(lang): return lambda k: (drawn.setdefault(lang, []).append(k),
                                       model.loss(stream(lang).batch(k)))[1]
-    def keep(lang, seed, gates): kept[lang, seed] = gates.flat()
+    def get(lang, seed, learn):
+        gates = learn()
+        kept[lang, seed] = gates.flat()
+        return gates
     worth = lambda lang: model.blocks[0].ffn.out.weight.abs().sum().item()
-    study = prune_study(model, {l: loss(l) for l in LANGS[:2]}, worth, cfg, keep=keep)
+    study = prune_study(model, {l: loss(l) for l in LANGS[:2]}, worth, cfg, get=get)
     assert drawn == dict.fromkeys(LANGS[:2], list(range(6)))
     noise = {run: g - cfg.init for run, g in kept.items()}      # nothing is learned at that rate
     pairs = [(a, b) for a in noise for b in noise if a < b]

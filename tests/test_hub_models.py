@@ -249,6 +249,7 @@ def test_refuses_in_words():
             (lambda: build('bert', 20).loss(batch), 'tokenizer'),
             (lambda: hf_loss(bert.module.bert, batch), 'AutoModelForMaskedLM'),
             (lambda: xmod.load_state_dict(bits), 'another model'),
+            (lambda: build('bert', 20).load_state_dict(bits), 'another model .*size mismatch'),
             (lambda: MetaStep(bert, settings()), 'no language-specific')):
         with pytest.raises(InputError, match=says): wrong()
     with torch.autocast('cpu', dtype=torch.bfloat16), pytest.raises(InputError, match='float32'):

@@ -19,9 +19,9 @@ from interference_nb.cli import main
 from interference_nb.data import Batch
 from interference_nb.distributed import launch
 from interference_nb.experiments import Scale
-from interference_nb.files import InputError, read_jsonl, run_lock
-from interference_nb.gradient_probes import inner_products
-from interference_nb.hub_models import AnyModel, guess_loss
+from interference_nb.files import InputError, read_jsonl, run_lock, weights_hash
+from interference_nb.gradient_probes import inner_products, shares_of
+from interference_nb.hub_models import AnyModel, guess_loss, open_encoder, open_language_model
 from interference_nb.pretrain import BatchSampler, TrainConfig, train
 from interference_nb.report import (ReportConfig, Subject, conflicts, findings, make_report,
                                     measure, open_subject)
@@ -301,7 +301,8 @@ def test_the_command_writes_page_and_numbers_and_goes_on(bert, tmp_path, capsys)
     words = ['report', bert, '--langs', 'en,fr', 'ar', '--out', out, '--rounds', 3, '--batches', 2,
              '--gates', 'en,ar', '--gate-steps', 4]
     status, said, err = run(*words, '--dry-run', capsys=capsys)
-    assert status == 0 and '18 passes' in said and not (out/'report.html').exists(), err
+    assert status == 0 and 'gates of 2 of them: 34 passes' in said, err
+    assert not (out/'report.html').exists()
     status, said, err = run(*words, capsys=capsys)
     assert status == 0 and str(out/'report.html') in said, err
     html = (out/'report.html').read_text(encoding='utf-8')
@@ -347,6 +348,68 @@ def test_rounds_of_other_text_or_weights_do_not_go_on(bert, tmp_path, capsys):
     assert (out/'rounds.jsonl').read_bytes() == first
 
 
+def test_rounds_that_are_added_say_that_they_share_text(bert, tmp_path):
+    told = lambda subject: any('The first 3 rounds were planned before' in n for n in subject.notes)
+    for rounds, said in ((3, False), (4, True), (4, True)):
+        cfg = dataclasses.replace(SMALL, rounds=rounds)
+        subject = open_subject(bert, LANGS, 'toy', cfg)
+        measure(subject, cfg, tmp_path)
+        assert told(subject) == said
+    subject.notes.clear()
+    subject.own = dict(rows=16)                 # a run of ours has all its text at once
+    measure(subject, cfg, tmp_path)
+    assert not told(subject)
+
+
+def test_text_that_is_left_out_is_told(gpt2, tmp_path):
+    "Rows without text, and sentences of one token, of which a causal model predicts none."
+    text = list(islice(ToySource().text('en'), 300))
+    for lang, more in dict(en=[], fr=[None, 3, 'the']).items():
+        (tmp_path/'text'/lang).mkdir(parents=True)
+        (tmp_path/'text'/lang/'train.jsonl').write_text('\n'.join(
+            json.dumps(dict(text=t)) for t in [*more, *text]), encoding='utf-8')
+    from tokenizers import processors
+    tok = tokenizer_of(LANGS, ToySource(n_train=400))
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single='$A')
+    tok.save_pretrained(gpt2 := shutil.copytree(gpt2, tmp_path/'model'))
+    subject = open_subject(gpt2, ('en', 'fr'), str(tmp_path), SMALL)
+    fr = [n for n in subject.notes if n.startswith('fr')]
+    assert any('2 rows of the source hold no text and are left out' in n for n in fr), fr
+    assert any('have nothing to predict, left out' in n and ': 1 of ' in n for n in fr), fr
+    assert not any('left out' in n for n in subject.notes if n.startswith('en'))
+
+
+def test_a_pooler_that_is_not_there_does_not_change_what_a_model_is(bert):
+    "Else a finetuning of it could not go on: its weights were others each time."
+    first, second = (weights_hash(open_encoder(bert)[0]) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize('kind', ['mbart', 'xlm'])
+def test_a_causal_model_that_scores_its_own_input_is_refused(kind, tmp_path):
+    tok = tokenizer_of(LANGS, ToySource(n_train=400))
+    torch.manual_seed(0)
+    if kind == 'mbart': module = transformers.MBartForCausalLM(transformers.MBartConfig(
+        vocab_size=len(tok), d_model=16, decoder_layers=1, decoder_attention_heads=2,
+        decoder_ffn_dim=16, max_position_embeddings=32, pad_token_id=1))
+    else: module = transformers.XLMWithLMHeadModel(transformers.XLMConfig(
+        vocab_size=len(tok), emb_dim=16, n_layers=1, n_heads=2, max_position_embeddings=32,
+        causal=True, pad_index=1, pad_token_id=1))
+    module.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match='each token with itself, not with the next one'):
+        open_language_model(tmp_path, LANGS)
+
+
+def test_a_tokenizer_that_outgrew_its_model_is_refused(tmp_path):
+    "On a GPU an id without an embedding ends the program without a word."
+    folder = write_model(tmp_path/'model')
+    tokenizer_of((*LANGS, 'hi'), ToySource(n_train=400)).save_pretrained(folder)
+    open_subject(folder, LANGS, 'toy', SMALL)
+    with pytest.raises(InputError, match="gives token id .* in 'hi', but the model knows"):
+        open_subject(folder, ('en', 'hi'), 'toy', SMALL)
+
+
 def test_causal_loss_is_the_modules_own_and_counts_every_token_but_the_first(gpt2):
     subject = open_subject(gpt2, LANGS, 'toy', SMALL)
     batch = subject.streams['ar'].batch(0)
@@ -385,6 +448,32 @@ def test_probing_leaves_the_model_alone_and_parts_change_nothing(bert):
                                    dict(zip(b['groups'], b['inner']))['all'], rtol=1e-4, atol=1e-6)
     assert all(torch.equal(p, before[n]) and p.grad is None
                for n, p in subject.model.named_parameters())
+    one = dataclasses.replace(SMALL, probe='word_embeddings')           # fewer tensors than parts
+    subject = open_subject(bert, LANGS, 'toy', one)
+    alone, more = (measure(subject, dataclasses.replace(one, parts=n))[1] for n in (1, 4))
+    assert len(subject.theta) == 1 and more['loss'] == pytest.approx(alone['loss'])
+    passes = 3 * SMALL.rounds * SMALL.batches
+    assert f' {passes} passes' in report.plan(subject, dataclasses.replace(one, parts=4), '.')
+
+
+def test_parts_are_of_like_size_and_promised_as_they_are(bert, monkeypatch):
+    "A hub model's embeddings are larger than all the rest."
+    assert shares_of(dict(a=1, b=9, c=4, d=4, e=0), 3) == [['b'], ['c', 'a'], ['d', 'e']]
+    assert shares_of(dict(a=0, b=0), 9) == [['a'], ['b']] and not shares_of({}, 2)
+    cfg = dataclasses.replace(SMALL, parts=4)
+    subject, leaves = open_subject(bert, LANGS, 'toy', cfg), []
+    sizes = {n: p.numel() for n, p in subject.theta.items()}
+    largest = max(sum(sizes[n] for n in own) for own in shares_of(sizes, 4))
+    assert largest == max(sizes.values())
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, 'grad', lambda loss, own, **how: leaves.append(
+        sum(p.numel() for p in own)) or grad(loss, own, **how))
+    said = report.plan(subject, cfg, '.')
+    assert leaves == [largest] * 2 and f'{report.size_in_words(4 * largest)} for a gradient' in said
+    assert f'disk: {report.size_in_words(2 * 3 * 4 * largest)}.' in said
+    config = transformers.AutoConfig.from_pretrained(bert)
+    weights = sum(p.numel() for p in transformers.BertForMaskedLM(config).parameters())
+    assert report.check_fit(bert, config, 'masked', cfg, 1e9) == 4 * (weights + largest)
 
 
 def test_every_batch_is_behind_one_gradient():
@@ -477,10 +566,25 @@ def test_gates_are_learned_twice_with_noise_of_their_own(bert, monkeypatch):
         return learn(model, loss, groups, prune, seed, progress)
     monkeypatch.setattr(report, 'learn_gates', recorded)
     found = report.compare_gates(subject, cfg)
-    assert [seed for seed, _ in learned] == [0, 1, 0, 1]
+    assert [seed for seed, _ in learned] == [0, 2, 1, 3]
     assert len({x for _, losses in learned for x in losses}) == 16      # and batches of their own
     assert all(x < .999 for x in found['within'].values()) and set(found['across']) == {'en–ar'}
     for shares in found['layers'].values(): assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_gates_outlive_a_kill(bert, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(SMALL, gates=('en', 'ar'), gate_steps=4)
+    subject, learn, learned = open_subject(bert, LANGS, 'toy', cfg), report.learn_gates, []
+    def killed(*args):
+        learned.append(args[4])
+        if len(learned) == 4: raise KeyboardInterrupt
+        return learn(*args)
+    monkeypatch.setattr(report, 'learn_gates', killed)
+    with pytest.raises(KeyboardInterrupt): report.compare_gates(subject, cfg, tmp_path)
+    found = report.compare_gates(subject, cfg, tmp_path)
+    assert learned == [0, 2, 1, 3, 3] and found == report.compare_gates(subject, cfg)
+    report.compare_gates(subject, dataclasses.replace(cfg, gate_steps=5), tmp_path)
+    assert len(learned) == 5 + 4 + 4            # of other settings: learned anew
 
 
 @pytest.mark.parametrize('kind', ['bert', 'gpt2'])
@@ -629,6 +733,7 @@ def faulty(tmp_path_factory):
     ('large', [], 'fit GB --probe --parts'), ('remote', [], 'code run'),
     ('fine', ['--probe', 'laier'], "name 'laier' example"),
     ('fine', ['--langs', 'en'], 'two languages --langs'),
+    ('fine', ['--split', 'dev'], "split 'dev' validation"),
     ('fine', ['--langs', 'en', 'en'], 'twice'), ('pickled', [], 'pickle save_pretrained'),
     ('none', [], 'cannot open'), ('fine', ['--gates', 'en,zz'], 'gates zz'),
     ('fine', ['--gates', 'en'], 'two --gates'),
