@@ -430,6 +430,7 @@ def verdict_table(judged: pd.DataFrame,  # of `judge`
                   ) -> pd.DataFrame:  # of text
     "Set a verdict beside each statement, or one for each case; what was not run is left out."
     rows = judged[judged['n'] > 0]
+    if not len(rows): by = None
     about = {'exploratory statement': rows['text'],
              'paper': rows['source'].replace('', 'our control')}
     if metric: about['measured by'] = rows['metric']

@@ -136,11 +136,7 @@ def _next_step(cfg, out: Path) -> str:
 def _run_and_show(cfg, study, exhibit, name: str) -> Path:  # the folder of records
     "Run an exhibit of pairs of languages; print its page."
     _check_counts(cfg)
-    if cfg.steps is not None:
-        if cfg.steps < 1:
-            raise InputError(f"steps is {cfg.steps}. It must be 1 or more; the system 'scratch' "
-                             'is the model before any.')
-        study = with_steps(study, cfg.steps)
+    if cfg.steps is not None: study = with_steps(study, cfg.steps)
     out, t0 = cfg.out or Path('runs')/name, time.time()
     specs = exhibit.runs(exhibit, study)
     check_specs(specs, rank_and_world_size()[1])
@@ -677,7 +673,11 @@ def _executor_of(cfg: ReproduceConfig, out: Path):
     submitit = require_package('submitit', 'slurm')
     try: executor = submitit.AutoExecutor(out/'slurm', cluster='slurm')
     except RuntimeError as e: raise InputError(f'{e}. Leave --engine slurm out.') from None
-    executor.update_parameters(name='interference', cpus_per_task=1, **cfg.slurm)
+    settings = {k: int(v) if v.isdecimal() else v for k, v in cfg.slurm.items()}
+    try: executor.update_parameters(**dict(name='interference', cpus_per_task=1) | settings)
+    except (AssertionError, NameError, TypeError, ValueError) as e:
+        raise InputError(f'--slurm: {str(e).splitlines()[0]} Give settings that submitit knows, '
+                         'such as timeout_min 600.') from e
     return executor
 
 # %% ../nbs/09_cli.ipynb #8395e3ce

@@ -31,7 +31,7 @@ from .gradient_probes import conflict, split_pairs
 from .experiments import SYSTEMS
 from .records import load, price, strongest, summarise, text_name
 from .claims import difference, interval, markdown, paired
-from .tasks import task_spec
+from .tasks import TASKS, task_spec
 from .toy_languages import TOY_LANGUAGES
 
 # %% ../nbs/08_figures.ipynb #2a7b203b
@@ -277,8 +277,8 @@ def plot_convergence(folder,  # of records, or what `load` read from it
     have = curves.groupby('model')['system'].transform('nunique')
     curves = curves[have == curves['system'].nunique()]
     if not len(curves): raise InputError(f"no loss of {' or '.join(systems)} under {folder}.")
-    last = curves[curves['system'] != 'meta_adpt'][x].max()
-    max_step = max_step or last / 3
+    plain = curves[curves['system'] != 'meta_adpt']         # a meta step takes several passes
+    max_step = max_step or (plain if len(plain) else curves)[x].max() / 3
     fig, ax = (ax.figure, ax) if ax else new_axes()
     _draw_curves(curves, ax, x, max_step, nats=True)
     ax.set(xlim=(0, max_step), ylabel=f"{'held-out' if held_out else 'training'} loss, nats")
@@ -541,8 +541,10 @@ def plot_summary(folder,  # of records, or what `load` read from it
         plot_curves(table, x, ax=ax)
     if legend := axes[0, 1].get_legend(): legend.remove()
     axes[0, 1].set_ylabel('')
-    plot_transfer(table, ax=axes[0, 2])
-    shown = _comparable(results)
+    tasks = [t for t in TASKS if t in set(table['task'])] or ['ner']
+    plot_transfer(table, tasks[0], ax=axes[0, 2])
+    both = [f'{t.upper()} {where}' for t in tasks for where in ('within', 'zero-shot')]
+    shown = _comparable(results, SHOWN if 'ner' in tasks else both[:3])
     if shown: plot_differences(results, axes=axes[1, :len(shown)])
     for ax in axes[1, len(shown):]: ax.remove()
     return fig

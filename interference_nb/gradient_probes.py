@@ -332,6 +332,8 @@ def _weighted(weights, G):
 # %% ../nbs/04_gradient_probes.ipynb #88486ef5
 class CombinedStep(JointStep):
     "See all languages at every step and combine their gradients of theta."
+    all_languages = True
+
     def __init__(
         self,
         model,                      # has `theta`, `phi`, `langs` and `loss(batch)`

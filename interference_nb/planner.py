@@ -349,9 +349,10 @@ class Plan:
 
     @property
     def batch_tokens(self) -> int:
-        "Return the tokens that a step reads, over all processes."
-        cfg = self.spec.train
-        return cfg.accumulate * cfg.batch_size * cfg.seq_len
+        "Return the tokens that a step trains on, over all processes."
+        cfg, all_langs = self.spec.train, bool(SYSTEMS[self.spec.system].combine)
+        languages = len(self.spec.langs) if all_langs else 1
+        return cfg.accumulate * cfg.batch_size * cfg.seq_len * languages
 
     @property
     def hours(self) -> float | None:

@@ -291,6 +291,7 @@ class Precision:
 class JointStep:
     "Update all parameters on one language's batches: JointPair, or Mono if there is no other."
     memory: dict[str, torch.Tensor] = {}    # what else a step remembers; checkpoints keep it
+    all_languages = False                   # True: a step reads batches of each language
 
     def __init__(self, model,  # has `parameters` and `loss(batch)`
                  cfg: TrainConfig,  # sizes, schedule and seed
@@ -619,7 +620,8 @@ class _RunLog:
         self.pending, self.settled = [], []     # what steps returned: on the device, then as floats
         self.spent, self.since = np.zeros(2), clocks()   # on training: wall and processor seconds
         self.reduced = -traffic.bytes
-        self.tokens_a_step = cfg.accumulate * cfg.batch_size * cfg.seq_len
+        languages = len(model.langs) if getattr(step, 'all_languages', False) else 1
+        self.tokens_a_step = languages * cfg.accumulate * cfg.batch_size * cfg.seq_len
         own = getattr(model, 'variant', 'joint')     # what `load_model` needs to build it again
         about = ({} if own == 'joint' else dict(variant=own)) | about
         self.config = dict(model=asdict(model.cfg), langs=list(model.langs), train=asdict(cfg),

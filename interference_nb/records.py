@@ -103,7 +103,9 @@ def pack(folder) -> Path:  # of the file
     if not lines: raise InputError(f'no records under {folder}. Name the folder of a study.')
     text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
     write_atomically(folder/PACKED, lzma.compress(text.encode(), preset=9))
-    for home in [p.parent for p in folder.glob('*/record.jsonl')]: shutil.rmtree(home)
+    for path in [*folder.glob('*/record.jsonl')]:
+        path.unlink()           # first: without it what a kill leaves hides nothing that is packed
+        shutil.rmtree(path.parent)
     return folder/PACKED
 
 def unpack(folder) -> list[str]:  # names of the runs

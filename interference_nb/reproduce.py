@@ -110,6 +110,9 @@ def make_study(name: str,  # key of `STUDIES`
 
 def with_steps(study: Study, steps: int) -> Study:  # of pretraining, 1 or more
     "Train for another time: the warm-up fits into it, and evaluations are as many at least."
+    if steps < 1:
+        raise InputError(f"steps is {steps}. It must be 1 or more; the system 'scratch' is the "
+                         'model before any.')
     train = study.scale.train
     few = replace(train, steps=steps, warmup=min(train.warmup, steps),
                   eval_every=min(train.eval_every, max(1, steps // 10)))

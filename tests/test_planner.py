@@ -205,6 +205,11 @@ def test_a_family_is_planned_as_a_whole(monkeypatch):
         f'{work:,.0f}', f'{work:,.1f}', f'{work / 2:,.1f}']
 
 
+def test_steps_that_read_every_language_count_each():
+    plan = lambda system: plan_run(replace(TOY, system=system), seconds=0)
+    assert plan('pcgrad').batch_tokens == len(TOY.langs) * plan('joint').batch_tokens > 0
+
+
 @pytest.mark.parametrize('specs', [[], [replace(TOY, tasks=())], [replace(TOY, system='xlm')]])
 def test_a_plan_of_no_finetuning_is_refused(specs):
     with pytest.raises(InputError, match='nothing to plan.*Add a system'):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from interference_nb import capacity, files, planner, records, reproduce
+from interference_nb import capacity, cli, files, planner, records, reproduce
 from interference_nb.cli import main
 from interference_nb.files import InputError
 from interference_nb.records import load
@@ -15,6 +15,7 @@ from interference_nb.gradient_probes import ProbeConfig
 from interference_nb.l0_pruning import PruneConfig
 from interference_nb.pretrain import TrainConfig
 from interference_nb.claims import draws, resample
+from interference_nb.findings import treatment_table
 from interference_nb.reproduce import (EXHIBITS, STUDIES, choose, gather, page_of_cells,
                                        specs_of)
 from interference_nb.toy_languages import open_source
@@ -86,6 +87,7 @@ def test_a_failed_run_stops_no_other(command, tmp_path):
     (['table2', '--family', 'bilingul'], "unknown family 'bilingul'"),
     (['table2', '--tasks', 'nre'], "unknown task 'nre'"),
     (['table2', '--seeds', '0'], '0 seeds'),
+    (['table2', '--steps', '0'], 'steps is 0'),
     (['table2', '--workers', '0'], '0 workers'),
     (['table2', '--workers', '-1'], '-1 workers'),
     (['table2', '--engine', 'ray'], "unknown engine 'ray'"),
@@ -182,6 +184,19 @@ def test_without_submitit_slurm_says_what_to_install(command, tmp_path, monkeypa
     monkeypatch.setitem(__import__('sys').modules, 'submitit', None)
     status, _, err = command('table2', '--engine', 'slurm', '--out', tmp_path)
     assert status == 2 and "pip install 'interference_nb[slurm]'" in err
+
+def test_settings_of_jobs_are_numbers_or_refused(tmp_path, monkeypatch):
+    pytest.importorskip('submitit')
+    srun = tmp_path/'srun'
+    srun.write_text('#!/bin/sh\n')
+    srun.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
+    asked = lambda **slurm: cli._executor_of(
+        cli.ReproduceConfig(exhibits=('table2',), engine='slurm', slurm=slurm), tmp_path)
+    made = asked(timeout_min='600', cpus_per_task='4', slurm_partition='long')._executor.parameters
+    assert (made['time'], made['cpus_per_task'], made['partition']) == (600, 4, 'long')
+    for wrong in (dict(timeout_min='long'), dict(timeout='600')):
+        with pytest.raises(InputError, match='--slurm: .*such as timeout_min 600'): asked(**wrong)
 
 def test_runs_through_submitit(tmp_path):
     "The same specs on another engine: jobs in processes that submitit starts."
@@ -315,6 +330,54 @@ def test_treatments_are_compared_with_joint_seed_by_seed():
         'of 1 cells, raises it in 0; in 1 nothing is decided (+0.003 to +0.003 nats). '
         'Exploratory: 95% intervals, not corrected for the number of cells.')
     assert not capacity.treatment_line(gaps[gaps['system'] == 'joint'])
+
+def test_a_page_is_of_its_own_sweep_whatever_else_a_folder_holds(tmp_path):
+    "Another sweep's mono made three of a pair, which then left every table."
+    shutil.copytree(RECORDS/'capacity-toy/width-16', tmp_path/'width-16')
+    records.unpack(tmp_path/'width-16')
+    sweep = capacity.Sweep(widths=(16,))
+    page = capacity.sweep_page(tmp_path, sweep)
+    assert page.count('not run') == 0
+    for lang in ('en', 'x3'):
+        shutil.copytree(tmp_path/f'width-16/mono-{lang}-of-en+x3+ar-0',
+                        tmp_path/f'width-16/mono-{lang}-of-en+x3-0')
+    shutil.copytree(tmp_path/'width-16', tmp_path/'width-24')
+    assert capacity.sweep_page(tmp_path, sweep) == page
+
+@pytest.mark.parametrize('system', ['pcgrad', 'joint_all', 'joint2x', 'scratch', 'joint', 'jiont'])
+def test_a_sweep_takes_systems_of_joints_steps_only(system):
+    "Some read each language in a step, others train longer: batches were counted as joint's."
+    with pytest.raises(InputError, match=f"'{system}' is no system that takes joint's steps"):
+        capacity.Sweep(treatments=('adpt', system))
+
+def test_one_system_alone_is_drawn():
+    "Also where it is the one whose passes say nothing of the others'."
+    from interference_nb import figures
+    figure = figures.plot_convergence(RECORDS/'meta-cost-toy', systems=('meta_adpt',))
+    assert 0 < figure.axes[0].get_xlim()[1] < 2000
+
+def test_a_summary_draws_the_tasks_that_were_run(tmp_path):
+    from interference_nb import figures
+    table = load(RECORDS/'demo-toy')
+    figure = figures.plot_summary(table[table['task'] != 'ner'])
+    said = ' '.join(ax.get_ylabel() + ax.get_xlabel() + ax.get_title() for ax in figure.axes)
+    assert 'POS' in said and 'NER' not in said
+
+def test_a_kill_while_packing_hides_nothing(tmp_path, monkeypatch):
+    "A folder that is half removed came before what is packed of it, for good."
+    shutil.copytree(RECORDS/'causes-toy', tmp_path/'study')
+    records.unpack(tmp_path/'study')
+    before = len(load(tmp_path/'study'))
+    def killed(home):
+        (home/'probe.jsonl').unlink()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(records.shutil, 'rmtree', killed)
+    with pytest.raises(KeyboardInterrupt): records.pack(tmp_path/'study')
+    monkeypatch.undo()
+    assert len(load(tmp_path/'study')) == before
+
+def test_treatments_of_nothing_are_an_empty_table(tmp_path):
+    assert not len(treatment_table(tmp_path))
 
 def test_a_copy_beside_the_widths_of_a_sweep_is_left_out(tmp_path, capsys):
     for name in ('width-16', 'width-16-old', 'width-new'):
