@@ -232,8 +232,12 @@ def load_model(
         raise InputError(f'{path} was trained with tokenizer {config["tokenizer"][:12]}, this one '
                          f'is {tokenizer.fingerprint[:12]}. Use the one that the model came with.')
     if cfg is not None: same_config(asdict(cfg), config['model'], path, free=())
-    model = MultilingualLM(ModelConfig(**upgrade_model(config['model'])), tuple(config['langs']),
-                           config.get('variant', 'joint')).to(device)
+    try: shape = ModelConfig(**upgrade_model(config['model']))
+    except (TypeError, AttributeError) as e:
+        raise InputError(f'{path} holds a model of another kind, or of a newer version ({e}). '
+                         'Build one that AnyModel wraps as before, and give its `load_state_dict` '
+                         'the tensors; for a newer version upgrade this package.') from e
+    model = MultilingualLM(shape, tuple(config['langs']), config.get('variant', 'joint')).to(device)
     own = {n.removeprefix('model.'): t for n, t in tensors.items() if n.startswith('model.')}
     try: model.load_state_dict(own)
     except RuntimeError as e:

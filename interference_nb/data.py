@@ -7,9 +7,9 @@ __all__ = ['SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS', 'LA
            'COLUMN_TESTS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'XNLI', 'HUB_LANGUAGES',
            'ROWS', 'IDS_PER_BYTE', 'UNKNOWN', 'Source', 'explain_row', 'short', 'map_labels', 'label_names',
            'name_labels', 'split_sentences', 'sampling_probabilities', 'sample_key', 'cap_sentences', 'check_languages',
-           'check_code', 'check_caps', 'train_tokenizer', 'split_of', 'hub_row', 'HubSource', 'Corpus', 'disk_needed',
-           'check_room', 'prepare_corpus', 'text_notes', 'mask_tokens', 'Batch', 'Stream', 'dev_batches',
-           'corpus_statistics', 'statistics_table']
+           'check_code', 'check_caps', 'train_tokenizer', 'split_of', 'hub_row', 'HubSource', 'Corpus', 'text_revision',
+           'without_commits', 'same_revision', 'disk_needed', 'check_room', 'prepare_corpus', 'text_notes',
+           'mask_tokens', 'Batch', 'Stream', 'dev_batches', 'corpus_statistics', 'statistics_table']
 
 # %% ../nbs/00_data.ipynb #a0a6a0a0
 import copy, functools, hashlib, heapq, json, re, sys, zlib
@@ -555,6 +555,13 @@ def _encode_documents(tokenizer, form: str, documents: list[str]) -> tuple:
     ids = np.array(out, dtype=np.uint16)
     return ids.tobytes(), len(ids), len(documents), sentences, int((ids == UNK).sum())
 
+def _read(documents: Iterable[str], lang: str) -> Iterator[str]:
+    "Read a source's text; raises `InputError` where the system or the network fails."
+    try: yield from documents
+    except OSError as e:
+        raise InputError(f'could not read the text of {lang!r} ({e.strerror or e}). See that its '
+                         'folder, or the network, is there, and run the same command again.') from e
+
 def _tokenise(documents: Iterable[str], tokenizer, path: Path, workers: int,
               form: str) -> dict[str, int]:
     "Write the ids of documents to a file, whole or not at all, and count."
@@ -571,16 +578,26 @@ def _tokenise(documents: Iterable[str], tokenizer, path: Path, workers: int,
     return dict(counts, sha256=digest.hexdigest())
 
 # %% ../nbs/00_data.ipynb #d29c507b
-def _text_revision(source: Source, lang: str) -> dict[str, str]:
-    "Keep of a source's revision what bears on one language's text."
+def text_revision(source: Source, langs: Iterable[str],     # whose text
+                  ) -> dict[str, str]:
+    "Keep of a source's revision what bears on the text of some languages: no labelled rows."
+    own = {'text', *(f'text/{lang}' for lang in langs)}
     return {k: v for k, v in source.revision().items()
-            if k == f'text/{lang}' or k.split('/')[0] not in ('text', *TASK_COLUMNS) or k == 'text'}
+            if k in own or k.split('/')[0] not in ('text', *TASK_COLUMNS)}
+
+def without_commits(revision: dict[str, str]) -> dict[str, str]:    # of a source
+    "Leave the hub's commits out, as of a source that could not look them up."
+    return {k: re.sub(r'@\S+', '@', v) for k, v in revision.items()}
+
+def same_revision(a: dict[str, str], b: dict[str, str]) -> bool:    # of sources
+    "Compare revisions; a commit that one could not look up is taken on trust."
+    known = not any('@unknown' in str(v) for v in (*a.values(), *b.values()))
+    return a == b if known else without_commits(a) == without_commits(b)
 
 def _matches(entry: dict, key: dict) -> bool:
-    "Say whether an entry has this key; a commit that cannot be looked up is taken on trust."
-    unknown = any('@unknown' in v for v in key['revision'].values())
-    return all(entry.get(k) == key.get(k) or (k == 'revision' and unknown)
-               for k in {*key, 'pairs', 'rows'})
+    "Say whether an entry has this key."
+    return same_revision(entry.get('revision', {}), key['revision']) and all(
+        entry.get(k) == key.get(k) for k in {*key, 'pairs', 'rows'} - {'revision'})
 
 def _read_manifest(folder: Path) -> dict[str, dict]:
     "Read the manifest; where there is none, or a broken one, all is tokenised again."
@@ -592,7 +609,7 @@ def _key(source: Source, lang: str, split: str, tokenizer, max_sentences, seed: 
     "List what a file of ids depends on."
     cap = (max_sentences or {}).get(lang) if split == 'train' else None
     key = dict(lang=lang, split=split, source=source.name, tokenizer=tokenizer.fingerprint,
-               revision=_text_revision(source, lang), max_sentences=cap, seed=cap and seed)
+               revision=text_revision(source, [lang]), max_sentences=cap, seed=cap and seed)
     if source.pairs: return key | {'pairs': True}    # one segment each
     return key | {'rows': rows} if rows != 'documents' else key
 
@@ -611,7 +628,7 @@ def _undamaged(path: Path, entry: dict) -> bool:
     "Say whether ids are what was written; those of older versions have no hash to tell by."
     if entry.get('sha256') in (None, file_hash(path)): return True
     print(f'{path} is damaged and is made anew.', file=sys.stderr)
-    path.unlink()
+    path.unlink(missing_ok=True)        # another process may have been faster
     return False
 
 # %% ../nbs/00_data.ipynb #d18cf02f
@@ -646,7 +663,7 @@ def disk_needed(source: Source,        # where the text comes from
 def _ids_size(source: Source, lang: str, split: str, tokenizer, text: int, cap: int | None,
               key: dict | None) -> int:
     "Estimate the bytes of ids from the first documents."
-    sample = next(_chunks(source.text(lang, split)), [''])
+    sample = next(_chunks(_read(source.text(lang, split), lang)), [''])
     size = sum(len(d.encode()) for d in sample)
     ids = (len(_encode_documents(tokenizer, _form(key), sample)[0]) if tokenizer
            else size * IDS_PER_BYTE)
@@ -730,7 +747,7 @@ def _prepare(source: Source, key: dict, tokenizer, folder: Path,
     name = f'{lang}/{split}-{digest}.ids'
     with run_lock(folder, wait=True):
         if found := _find(folder, key): return found        # another process made it meanwhile
-        documents = cap_sentences(documents, key['max_sentences'], key['seed'] or 0)
+        documents = cap_sentences(_read(documents, lang), key['max_sentences'], key['seed'] or 0)
         counts = _tokenise(documents, tokenizer, folder / name, workers, _form(key))
         skipped = source.skipped.get((lang, split), [])
         some = '; '.join(skipped[:3])

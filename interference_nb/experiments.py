@@ -21,8 +21,8 @@ from functools import cache, partial
 from pathlib import Path
 import torch
 from .data import (Stream, check_caps, check_code, check_languages, check_room,
-                                  dev_batches, disk_needed, text_notes,
-                                  prepare_corpus, train_tokenizer)
+                                  dev_batches, disk_needed, prepare_corpus, text_notes,
+                                  text_revision, train_tokenizer, without_commits)
 from .tokenizers import load_tokenizer
 from .files import (InputError, JsonlLog, check_choice, free_space,
                                    load_checkpoint, read_jsonl, run_lock, save_checkpoint,
@@ -237,9 +237,14 @@ def each_once(specs: list[RunSpec]):  # runs
 def cached_tokenizer(source, langs, vocab_size: int, temperature: float, caps, path: Path,
                      make: bool = True):
     "Train the pair's BPE once; the file's name says what it was trained on."
-    about = config_hash(dict(source=source.name, revision=source.revision(), langs=langs,
+    revision = text_revision(source, langs)
+    about = config_hash(dict(source=source.name, revision=without_commits(revision), langs=langs,
                              V=vocab_size, T=temperature, **(dict(caps=caps) if caps else {})))
-    path = path.with_name(f'tokenizer-{about}')
+    hub = '-' + config_hash(revision) if revision != without_commits(revision) else ''
+    path = path.with_name(f'tokenizer-{about}{hub}')
+    if any('@unknown' in v for v in revision.values()):     # no network: the last one made
+        made = sorted(path.parent.glob(f'tokenizer-{about}-*'), key=lambda p: p.stat().st_mtime)
+        path = made[-1] if made else path
     if not path.exists():
         if not make: return None
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -350,10 +355,8 @@ def _pretrained(spec: RunSpec, home: Path, source, tokenizer, corpora: dict, sam
     model_cfg = replace(spec.scale.model, vocab_size=tokenizer.vocab_size)
     model = MultilingualLM(model_cfg, spec.langs, system.variant).to(device())
     step = make_step(model, cfg, spec.system, spec.meta)
-    revision = {k: v for k, v in source.revision().items()
-                if '/' not in k or k.split('/')[1] in spec.pair}
     about = dict(run=spec.config, variant=system.variant, tokenizer=tokenizer.fingerprint,
-                 source=source.name, revision=revision,
+                 source=source.name, revision=text_revision(source, spec.pair),
                  noted=dict(inputs=inputs_of(spec, source) | dict(vocabulary=tokenizer.fingerprint),
                             text=text_notes(corpora)),
                  sentences={l: corpora[l]['train'].n_sentences for l in spec.langs})

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .adapters import MultilingualLM
+from .data import TASK_COLUMNS
 from .distributed import worker_pool
 from .files import (InputError, JsonlLog, check_choice, check_ranges,
                                    load_checkpoint, read_jsonl, run_lock, save_checkpoint, say_once,
@@ -333,8 +334,8 @@ def _check_model(model, tokenizer, langs: list[str]):
 
 def _describe_inputs(model, tokenizer, source, spec: TaskSpec, lang: str) -> dict:
     "Identify what a run depends on besides its settings: weights, tokenizer, data."
-    own = f'{spec.data}/{lang}'
-    data = {k: v for k, v in source.revision().items() if '/' not in k or k == own}
+    kinds, own = {'text', *TASK_COLUMNS}, {spec.data, f'{spec.data}/{lang}'}
+    data = {k: v for k, v in source.revision().items() if k in own or k.split('/')[0] not in kinds}
     return dict(weights=weights_hash(model), tokenizer=tokenizer.fingerprint[:16], data=data)
 
 def _run_config(spec: TaskSpec, lang: str, cfg: FinetuneConfig, inputs: dict | None) -> dict:

@@ -321,7 +321,7 @@ class MetaConfig:
     order: str = 'meta first'   # or 'shared first'; then the meta step takes another batch
     phi_follows_training_gradient: bool = False     # phi_i moves with theta, too
     log_every: int = 10         # meta steps between two measurements of the ratio
-    meta_every: int = 1         # steps from one update of phi to the next; 1: at every step
+    meta_every: int = 1         # steps of a language from one update of its phi to the next
     sampled_languages: int | None = None    # validation languages drawn for a step; None: all
 
     def __post_init__(self):
@@ -420,7 +420,7 @@ class MetaStep(JointStep):
         "Take step k: line 6 then line 7 of Algorithm 1, or the other way round."
         self.check(sampler)
         own, batches = sampler.langs_at(k), sampler.train(k)
-        if k % self.meta.meta_every: return dict(loss=self.update_shared(own, batches, lr))
+        if not self.moves_phi(k, sampler): return dict(loss=self.update_shared(own, batches, lr))
         if self.meta.order == 'meta first':
             out = self.update_specific(k, sampler, own, batches, lr)
             return dict(loss=self.update_shared(own, batches, lr)) | out
@@ -439,8 +439,9 @@ class MetaStep(JointStep):
         "Move phi of the step's languages along the hypergradient [paper Eq. 3]."
         meta, phi, s = self.meta, [p for l in own for p in self.phi[l]], self.scale()
         langs = self.val_langs(sampler, k)
-        at = lambda k: sampler.indices(self.val_langs(sampler, k), k) if k < self.cfg.steps else []
-        val = sampler.validation_batches(at(k), at(k + meta.meta_every))
+        at = lambda k: sampler.indices(self.val_langs(sampler, k), k)
+        later = (j for j in range(k + 1, self.cfg.steps) if self.moves_phi(j, sampler))
+        val = sampler.validation_batches(at(k), next(map(at, later), []))
         beta = (lr if meta.beta is None else meta.beta) / s     # losses times s, beta over s:
         with self.amp.autocast():                               # the hypergradient times s
             h = hypergradient(self.theta, phi, self.losses(batches), self.losses(val), beta,
@@ -450,7 +451,8 @@ class MetaStep(JointStep):
         self.step('specific', phi, h.total, lr, average=False)  # equal on all processes already
         out = dict(val_loss=h.val_loss / s)
         direct = not set(own).isdisjoint(langs)                 # else that term is zero
-        log = k // meta.meta_every % meta.log_every == 0        # of the steps in which phi moves
+        moves = self.turn(k, sampler) // meta.meta_every        # of this phi, before
+        log = moves % meta.log_every == 0
         return out | dict(ratio=h.ratio) if direct and log else out
 
     def update_shared(self, own,  # languages of the step
@@ -484,6 +486,18 @@ class MetaStep(JointStep):
         "Hand gradients to the named optimiser; `update` averages, clips and steps."
         for p, g in zip(params, grads, strict=True): p.grad = g
         self.update(name, lr, average)
+
+    def turn(self, k,  # step, from 0
+             sampler,  # of the run
+             ) -> int:
+        "Count the steps that a step's language had before; all of them, where steps are mixed."
+        return k if self.cfg.mixed else int(sampler.turn[k])
+
+    def moves_phi(self, k,  # step, from 0
+                  sampler,  # of the run
+                  ) -> bool:
+        "Say whether a step is a meta step: of each language's own steps, every `meta_every`-th."
+        return self.turn(k, sampler) % self.meta.meta_every == 0
 
     def val_langs(self, sampler,  # of the run
                   k,  # step, from 0

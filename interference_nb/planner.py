@@ -148,7 +148,8 @@ class StepSpec:
             for name, p in list(part.named_parameters(recurse=False)):
                 numbers = torch.randn(p.shape, device=self.device).mul_(.02)
                 setattr(part, name, torch.nn.Parameter(numbers))
-        cfg = replace(self.train, steps=1000)       # enough of them for any cycle
+        n = 1000 if self.meta is None else 1000 * self.meta.meta_every
+        cfg = replace(self.train, steps=n, language_order='round_robin')    # enough for any cycle
         prepare_model(model.train(), cfg)
         step = make_step(model, cfg, self.system, self.meta)
         for opt in step.optimizers.values():
@@ -183,7 +184,9 @@ class _SameBatch:
 def cycle(step,  # that `StepSpec.build` made
           ) -> range:  # numbers of steps
     "Return the steps after which a step's work repeats; none at which a meta step logs."
-    return range(1, 1 + getattr(getattr(step, 'meta', None), 'meta_every', 1))
+    n = getattr(getattr(step, 'meta', None), 'meta_every', 1)
+    K = len(step.model.langs) if n > 1 and not step.cfg.mixed else 1    # languages take turns
+    return range(K, K + n * K)
 
 # %% ../nbs/07c_planner.ipynb #f1fb09f1
 class _GpuKernels(TorchFunctionMode):

@@ -18,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np
 import torch
-from .data import ROWS, Batch, Stream, sampling_probabilities
+from .data import (ROWS, TASK_COLUMNS, Batch, Stream, same_revision,
+                                  sampling_probabilities)
 from .files import (InputError, JsonlLog, check_choice, check_ranges,
                                    load_checkpoint, read_jsonl, require_package, save_checkpoint)
 from .transformer import upgrade_model
@@ -583,8 +584,11 @@ def same_config(now: dict,  # this run's
     for k, v in a.items():
         was = BEFORE.get(k.split('.')[-1])          # a setting that is younger than `then`
         if was is not None or not v: b.setdefault(k, v if was is None else was)
+    def same(k, x, y):              # a commit of the hub may be unknown without a network
+        return x == y or (k.startswith('revision.') and None not in (x, y)
+                          and same_revision({k: x}, {k: y}))
     differ = [f'{k} = {b.get(k)!r} there, {a.get(k)!r} here' for k in sorted(a | b)
-              if a.get(k) != b.get(k) and k.split('.')[-1] not in free]
+              if not same(k, a.get(k), b.get(k)) and k.split('.')[-1] not in free]
     if not differ: return
     steps = [k for k in a if k.endswith('train.steps') and a[k] != b.get(k)]
     if steps and len(differ) == 1:
@@ -607,6 +611,9 @@ def upgraded(config):  # a stored config or a part of one, as JSON gives it
     if not isinstance(config, dict): return config
     config = {k: upgraded(v) for k, v in config.items()}
     if isinstance(config.get('data'), str): config['data'] = data_name(config['data'])
+    if isinstance(config.get('revision'), dict):        # labelled rows were there, too
+        config['revision'] = {k: v for k, v in config['revision'].items()
+                              if k.split('/')[0] not in TASK_COLUMNS}
     if 'ffn_dim' in config: config = upgrade_model(config)
     return upgrade_meta(config) if 'estimator' in config else config
 
@@ -720,7 +727,9 @@ class _RunLog:
         "Write a checkpoint, of finite numbers only."
         self.sync_metrics(done)
         state, scaler = training_state(self.model, self.step), self.step.amp.scaler.state_dict()
-        self.finite('a weight', all(bool(t.isfinite().all()) for t in state.values()), done)
+        fixed = {f'model.{n}' for n, _ in self.model.named_buffers()}   # masks may be infinite
+        self.finite('a weight', all(bool(t.isfinite().all()) for n, t in state.items()
+                                    if n not in fixed), done)
         meta = dict(config=self.config, scaler=scaler, settled=self.settled,
                     precision=self.step.amp.name, tensors=len(state), **self.so_far(done))
         error = None

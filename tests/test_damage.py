@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 import pytest
 import torch
-from interference_nb import pretrain
+from interference_nb import experiments, pretrain
 from interference_nb.adapters import MultilingualLM, load_model
-from interference_nb.data import Stream, dev_batches, prepare_corpus
+from interference_nb.data import Stream, dev_batches, prepare_corpus, same_revision
 from interference_nb.distributed import StopSignals
-from interference_nb.experiments import Scale, plan, run, run_all, vocabulary
+from interference_nb.experiments import Scale, cached_tokenizer, plan, run, run_all, vocabulary
 from interference_nb.files import (
     InputError,
     load_checkpoint,
@@ -21,11 +21,13 @@ from interference_nb.files import (
     weights_hash,
 )
 from interference_nb.finetune import FinetuneConfig
+from interference_nb.folders import FolderSource
 from interference_nb.pretrain import (
     BatchSampler,
     TensorBoard,
     TrainConfig,
     code_version,
+    same_config,
     train,
 )
 from interference_nb.records import load
@@ -376,11 +378,7 @@ def test_numbers_go_to_tensorboard(toy, tmp_path):
 
 def test_a_damaged_vocabulary_says_what_to_delete(tmp_path):
     "The remedy is the run's, not that of a script that saves tokenizers."
-    folder = tmp_path / 'mine'
-    for lang in ('en', 'de'):
-        (folder / 'text' / lang).mkdir(parents=True)
-        lines = [f'the {lang} dog{i} sees {i} cats by the house.' for i in range(300)]
-        (folder / 'text' / lang / 'train.txt').write_text('\n'.join(lines) + '\n')
+    folder = folder_of_text(tmp_path / 'mine')
     scale = replace(TINY, model=replace(TINY.model, vocab_size=60))
     langs = ('en', 'de')
     spec = replace(specs(1)[0], langs=langs, pair=langs, data=str(folder), scale=scale)
@@ -392,3 +390,89 @@ def test_a_damaged_vocabulary_says_what_to_delete(tmp_path):
         vocabulary(spec, tmp_path)
     path.unlink()
     assert vocabulary(spec, tmp_path)[2].fingerprint == made.fingerprint
+
+
+def folder_of_text(home):
+    for lang in ('en', 'de'):
+        (home / 'text' / lang).mkdir(parents=True)
+        lines = [f'the {lang} dog{i} sees {i} cats by the house.' for i in range(300)]
+        (home / 'text' / lang / 'train.txt').write_text('\n'.join(lines) + '\n')
+    return home
+
+
+def test_labelled_rows_do_not_stop_a_pretraining(tmp_path, monkeypatch):
+    "It reads text only; a run was to be deleted because rows had been added beside its text."
+    folder, langs = folder_of_text(tmp_path / 'mine'), ('en', 'de')
+    scale = replace(TINY, model=replace(TINY.model, vocab_size=60),
+                    train=replace(TINY.train, checkpoint_every=2))
+    spec = replace(specs(1)[0], langs=langs, pair=langs, data=str(folder), scale=scale, tasks=())
+
+    def killed(*args, **kw):
+        train(*args, stop_at=4, **kw)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, 'train', killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, tmp_path)
+    (folder / 'ner' / 'en').mkdir(parents=True)
+    (folder / 'ner' / 'en' / 'train.conll').write_text('Ada B-PER\n\n' * 9)
+    at = tmp_path / spec.name / 'checkpoint.safetensors'
+    tensors, meta = load_checkpoint(at)         # as older versions wrote it
+    meta['config']['revision']['ner/de'] = 'gone since'
+    save_checkpoint(at, tensors, meta)
+    rows = run(spec, tmp_path)
+    assert rows[-1]['kind'] == 'done' and any(r.get('step') == 4 for r in rows)
+    assert sum(r['kind'] == 'resume' for r in rows) == 1
+    assert len([*(tmp_path / 'data').rglob('tokenizer-*')]) == 1
+
+
+def test_a_commit_that_cannot_be_looked_up_is_taken_on_trust(tmp_path):
+    "And nothing else of a revision: not another share of the text, nor more of it."
+    folder = FolderSource(folder_of_text(tmp_path / 'mine'))
+    known = {'text': 'wiki@c0ffee 2023 held-out 0.01', 'ner': 'wikiann@beef'}
+    folder.revision = lambda: known
+    make = lambda: cached_tokenizer(folder, ('en', 'de'), 60, 5.0, {}, tmp_path / 'x')
+    first = make().fingerprint
+    folder.revision = lambda: {'text': 'wiki@unknown 2023 held-out 0.01', 'ner': 'wikiann@unknown'}
+    assert make().fingerprint == first and len([*tmp_path.glob('tokenizer-*')]) == 1
+    folder.revision = lambda: known | {'ner': 'wikiann@new'}
+    assert make().fingerprint == first and len([*tmp_path.glob('tokenizer-*')]) == 1
+    for other in ('wiki@unknown 2023 held-out 0.2', 'wiki@fe 2023 held-out 0.01'):
+        assert not same_revision({'text': known['text']}, {'text': other})
+        folder.revision = lambda other=other: {'text': other}
+        make()
+    assert len([*tmp_path.glob('tokenizer-*')]) == 3
+    then = dict(revision={'text': known['text']}, train=dict(lr=1.0))
+    same_config(dict(revision={'text': 'wiki@unknown 2023 held-out 0.01'}, train=dict(lr=1.0)),
+                then, 'x')
+    with pytest.raises(InputError, match="held-out 0.2' here"):
+        same_config(dict(revision={'text': 'wiki@unknown 2023 held-out 0.2'}), then, 'x')
+
+
+def test_text_that_cannot_be_read_is_not_a_full_disk(tmp_path):
+    source = FolderSource(folder_of_text(tmp_path / 'mine'))
+
+    def text(lang, split='train'):
+        yield 'one line .'
+        raise ConnectionError('Server disconnected')
+
+    source.text = text
+    tok = toy_tokenizer(ToySource(seed=0), ('en',))
+    with pytest.raises(InputError, match=r"could not read the text of 'en' \(Server disconnected"):
+        prepare_corpus(source, ['en'], tok, tmp_path / 'ids', workers=1)
+
+
+def test_a_mask_of_minus_infinity_is_no_broken_weight(toy, tmp_path):
+    V, corpora = toy
+    model = MaskedLM(ModelConfig.toy(V, dim=8, n_layers=1, ffn_dim=16), LANGS)
+    model.register_buffer('causal', torch.full((4, 4), -torch.inf).triu(1))
+    streams = {l: Stream(corpora[l]['train'], 4, CFG.seq_len, 0, V) for l in LANGS}
+    train(model, BatchSampler(streams, CFG), CFG, {}, folder=tmp_path, progress=False)
+    assert load_checkpoint(tmp_path / 'checkpoint.safetensors')[1]['step'] == CFG.steps
+
+
+def test_a_wrapped_models_checkpoint_is_not_opened_as_ours(tmp_path):
+    save_checkpoint(tmp_path / 'x', {}, dict(config=dict(model=dict(kind='Bert'), langs=['en'])))
+    with pytest.raises(InputError, match='of another kind, or of a newer version.*AnyModel'):
+        load_model(tmp_path / 'x')

@@ -223,13 +223,30 @@ def test_second_streams_are_made_once():
     assert sum(s.forks for s in sampler.streams.values()) == len(trained)
 
 
+@pytest.mark.parametrize('order', ['round_robin', 'sampled'])
+@pytest.mark.parametrize('every', [1, 2, 3, 6])
+def test_every_language_has_its_meta_steps_and_logs(every, order):
+    "In turn, each third step of three languages is the same one's: the others never moved."
+    cfg = replace(CFG, steps=60, accumulate=1, language_order=order)
+    model, step, sampler = little_run(cfg, MetaConfig(meta_every=every, log_every=2))
+    moved, logged = {l: [] for l in LANGS}, {l: 0 for l in LANGS}
+    for k in range(cfg.steps):
+        lang = sampler.lang(k)
+        before = [p.detach().clone() for p in step.phi[lang]]
+        logged[lang] += 'ratio' in step(k, sampler, .1)
+        moved[lang].append(not all(map(torch.equal, before, step.phi[lang])))
+    for lang, own in moved.items():
+        assert own == [n % every == 0 for n in range(len(own))]
+        assert logged[lang] == -(-sum(own) // 2)
+
+
 @pytest.mark.parametrize('choices', [{}, dict(meta_every=3), dict(sampled_languages=2),
                                      dict(exclude_own_language=True)])
 def test_validation_batches_are_drawn_ahead(choices):
     "As on a GPU: only the first ones while a step waits, and none that no step asks for."
     cfg = replace(CFG, steps=9)
     _, step, sampler = little_run(cfg, MetaConfig(**choices))
-    due = [(l, i) for k in range(0, cfg.steps, step.meta.meta_every)
+    due = [(l, i) for k in range(cfg.steps) if step.moves_phi(k, sampler)
            for l in step.val_langs(sampler, k) for i in sampler.shard_indices(k)]
     drawn = []
     sampler.validation = {l: Watched(s, drawn) for l, s in sampler.validation.items()}
