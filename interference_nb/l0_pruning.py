@@ -445,8 +445,7 @@ def prune_study(
     cfg: PruneConfig = PruneConfig(),               # of each pruning; how many seeds
     groups: Sequence[GateGroup] | None = None,      # None: `cfg.groups`
     progress: bool = False,                         # show text bars
-    # gates of a language and seed; may keep what `learn` returns, or know it already
-    get: Callable[[str, int, Callable], Gates] = lambda lang, seed, learn: learn(),
+    get: Callable[[str, int, Callable], Gates] = lambda lang, seed, learn: learn(),  # or known ones
 ) -> dict:                                          # plain values, for a record
     "Prune for each language, several times, and compare [paper Fig. 4]; needs two languages."
     langs = list(losses)

@@ -185,8 +185,8 @@ def cycle(step,  # that `StepSpec.build` made
           ) -> range:  # numbers of steps
     "Return the steps after which a step's work repeats; none at which a meta step logs."
     n = getattr(getattr(step, 'meta', None), 'meta_every', 1)
-    K = len(step.model.langs) if n > 1 and not step.cfg.mixed else 1    # languages take turns
-    return range(K, K + n * K)
+    K = 1 if step.cfg.mixed else len(step.model.langs)          # that take turns
+    return range(K, K + (n * K if n > 1 else 1))
 
 # %% ../nbs/07c_planner.ipynb #f1fb09f1
 class _GpuKernels(TorchFunctionMode):
