@@ -60,7 +60,7 @@ causes: $(READY)    ## gradients and gates over pairs and seeds: 15 minutes on 2
 	$(say) "Pretraining, probing and pruning small models"
 	interference causes $(if $(DATA),--data '$(DATA)') $(ARGS)
 
-reproduce: $(READY) ## the paper's tables and figures: an hour on 2 cores at SCALE=toy
+reproduce: $(READY) ## the paper's tables and figures: 3 hours on 2 cores at SCALE=toy
 	$(say) "Planning, running and writing: $(EXHIBIT) at scale $(SCALE)"
 	interference reproduce $(EXHIBIT) --scale $(SCALE) $(if $(DATA),--data '$(DATA)') $(ARGS)
 

@@ -611,7 +611,7 @@ def _count_usable(source, spec, lang: str, problems: list[str]) -> dict[str, str
 class ReproduceConfig(StudyOptions):
     "Make the paper's tables and figures: plan, run what is missing, write them."
     exhibits: tuple[str, ...]  # table1 to table7, figure1 to figure4, or all
-    scale: str = 'toy'  # toy: an hour or two; mini: real text, hours; paper: GPU months
+    scale: str = 'toy'  # toy: 3 hours on 2 cores; mini: real text, hours; paper: GPU months
     data: str | None = None  # a folder of your files, 'hub', or the scale's own if not given
     targets: tuple[str, ...] = ()  # of ar fr ru hi sw te; all if not given
     systems: tuple[str, ...] = ()  # rows to show; all that an exhibit has if not given

@@ -391,7 +391,7 @@ def test_a_pair_of_unfinished_runs_hides_no_other(tmp_path):
     "Gates of the pairs that are complete are drawn."
     shutil.copytree(RECORDS/'reproduce-toy', tmp_path/'toy')
     records.unpack(tmp_path/'toy')
-    for seed in range(3):
+    for seed in range(STUDIES['toy'].seeds):
         path = tmp_path/f'toy/joint-en+ar-{seed}/record.jsonl'
         path.write_text(''.join(path.read_text().splitlines(keepends=True)[:-2]))
     study = STUDIES['toy']
