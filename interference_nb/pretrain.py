@@ -727,9 +727,9 @@ class _RunLog:
         "Write a checkpoint, of finite numbers only."
         self.sync_metrics(done)
         state, scaler = training_state(self.model, self.step), self.step.amp.scaler.state_dict()
-        fixed = {f'model.{n}' for n, _ in self.model.named_buffers()}   # masks may be infinite
-        self.finite('a weight', all(bool(t.isfinite().all()) for n, t in state.items()
-                                    if n not in fixed), done)
+        masks = {f'model.{n}' for n, _ in self.model.named_buffers()}   # may be infinite
+        broken = lambda n, t: (t.isnan() if n in masks else ~t.isfinite()).any()
+        self.finite('a weight', not any(broken(n, t) for n, t in state.items()), done)
         meta = dict(config=self.config, scaler=scaler, settled=self.settled,
                     precision=self.step.amp.name, tensors=len(state), **self.so_far(done))
         error = None

@@ -470,6 +470,9 @@ def test_a_mask_of_minus_infinity_is_no_broken_weight(toy, tmp_path):
     streams = {l: Stream(corpora[l]['train'], 4, CFG.seq_len, 0, V) for l in LANGS}
     train(model, BatchSampler(streams, CFG), CFG, {}, folder=tmp_path, progress=False)
     assert load_checkpoint(tmp_path / 'checkpoint.safetensors')[1]['step'] == CFG.steps
+    model.causal[0, 0] = torch.nan
+    with pytest.raises(InputError, match='a weight is not finite'):
+        train(model, BatchSampler(streams, CFG), CFG, {}, progress=False)
 
 
 def test_a_wrapped_models_checkpoint_is_not_opened_as_ours(tmp_path):
