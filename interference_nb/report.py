@@ -271,8 +271,8 @@ def plan(
                          'Look at the model and its text.')
     peak = (torch.cuda.max_memory_allocated() if device() == 'cuda' else
             1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    passes, more = K * cfg.rounds * cfg.batches * _turns(subject, cfg), 2 * cfg.gate_steps
-    more, disk = more * len(cfg.gates), 2 * K * flat    # passes for gates, of one process
+    passes, disk = K * cfg.rounds * cfg.batches * _turns(subject, cfg), 2 * K * flat
+    for_gates = 2 * cfg.gate_steps * len(cfg.gates)         # passes, of one process
     if disk > (free := free_space(folder)):
         raise InputError(f'{K} languages take {size_in_words(disk)} of temporary gradients in '
                          f'{folder}, where {size_in_words(free)} are free. Name another folder '
@@ -280,8 +280,8 @@ def plan(
     world = rank_and_world_size()[1]
     gates = f', gates of {len(cfg.gates)} of them' * bool(cfg.gates)
     return (f'{K} languages, {cfg.rounds} rounds of {cfg.batches} batches each{gates}: '
-            f'{passes + more:,} passes, about {(passes / world + more) * s / 60:.1f} minutes at '
-            f'{s:.2g} s a pass'
+            f'{passes + for_gates:,} passes, about {(passes / world + for_gates) * s / 60:.1f} '
+            f'minutes at {s:.2g} s a pass'
             f'{f" in {world} processes" * (world > 1)}. Memory: {size_in_words(peak)} after a '
             f'pass, and {size_in_words(flat)} for a gradient; temporary space on disk: '
             f'{size_in_words(disk)}.' + ' Other programs use the cores, and threads wait for '
