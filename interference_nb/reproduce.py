@@ -78,7 +78,7 @@ DEMO_TEXT = replace(SCALES['pocket'], train=replace(SCALES['pocket'].train, step
                                                     eval_every=150))     # past the plateau
 
 STUDIES = {
-    'toy': Study('toy', TOY, 'toy:pairs', seeds=8, small={'fr': 600, 'ru': 600},
+    'toy': Study('toy', TOY, 'toy:pairs', seeds=10, small={'fr': 600, 'ru': 600},
                  prune=(PruneConfig.toy(), PruneConfig.toy(l0=3.))),
     'mini': Study('mini', SCALES['mini'], None, small={'fr': 3000, 'ru': 3000},
                   probe=ProbeConfig(every=200), prune=(PruneConfig.mini(),)),
