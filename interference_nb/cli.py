@@ -49,7 +49,7 @@ from .l0_pruning import PruneConfig
 from .meta_adapters import MetaConfig
 from .pretrain import TrainConfig, cpu_has_bfloat16, progress_bar
 from .report import ReportConfig
-from .toy_languages import open_source
+from .toy_languages import is_toy, open_source
 from .transformer import ModelConfig
 
 # %% ../nbs/09_cli.ipynb #e8e6d26e
@@ -97,7 +97,7 @@ DEMO_MEGABYTES = 8      # of text a language: more than its longest run reads
 
 def interference_demo(cfg: DemoConfig) -> Path:  # folder of records, table, figure
     "Run the comparison, print its page, draw its figure."
-    toy = cfg.data.startswith('toy')
+    toy = is_toy(cfg.data)
     if cfg.scale: check_choice('scale', cfg.scale, SCALES)
     own = STUDIES['demo' if toy else 'demo-text']
     langs = split_commas(cfg.langs) or own.pairs[0]
@@ -122,7 +122,7 @@ def _in_16_bits(scale: Scale) -> Scale:
 
 def _next_step(cfg, out: Path) -> str:
     "Say what to type after a study."
-    if isinstance(cfg, DemoConfig) and cfg.data.startswith('toy'):
+    if isinstance(cfg, DemoConfig) and is_toy(cfg.data):
         return ('the same on your own text: interference demo --data FOLDER --langs en,sw; or ask '
                 'why: interference causes')
     made = [p.parent for p in sorted(out.glob('*/checkpoint.safetensors'))]
@@ -459,8 +459,6 @@ def probe_table(rows: list[dict]):  # rows of a probe -> pandas.DataFrame of tex
 
 def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to prune/ in the run
     "Learn and compare gates; print tables, draw figures."
-    import matplotlib
-    matplotlib.use('agg')
     from interference_nb import figures
     spec, _, tokenizer, corpora, model = open_run(cfg.run, cfg.data)
     sampler, dev = make_batches(spec, tokenizer, corpora)
@@ -478,7 +476,7 @@ def prune_run(cfg: PruneCommand) -> dict:  # of `prune_study`, also written to p
 
 def interference_causes(cfg: CausesConfig) -> Path:  # folder of records, page, figures
     "Run the study of causes, print its page, draw its figures."
-    toy = cfg.data.startswith('toy')
+    toy = is_toy(cfg.data)
     name = 'causes-toy' if toy else 'causes-text'
     study = replace(STUDIES[name], data=cfg.data, seeds=cfg.seeds)
     if not toy: study = replace(study, scale=_in_16_bits(study.scale))
@@ -697,8 +695,9 @@ class CapacityConfig:
 def interference_capacity(cfg: CapacityConfig) -> Path:  # folder of records, page, picture
     "Run what is missing of the sweep, say how far it is, write its page and its picture."
     _check_counts(cfg)
-    if not cfg.data.startswith('toy'):
+    if not is_toy(cfg.data):
         raise InputError(f"the sweep is on toy languages, not on '{cfg.data}'. Use --data toy.")
+    open_source(cfg.data)       # refuses a name that it does not know
     sweep = Sweep(cfg.widths, split_commas(cfg.partners), cfg.steps, cfg.seeds,
                   split_commas(cfg.treatments), cfg.data)
     t0, failed, out = time.time(), {}, cfg.out
@@ -875,6 +874,7 @@ def main(args: list[str] | None = None,  # None: those of the process
     stopped = lambda: f'stopped.{kept * bool(command and command.resumes)}'
     if getattr(sys.stdout, 'errors', '') == 'strict': sys.stdout.reconfigure(errors='plain')
     try:
+        if args is None: os.environ['MPLBACKEND'] = 'agg'   # figures go to files, not to windows
         with process_group(), _first_speaks():
             args = upgrade_options(sys.argv[1:] if args is None else args)
             command, said, args = _find_command(args)

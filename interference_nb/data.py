@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'LANGUAGES', 'NER_LABELS', 'UPOS_LABELS', 'NLI_LABELS', 'LABELS', 'LABEL_COLUMN', 'TASK_COLUMNS', 'CODE',
            'COLUMN_TESTS', 'HUB', 'HUB_REVISIONS', 'WIKIPEDIA_DUMP', 'TREEBANKS', 'TYDIQA', 'XNLI', 'HUB_LANGUAGES',
-           'ROWS', 'IDS_PER_BYTE', 'UNKNOWN', 'Source', 'explain_row', 'short', 'map_labels', 'label_names',
+           'ROWS', 'IDS_PER_BYTE', 'UNKNOWN', 'NoRows', 'Source', 'explain_row', 'short', 'map_labels', 'label_names',
            'name_labels', 'split_sentences', 'sampling_probabilities', 'sample_key', 'cap_sentences', 'check_languages',
            'check_code', 'check_caps', 'train_tokenizer', 'split_of', 'hub_row', 'HubSource', 'Corpus', 'text_revision',
            'without_commits', 'same_revision', 'disk_needed', 'check_room', 'prepare_corpus', 'text_notes',
@@ -40,6 +40,9 @@ TASK_COLUMNS = dict(ner=('tokens', 'ner_tags'), pos=('tokens', 'upos'),
                     nli=('premise', 'hypothesis', 'label'))
 
 # %% ../nbs/00_data.ipynb #4c3026bd
+class NoRows(InputError):
+    "A source was read, and it has no such rows."
+
 class Source:
     "Text and labelled rows by language: toy languages, a folder, the hub, or a class of your own."
     name: str                   # 'toy', 'folder' or 'hub'
@@ -469,14 +472,19 @@ class HubSource(Source):
                        qa=[('secondary_task',)], nli=[(lang,)])[task]
         if lang not in known or not configs:
             have = ', '.join(known if lang not in known else TREEBANKS)
-            raise InputError(f"the hub has no {task} data of {lang!r}. It has: {have}.")
+            raise NoRows(f"the hub has no {task} data of {lang!r}. It has: {have}.")
         rows = [row for c in configs if split in (part := self._open(task, *c))
                 for row in _named_rows(task, part[split])]
         rows = [row for row in (hub_row(task, lang, row) for row in rows) if row is not None]
         if not rows:
-            raise InputError(f"the hub has no {task} {split} rows of {lang!r}. Use another split.")
+            raise NoRows(f"the hub has no {task} {split} rows of {lang!r}. Use another split.")
         return [map_labels(task, row, self.place(task, lang, split, i), labels or LABELS.get(task))
                 for i, row in enumerate(rows)]
+
+    def count(self, task: str, lang: str, split: str) -> int:
+        "Count the rows of a labelled task. Raises `InputError` where the hub could not be read."
+        try: return len(self.examples(task, lang, split))
+        except NoRows: return 0
 
     def _treebanks(self, task, lang):
         "List a language's treebanks: ours, or all that the hub has of it."
@@ -519,8 +527,10 @@ class HubSource(Source):
                 raise InputError(f"no network and no local copy of {what}. Go online once, or use "
                                  "--data FOLDER (parquet files) or --data toy.") from None
             reason = f'{type(e).__name__}: {e}'.splitlines()[0]
-            raise InputError(f"{what} could not be read from the hub: {reason}. Try again, "
-                             "or use --data FOLDER (parquet files).") from None
+            lacks = reason.startswith('ValueError: BuilderConfig')      # it has no such language
+            raise (NoRows if lacks else InputError)(
+                f"{what} could not be read from the hub: {reason}. Try again, "
+                "or use --data FOLDER (parquet files).") from None
 
 # %% ../nbs/00_data.ipynb #c430aba7
 @dataclass(frozen=True, eq=False)

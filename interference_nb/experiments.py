@@ -27,7 +27,7 @@ from .tokenizers import load_tokenizer
 from .files import (InputError, JsonlLog, check_choice, free_space,
                                    load_checkpoint, read_jsonl, run_lock, save_checkpoint,
                                    size_in_words, weights_hash)
-from .toy_languages import open_source, toy_tokenizer
+from .toy_languages import is_toy, open_source, toy_tokenizer
 from .transformer import ModelConfig, upgrade_model
 from .distributed import (cpu_count, first_process_first, in_subprocess,
                                          interrupts_ignored, launch, rank_and_world_size,
@@ -39,7 +39,7 @@ from .baselines import held_out_report
 from .adapters import MultilingualLM, load_model
 from .l0_pruning import PruneConfig, kept_gates, prune_study
 from .gradient_probes import (CombinedStep, GradientProbe, ProbeConfig,
-                                             check_pairs)
+                                             check_pairs, eulerian_pair_order)
 from .meta_adapters import MetaConfig, MetaStep, upgrade_meta
 from .finetune import GRIDS, FinetuneConfig, finetune
 from .hub_models import XLM_100, open_encoder
@@ -196,7 +196,7 @@ def vocabulary(spec: RunSpec,  # the run
                make: bool = True,  # train the BPE if it is not there; else it is None
                ):  # source, folder of the ids, tokenizer
     "Open the source of a run, name the folder of its ids, and give its pair's vocabulary."
-    toy = spec.data.split(':')[0] == 'toy'
+    toy = is_toy(spec.data)
     source = source or open_source(spec.data, seed=spec.seed if toy else 0)
     langs = check_languages(source, spec.pair)
     capped = ''.join(f'-{l}{n}' for l, n in sorted(spec.max_sentences.items()))
@@ -334,7 +334,7 @@ def _finetune_missing(spec: RunSpec, home: Path, model, tokenizer, source, recor
             protocol = spec.protocol(task)
             cfg = replace(spec.scale.finetune[task], seed=spec.seed)
             result = finetune(model, tokenizer, task, source, lang, tests, cfg, protocol['search'],
-                              None if spec.data.startswith('toy') else folder, progress=progress,
+                              None if is_toy(spec.data) else folder, progress=progress,
                               trained_len=None if SYSTEMS[spec.system].hub else spec.train.seq_len)
             counts = {f'{task}/{lang}/{test}': torch.tensor(n, dtype=torch.float16)
                       for test, n in result.pop('counts').items()}
@@ -668,7 +668,9 @@ def cost(spec: RunSpec) -> float:  # of a run, in plain steps
     meta = system.meta and (spec.meta or system.meta).passes(K)
     work = steps * (0 if system.hub else meta or (K if system.combine else 1))
     many = spec.scale.train.accumulate      # batches that a plain step takes
-    if spec.probe: work += -(-steps // spec.probe.every) * 2 * K * spec.probe.n_batches / many
+    if spec.probe:
+        turns = len(eulerian_pair_order(spec.langs))        # gradients for all pairs
+        work += -(-steps // spec.probe.every) * turns * spec.probe.n_batches / many
     for task in spec.tasks:
         cfg = spec.scale.finetune[task]
         trials = math.prod(map(len, spec.scale.search.get(task, {}).values()))
@@ -736,7 +738,7 @@ def sharing_data(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     "Put runs with the same text and vocabulary together; those of the hub's models need none."
     out = {}
     for s in (s for s in specs if not SYSTEMS[s.system].hub):
-        seed = s.seed if s.data.split(':')[0] == 'toy' else 0       # real text has none
+        seed = s.seed if is_toy(s.data) else 0       # real text has none
         key = (s.data, s.pair, seed, *sorted(s.max_sentences.items()), s.scale.model.vocab_size,
                s.scale.train.temperature, s.scale.train.rows)
         out.setdefault(key, []).append(s)

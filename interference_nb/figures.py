@@ -57,7 +57,7 @@ def language_colour(
 ) -> str:                   # grey for one that is not in `LANGUAGE_COLOURS`
     "Return the colour of a language, or of a pair's second language."
     name = re.split('[+]', name)[-1]
-    if name not in LANGUAGE_COLOURS: name = name.rstrip('0123456789')
+    if name not in LANGUAGE_COLOURS: name = re.sub(r'(?<=..)\d+$', '', name)
     return LANGUAGE_COLOURS.get(name, GREYS[1])
 
 def colours_of(
@@ -288,7 +288,8 @@ def plot_convergence(folder,  # of records, or what `load` read from it
 # %% ../nbs/08_figures.ipynb #866d4883
 def of_pairs(table: pd.DataFrame) -> pd.DataFrame:  # of `load`
     "Keep models of one language or of two, with all of their text."
-    return table[(table['pair'].str.count(r'\+') < 2) & ~table['pair'].str.contains(r'[a-z]{2}\d')]
+    pairs = table['pair']
+    return table[(pairs.str.count(r'\+') < 2) & ~pairs.str.contains(r'[a-z][a-z0-9]\d')]
 
 def scores_of(table: pd.DataFrame,  # of `load`
               task: str = 'ner',  # a name in `tasks.TASKS`
@@ -321,7 +322,7 @@ def plot_languages(scores: pd.DataFrame,  # of `load`
         axis=1, how='all')
     if not len(found): raise InputError(f'no {task} score {where} of {", ".join(systems)}.')
     common = set.intersection(*(set(p.split('+')) for p in pairs)) if len(pairs) > 1 else set()
-    langs = list(langs or (l for l in found if l not in common))
+    langs = list(langs or (l for l in found if l not in common)) or list(found)
     fig, ax = (ax.figure, ax) if ax else new_axes(width=1.5 + .8 * len(langs))
     shown = found.index.unique('system')
     width, lows = .8 / len(shown), []

@@ -383,7 +383,7 @@ def gate_cosines(
     centred = [[x.double() - x.double().mean() for x in pair] for pair in pairs]
     ca, cb = (torch.cat(side) for side in zip(*centred))
     size = a.norm() * b.norm()
-    spread = sum(x.square().sum() * y.square().sum() / (len(x) - 1) for x, y in centred)
+    spread = sum(x.square().sum() * y.square().sum() / max(len(x) - 1, 1) for x, y in centred)
     return dict(n=len(a), raw=float(a @ b / size), centred=float(ca @ cb / ca.norm() / cb.norm()),
                 permuted=float((a @ b - ca @ cb) / size), permuted_sd=float(spread.sqrt() / size))
 

@@ -31,6 +31,7 @@ from .distributed import in_subprocess, settle_autograd, traffic
 from .pretrain import (BatchSampler, TrainConfig, check_shares, prepare_model,
                                       run_info)
 from .adapters import MultilingualLM
+from .toy_languages import is_toy
 from .meta_adapters import MetaConfig
 from .experiments import (SYSTEMS, RunSpec, check_rows, checkpoint_size, cost,
                                          device, holds_all, make_step, on_cpu, sharing_data,
@@ -549,7 +550,9 @@ def plan_family(
     seconds: float | None = None,  # to measure each system for, as for `plan_run`
     folder='runs',  # of the experiment
 ) -> str:  # a table for the terminal
-    "Plan runs on this machine's GPUs, else, unmeasured, on the paper's V100s."
+    """Plan runs on this machine's GPUs, else, unmeasured, on the paper's V100s.
+
+    Raises `InputError` if none of them is of our models."""
     plans, steps = [], {}
     for same in sharing_data(specs):
         text = text_size(same[0], folder)
@@ -557,6 +560,9 @@ def plan_family(
             alike = step_of(s.system), len(s.langs)
             if alike not in steps: steps[alike] = plan_run(s, processes, seconds, folder)
             plans.append(replace(steps[alike], spec=s, text=text))
+    if not plans:
+        raise InputError('nothing to plan: none of these runs trains a model of our own. Add a '
+                         'system such as joint.')
     return plan_table(plans)
 
 def step_of(system: str,  # key of `SYSTEMS`
@@ -657,7 +663,7 @@ def disk(specs: Iterable[RunSpec],  # runs
 
 def _trials(spec: RunSpec) -> int:
     "Count the checkpoints that a run's largest search keeps till it ends; on toy data none."
-    if spec.data.startswith('toy'): return 0
+    if is_toy(spec.data): return 0
     return max((math.prod(map(len, spec.scale.search.get(t, {}).values())) for t in spec.tasks),
                default=0)
 

@@ -32,7 +32,7 @@ from .l0_pruning import (PruneConfig, kept_gates, learn_gates, mean_gates,
                                         partition_gates, rows, similarity)
 from .planner import memory_of
 from .pretrain import evaluating, progress_bar, run_info, same_config
-from .toy_languages import open_source
+from .toy_languages import is_toy, open_source
 
 # %% ../nbs/08c_report.ipynb #0333fd56
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def open_subject(
     room = getattr(config, 'max_position_embeddings', None) or cfg.length + 2
     length, notes = min(cfg.length, room - 2, tokenizer.model_max_length), []
     if length < cfg.length: notes.append(f'rows have {length} tokens, as the model has few places.')
-    if data.startswith('toy'):
+    if is_toy(data):
         notes.append('the text is of toy languages, made-up words. For real text: --data hub, or a '
                      'folder.')
     room = length - tokenizer.num_special_tokens_to_add()       # but for the borders

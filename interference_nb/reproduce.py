@@ -639,9 +639,8 @@ PAPER_NOTE = ('Of the paper\'s Table 2 one row survives, of adapters, shared ada
 def summarise_cells(e: Evidence, cells: pd.DataFrame,  # of `cells_of`
                     ) -> pd.DataFrame:  # a line a cell
     "Work out every cell of an exhibit: mean, spread, difference to the baseline, why it is empty."
-    lines, none = [], pd.DataFrame()
-    numbers, drawn = (numbers_of(cells, v) for v in ('value', 'resampled')) if len(cells) else (
-        none, none)
+    if not len(cells): return pd.DataFrame()
+    lines, (numbers, drawn) = [], (numbers_of(cells, v) for v in ('value', 'resampled'))
     for g in e.exhibit.groups:
         twice = any(p.endswith('_l') for p in g.partners)       # a mean of these would say little
         mean = ('mean',) * (g.task != 'ppl' and len(g.partners) > 1 and not twice)
@@ -661,7 +660,6 @@ def summarise_cells(e: Evidence, cells: pd.DataFrame,  # of `cells_of`
                     **compare_rows(numbers, drawn, name, row,
                                    'joint' if row != 'joint' else ''),
                     best=row == first, state=state))
-    if not lines: return none
     table, whole = pd.DataFrame(lines), ('', 'no such cell', 'no data')
     closed = table['state'].isin(whole) | (table['row'] == 'scratch')   # no rival for the best
     closed = closed.groupby([table['block'], table['column']]).transform('all')
@@ -798,6 +796,7 @@ def power_note(rows: pd.DataFrame) -> str:  # rows: of `summarise_cells`
 def origin(e: Evidence,  # what there is of an exhibit
            ) -> str:
     "Say which records an exhibit asks for, and what is there."
+    if not e.specs: return f'{about_study(e.study)} Nothing that was asked for belongs to it.'
     asked = (f'{about_study(e.study)} {len(e.done)} of {len(e.specs)} runs are complete, with '
              'their records beside this page. ')
     if not read_runs(e.folder, e.names): return asked + 'None of them has been run.'

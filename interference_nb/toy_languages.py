@@ -7,7 +7,7 @@ __all__ = ['TOPICS', 'WORDS', 'SUFFIXES', 'WORLD_SIZES', 'TOY_LANGUAGES', 'SMALL
            'Clause', 'Meaning', 'uniforms', 'draw_noun_phrase', 'draw_place', 'draw_clause', 'draw_meaning', 'Language',
            'lexicons', 'Speaker', 'say_word', 'say_noun_phrase', 'say_name', 'say_place', 'say_clause', 'say_verb',
            'order_agreement', 'vocabulary_overlap', 'split_of_meaning', 'shorten', 'negate', 'alter', 'draw_pair',
-           'Question', 'draw_question', 'say_question', 'ToySource', 'toy_tokenizer', 'open_source']
+           'Question', 'draw_question', 'say_question', 'ToySource', 'toy_tokenizer', 'is_toy', 'open_source']
 
 # %% ../nbs/00a_toy_languages.ipynb #82997d0d
 import hashlib
@@ -741,6 +741,11 @@ def toy_tokenizer(source: ToySource, # knows the lexicons
 # %% ../nbs/00a_toy_languages.ipynb #73794d77
 # training documents of 'toy:pairs'; else 4000
 SMALL_CORPORA = {'hi': 1500, 'te': 1000, 'sw': 300, 'mr': 800, 'kn': 800}
+
+def is_toy(data: str, # as the user named it
+           ) -> bool:
+    "Tell whether data are of toy languages; a folder may be called 'toys'."
+    return data.partition(':')[0] == 'toy'
 
 def open_source(spec: str, # 'toy', 'toy:big', 'toy:pairs', 'hub', 'hub:8', or a folder
                 seed: int = 0, # of the toy sentences

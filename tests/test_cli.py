@@ -64,6 +64,15 @@ def test_version_by_either_name(capsys):
     assert (done.returncode, done.stdout) == (0, f'interference {__version__}\n'), done.stderr
 
 
+def test_figures_open_no_window(monkeypatch):
+    "The program draws into files, whatever the environment says; a caller's own backend stays."
+    monkeypatch.setenv('MPLBACKEND', 'TkAgg')
+    for args, backend in ((['--version'], 'TkAgg'), (None, 'agg')):
+        monkeypatch.setattr(sys, 'argv', ['interference', '--version'])
+        with pytest.raises(SystemExit): main(args)
+        assert os.environ['MPLBACKEND'] == backend
+
+
 def test_every_word_has_a_description(capsys):
     def groups(group, words=()):
         yield words, group

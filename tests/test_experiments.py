@@ -11,6 +11,7 @@ from interference_nb.experiments import (SCALES, RunSpec, Scale, cost, default_w
                                          run, run_all)
 from interference_nb.records import load
 from interference_nb.finetune import FinetuneConfig
+from interference_nb.gradient_probes import ProbeConfig, eulerian_pair_order
 from interference_nb.pretrain import TrainConfig
 from interference_nb.transformer import ModelConfig
 
@@ -126,6 +127,14 @@ def test_cost_counts_the_passes_of_the_meta_step():
     one, rests = (cost(RunSpec(s, ('en', 'fr'), ('en', 'fr'), 0, TINY, tasks=()))
                   for s in ('meta_adpt', 'meta_rest3'))
     assert (one, rests) == (6 * 20, 2.25 * 20)
+
+@pytest.mark.parametrize('langs', [('en', 'fr'), ('en', 'fr', 'ar'), tuple('abcde')])
+def test_cost_counts_the_gradients_of_a_probe(langs):
+    "Each pair of languages, and each with itself, lies side by side in what a probe walks through."
+    spec = RunSpec('joint', langs, langs, 0, TINY, tasks=(), probe=ProbeConfig(5, 3))
+    walked = len(eulerian_pair_order(langs)) * 3 * (TINY.train.steps // 5)
+    assert cost(spec) == cost(replace(spec, probe=None)) + walked
+    assert walked >= 3 * (TINY.train.steps // 5) * len(langs) * (len(langs) + 1) / 2
 
 def test_two_seeds_are_two_draws(text_folder, tmp_path):
     "On text, which has no seed: other weights, another order, another finetuning."

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from interference_nb import data
+from interference_nb.data import HubSource
 from interference_nb.experiments import Scale, plan, run
-from interference_nb.files import read_jsonl
+from interference_nb.files import InputError, read_jsonl
 from interference_nb.pretrain import TrainConfig, cpu_has_bfloat16
 from interference_nb.toy_languages import ToySource
 from interference_nb.transformer import ModelConfig
@@ -189,6 +191,21 @@ def test_what_the_card_says_is_known_before_anything_is_fetched(answers):
     streamed, before, read, after = answers.sizes
     assert streamed == f'{text} {ids} 0' and before == f'{text} {ids} 130000' and read == 'True'
     assert after.endswith(' 0') and answers.sizes_offline[3] == after
+
+def test_rows_that_could_not_be_read_are_not_taken_for_none(monkeypatch):
+    "A run would otherwise leave a language out for good."
+    hub, of = HubSource(), ('ner', 'sw', 'train')
+    monkeypatch.setattr(data, '_resolve_revision', lambda *_: ('unknown', True))
+    def refuse(error):
+        def opened(*_): raise error
+        monkeypatch.setattr(data, '_open_hub', opened)
+    refuse(ConnectionError('503'))
+    with pytest.raises(InputError, match='could not be read from the hub: ConnectionError: 503'):
+        hub.count(*of)
+    refuse(ValueError("BuilderConfig 'sw' not found. Available: ['en']"))
+    assert hub.count(*of) == 0
+    monkeypatch.setattr(data, '_open_hub', lambda *_: {})
+    assert hub.count(*of) == 0
 
 DEMO = '''
 import sys

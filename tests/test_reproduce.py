@@ -28,6 +28,16 @@ TINY = replace(STUDIES['toy'], scale=MICRO, data='toy', targets=('ar', 'sw'), ta
                systems=('mono', 'joint'), seeds=1, probe=ProbeConfig(2, 1),
                prune=(PruneConfig(steps=4, warmup=1, batch_size=4),))
 
+@pytest.mark.parametrize('systems', [['mono'], ['adpt', 'share_adpt']])
+def test_exhibits_without_a_row_that_was_asked_for(systems, command, tmp_path):
+    "Their pages say so, and the others are written."
+    status, out, err = command('all', '--write-only', '--systems', *systems, '--out', tmp_path)
+    assert status == 0, out + err
+    pages = {p.stem: p.read_text() for p in tmp_path.glob('*.md')}
+    assert {*EXHIBITS, 'index'} == {*pages}
+    assert 'Nothing that was asked for belongs to it.' in pages['table4']
+    assert 'Nothing that was asked for' not in pages['table2'] and 'not run' in pages['table2']
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     "Run `interference reproduce` at a scale of nothing; give status and what it printed."
@@ -349,6 +359,14 @@ def test_a_sweep_takes_systems_of_joints_steps_only(system):
     "Some read each language in a step, others train longer: batches were counted as joint's."
     with pytest.raises(InputError, match=f"'{system}' is no system that takes joint's steps"):
         capacity.Sweep(treatments=('adpt', system))
+
+@pytest.mark.parametrize('data, said', [('toy:bgi', "no data source 'toy:bgi'"),
+                                        ('toys', 'the sweep is on toy languages')])
+def test_a_sweep_of_other_data_is_refused_before_any_run(data, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('toys').mkdir()
+    with pytest.raises(SystemExit): main(['capacity', '--data', data])
+    assert said in capsys.readouterr().err and not Path('runs').exists()
 
 def test_one_system_alone_is_drawn():
     "Also where it is the one whose passes say nothing of the others'."
