@@ -138,16 +138,13 @@ def short(value,  # anything
     if isinstance(value, bytes): text = f'bytes {text}'
     return text if len(text) <= room else f'{text[:room - 4]} ...'
 
-@functools.cache
-def _ids_of(labels: tuple[str, ...]) -> dict[str, int]: return {l: i for i, l in enumerate(labels)}
-
 def map_labels(task: str,  # name of a task in TASK_COLUMNS
                row: dict,  # labels by id or by name
                place: str,  # file and row, for the message
                labels: tuple[str, ...] | None,  # in the order of the ids; None: the task has none
                ) -> dict:   # the row, its labels as ids
     "Turn names of labels into ids. Raises `InputError` for a name that the task does not know."
-    value, ids = row.get(LABEL_COLUMN.get(task)), _ids_of(tuple(labels or ()))
+    value, ids = row.get(LABEL_COLUMN.get(task)), {l: i for i, l in enumerate(labels or ())}
     several = isinstance(value, list)
     names = [v for v in (value if several else [value]) if isinstance(v, str)]
     if not names: return row

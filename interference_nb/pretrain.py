@@ -567,12 +567,10 @@ FREE = 'eval_every', 'checkpoint_every', 'activation_checkpointing', 'compile'
 def flattened(config: dict,  # of this version or an older one, as JSON gives it
               ) -> dict:  # {'train.lr': value}
     "Give the settings of a nested config their paths for names."
-    def flat(config, pre=''):
-        out = {}
-        for k, v in config.items():
-            out |= flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}
-        return out
-    return flat(upgraded(config))
+    out = {}
+    for k, v in upgraded(config).items():
+        out |= {f'{k}.{n}': x for n, x in flattened(v).items()} if isinstance(v, dict) else {k: v}
+    return out
 
 def same_config(now: dict,  # this run's
                 then: dict,  # the checkpoint's
@@ -580,6 +578,7 @@ def same_config(now: dict,  # this run's
                 free=FREE,  # names of settings that may differ
                 ):
     "Raise an `InputError` that names the settings in which a checkpoint differs from this run."
+    if now == then: return
     a, b = flattened(json.loads(json.dumps(now))), flattened(json.loads(json.dumps(then)))
     for k, v in a.items():
         was = BEFORE.get(k.split('.')[-1])          # a setting that is younger than `then`
@@ -605,11 +604,11 @@ def data_name(data: str,  # as the user named it
     "Name the kind of data that a run is made from."
     return data if data.partition(':')[0] in ('toy', 'hub') else 'folder'
 
-def upgraded(config):  # a stored config or a part of one, as JSON gives it
-    "Give the fields of a stored config, from a record or a checkpoint, their present names."
+def upgraded(config: dict,  # a stored config or a part of one, as JSON gives it
+             ) -> dict:
+    "Give the fields of a stored config their present names; not those of its parts."
     from interference_nb.meta_adapters import upgrade_meta
-    if not isinstance(config, dict): return config
-    config = {k: upgraded(v) for k, v in config.items()}
+    config = dict(config)
     if isinstance(config.get('data'), str): config['data'] = data_name(config['data'])
     if isinstance(config.get('revision'), dict):        # labelled rows were there, too
         config['revision'] = {k: v for k, v in config['revision'].items()

@@ -21,13 +21,11 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed, thread
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 
-import hypothesis  # noqa: F401  (here and below: imported once, before processes are forked)
 import pytest
-import scipy.stats  # noqa: F401
-import torch._dynamo  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 ORACLES, PROPERTIES = 'tests/test_oracles.py', 'tests/test_properties.py'
@@ -440,26 +438,37 @@ EDITS = (
 )
 
 
-def apply(edit, folder):
-    """Make an edit in a copy; return what takes it out again.
+@cache
+def exported_cells(path):
+    "Read the code of a notebook's exported cells."
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    sources = (''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    return [s for s in sources if s.startswith('#| export')]
 
-    Raises `ValueError` where its text does not stand exactly once."""
+
+def check_fit(edit, folder):
+    "Raise `ValueError` where an edit's text does not stand exactly once, or makes no code."
+    path, module = folder/'nbs'/f'{edit.notebook}.ipynb', folder/edit.module
+    found = [s for s in exported_cells(path) if edit.old in s]
+    for where, n in ((path.name, sum(s.count(edit.old) for s in found)),
+                     (module.name, module.read_text(encoding='utf-8').count(edit.old))):
+        if n != 1: raise ValueError(f'{n} times in {where}: {edit.old!r} ({edit.breaks})')
+    compile(found[0].replace(edit.old, edit.new), path.name, 'exec')
+
+
+def apply(edit, folder):
+    "Make an edit in a copy; return what takes it out again. Raises `ValueError` as `check_fit`."
+    check_fit(edit, folder)
     path, module = folder/'nbs'/f'{edit.notebook}.ipynb', folder/edit.module
     kept = {p: p.read_text(encoding='utf-8') for p in (path, module)}
-    notebook, code = json.loads(kept[path]), kept[module]
-    cells = [c for c in notebook['cells'] if c['cell_type'] == 'code'
-             and ''.join(c['source']).startswith('#| export')]
-    sources = [''.join(c['source']) for c in cells]
-    for where, n in ((path.name, sum(s.count(edit.old) for s in sources)),
-                     (module.name, code.count(edit.old))):
-        if n != 1: raise ValueError(f'{n} times in {where}: {edit.old!r} ({edit.breaks})')
-    for cell, source in zip(cells, sources, strict=True):
-        cell['source'] = source.replace(edit.old, edit.new).splitlines(keepends=True)
-    code = code.replace(edit.old, edit.new)
-    compile(code, edit.module, 'exec')
+    notebook = json.loads(kept[path])
+    for cell in notebook['cells']:
+        source = ''.join(cell['source'])
+        if source in exported_cells(path):
+            cell['source'] = source.replace(edit.old, edit.new).splitlines(keepends=True)
     path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + '\n',
                     encoding='utf-8')
-    module.write_text(code, encoding='utf-8')
+    module.write_text(kept[module].replace(edit.old, edit.new), encoding='utf-8')
     return lambda: [p.write_text(text, encoding='utf-8') for p, text in kept.items()]
 
 
@@ -519,11 +528,11 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def check(edits, folder):
-    "Make every edit once; end with a list of those that cannot be made."
+def check(edits):
+    "Try every edit on the checkout's text; end with a list of those that cannot be made."
     wrong = []
     for edit in edits:
-        try: apply(edit, folder)()
+        try: check_fit(edit, ROOT)
         except (ValueError, SyntaxError, OSError) as e: wrong.append(str(e))
     if wrong: sys.exit('\n'.join(['These edits do not fit the project any more:', *wrong]))
 
@@ -564,11 +573,12 @@ def main():
     args, start, about = parse_arguments(), time.perf_counter(), commit()
     edits = [e for e in EDITS if args.only in e.notebook or args.only in e.breaks]
     if not edits: sys.exit(f'No edit has {args.only!r} in its notebook or description.')
+    check(edits)
+    print(f'{len(edits)} edits can be made', flush=True)
+    if args.check: return
+    import hypothesis, scipy.stats, torch._dynamo  # noqa: F401   once, before the forks
     with tempfile.TemporaryDirectory() as home:
         copies = [copy_project(Path(home)/f'copy{i}'/'project') for i in range(args.workers)]
-        check(edits, copies[0])
-        print(f'{len(edits)} edits can be made', flush=True)
-        if args.check: return
         if not args.no_baseline:
             baseline(edits, copies, args.timeout * 2)
             seconds = time.perf_counter() - start

@@ -2,6 +2,7 @@
 the same with the stand-in gone, from the local copy. And a folder without test text."""
 import hashlib, http.server, json, os, subprocess, sys, threading, urllib.parse
 from contextlib import contextmanager
+from functools import lru_cache
 from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,12 @@ from waiting import LIMIT
 pytestmark = pytest.mark.xdist_group('hub')
 MAIN, PARQUET = 'a' * 40, 'b' * 40
 REVISIONS = {'main': MAIN, MAIN: MAIN, 'refs/convert/parquet': PARQUET, PARQUET: PARQUET}
+
+@lru_cache(4)
+def content_of(path):
+    "What a file holds, and its name by content."
+    content = path.read_bytes()
+    return content, f'"{hashlib.sha1(content).hexdigest()}"'
 
 class Hub(http.server.BaseHTTPRequestHandler):
     "The few answers that `datasets` and `huggingface_hub` need: repository, tree, paths, file."
@@ -47,8 +54,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if what == 'resolve':
             if not (base / path).is_file():
                 return self.answer(404, X_Error_Code='EntryNotFound', X_Repo_Commit=commit)
-            content = (base / path).read_bytes()
-            tag = f'"{hashlib.sha1(content).hexdigest()}"'
+            content, tag = content_of(base / path)
             if 'Range' in self.headers and self.command == 'GET':
                 first, last = self.headers['Range'].removeprefix('bytes=').split('-')
                 part = content[int(first):int(last or len(content)) + 1]

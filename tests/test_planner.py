@@ -372,7 +372,7 @@ def test_text_of_another_vocabulary_is_not_there_yet(tmp_path):
 
 
 def test_a_plan_that_knows_no_size_still_counts_what_it_does(tmp_path):
-    plan = replace(plan_run(TOY, folder=tmp_path), text=planner.TextSize(None, 0., 5e9))
+    plan = replace(plan_run(TOY, seconds=0, folder=tmp_path), text=planner.TextSize(None, 0., 5e9))
     assert plan.disk == plan.checkpoint
     assert replace(plan, free=plan.checkpoint - 1).problems()
 

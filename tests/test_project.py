@@ -351,8 +351,10 @@ def test_page_beside_records_is_what_they_say(name):
     write = causes_page if name.startswith('causes') else demo_page
     assert page == write(ROOT / 'records' / name)
 
-def test_tables_beside_records_are_what_they_say(tmp_path):
+def test_tables_beside_records_are_what_they_say(tmp_path, monkeypatch):
+    from interference_nb import figures
     from interference_nb.cli import main
+    monkeypatch.setattr(figures, 'svg', lambda figure, _: figures.plt.close(figure) or '')
     folder, made = ROOT / 'records' / 'reproduce-toy', tmp_path / 'toy'
     made.mkdir()
     shutil.copy(folder / 'records.jsonl.xz', made)
