@@ -388,13 +388,17 @@ def _open_hub(repo: str, config: str | None, data_dir: str | None, commit: str |
 def _hub_folders(repo: str, commit: str, prefix: str, online: bool) -> tuple[str, ...]:
     "List the folders of a data set whose names begin so, of the hub or of the local cache."
     from huggingface_hub import HfApi, constants
+    why = 'no network, and no local copy of one'
     try:
         if online:
             tree = HfApi().list_repo_tree(repo, revision=commit, repo_type='dataset')
             return tuple(sorted(f.path for f in tree if f.path.startswith(prefix)))
-    except Exception: pass                              # opening it tells why
+    except Exception as e: why = f'{type(e).__name__}: {e}'.splitlines()[0]
     cache = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / 'snapshots'
-    return tuple(sorted({p.name for p in cache.glob(f'*/{prefix}*')}))
+    if not (found := sorted({p.name for p in cache.glob(f'*/{prefix}*')})):
+        raise InputError(f'{repo}: no folders {prefix}* could be looked up: {why}. Go online once, '
+                         'or use --data FOLDER (parquet files).')
+    return tuple(found)
 
 def _named_rows(task: str, rows) -> Iterator[dict]:
     "Give rows of a data set, with the names of their labels where it has some."

@@ -456,28 +456,34 @@ def plot_forest(found: pd.DataFrame,  # of `findings.judged_together`; what was 
     units = [(u, found[found['unit'] == u]) for u in ('points', 'nats', 'cosine')]
     units = [(unit, rows) for unit, rows in units if len(rows)]
     if not units: raise InputError('none of these statements has been run.')
-    heights = [len(rows['label'].unique()) + 1.2 for _, rows in units]
-    fig, axes = plt.subplots(len(units), 1, figsize=(6.5, .33 * sum(heights) + .5), squeeze=False,
+    heights = [len(rows['label'].unique()) + .9 for _, rows in units]
+    fig, axes = plt.subplots(len(units), 1, figsize=(4.8, .4 * sum(heights) + .5), squeeze=False,
                              height_ratios=heights, constrained_layout=True)
     for ax, (unit, rows) in zip(axes[:, 0], units, strict=True):
         labels = list(dict.fromkeys(rows['label']))[::-1]
-        ax.axvspan(*np.array([-1, 1]) * rows['margin'].max(), color=GREYS[3], lw=0)
+        margin = rows['margin'].max()
+        ax.axvspan(-margin, margin, color=GREYS[3], lw=0)
         ax.axvline(0, color='0.5', lw=.8)
+        for y, label in enumerate(labels):      # above its intervals: a phone has no room beside
+            ax.annotate(label, (0, y + .32), (4, 0), ('axes fraction', 'data'), 'offset points',
+                        size=8, va='center', bbox=dict(fc='white', ec='none', pad=.4))
+        seen = [-margin, margin]
         for r in rows.itertuples():
-            y = labels.index(r.label) + (.15 if r.kind == 'toy languages' else -.15)
+            y = labels.index(r.label) - (.02 if r.kind == 'toy languages' else .24)
             ends = sorted((r.sign * r.low, r.sign * r.high)) if r.n > 1 else [r.sign * r.delta] * 2
+            seen += ends
             ax.plot(ends, [y, y], color=KIND_COLOURS[r.kind], lw=1.5, clip_on=True)
             ax.plot(r.sign * r.delta, y, 'o', color=KIND_COLOURS[r.kind], label=r.kind, ms=5,
                     mfc=KIND_COLOURS[r.kind] if r.verdict in ('supported', 'contradicted')
                     else 'white')
         reach = 2 * rows['delta'].abs().max() + rows['margin'].max()    # wild intervals are cut
-        ax.set(xlim=(-reach, reach), ylim=(-.6, len(labels) - .4), yticks=range(len(labels)),
-               xlabel=f'{unit}, right of zero: as stated')
-        ax.set_yticklabels(labels, fontsize=8)
+        low, high = max(min(seen), -reach), min(max(seen), reach)
+        ax.set(xlim=(low - .06 * (high - low), high + .06 * (high - low)), yticks=(),
+               ylim=(-.5, len(labels) - .4), xlabel=f'{unit}, right of zero: as stated')
         ax.tick_params(labelsize=8)
         ax.locator_params(axis='x', nbins=5)
         ax.xaxis.label.set_size(8)
-        ax.spines[['top', 'right']].set_visible(False)
+        ax.spines[['top', 'right', 'left']].set_visible(False)
     legend_above(axes[0, 0], 2)
     return fig
 

@@ -213,6 +213,21 @@ def test_rows_that_could_not_be_read_are_not_taken_for_none(monkeypatch):
     monkeypatch.setattr(data, '_open_hub', lambda *_: {})
     assert hub.count(*of) == 0
 
+def test_treebanks_that_could_not_be_looked_up_are_not_taken_for_none(monkeypatch, tmp_path):
+    from huggingface_hub import HfApi, constants
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    folders = [SimpleNamespace(path=p) for p in ('pl_pdb', 'pl_lfg', 'de_gsd')]
+    monkeypatch.setattr(HfApi, 'list_repo_tree', lambda *_, **__: iter(folders))
+    look = lambda prefix, online=True: data._hub_folders('of/treebanks', MAIN, prefix, online)
+    assert look('pl_') == ('pl_lfg', 'pl_pdb') and look('xx_') == ()
+    with pytest.raises(InputError, match='no network'): look('pl_', False)
+    (tmp_path/'datasets--of--treebanks/snapshots'/MAIN/'pl_pdb').mkdir(parents=True)
+    assert look('pl_', False) == ('pl_pdb',)
+    def refuse(*_, **__): raise ConnectionError('503')
+    monkeypatch.setattr(HfApi, 'list_repo_tree', refuse)
+    assert look('pl_') == ('pl_pdb',)
+    with pytest.raises(InputError, match='ConnectionError: 503'): look('de_')
+
 DEMO = '''
 import sys
 from interference_nb import cli, reproduce
